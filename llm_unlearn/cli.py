@@ -1,0 +1,150 @@
+"""The verbs of the command line. Heavy imports stand inside the verb that needs them, so that help and refusals come at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from llm_unlearn import folder, recipe
+from llm_unlearn.evaluation import suite as suites
+from llm_unlearn.spec import LAUNCH_FIRST, LAUNCH_LAST, Refused, schema
+
+EPILOG = "A recipe can also be launched itself, on one process or many: accelerate launch RECIPE [key=value ...]"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 done · 1 the run was stopped by its guard · 2 refused, with the reason on standard error · 130 interrupted.
+    """
+    options = _parser().parse_args(words)
+    verb: Callable[[argparse.Namespace], int] = options.verb
+    try:
+        return verb(options)
+    except Refused as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def launch(file: str) -> None:
+    """What the last line of a recipe calls when `accelerate launch` runs the recipe as a program."""
+    if multiprocessing.parent_process() is None:  # a data worker that imports the main file again must not start a second run
+        sys.exit(main(["run", file, *sys.argv[1:]]))
+
+
+def cache_folder() -> Path:
+    """Where embedded models and tables are kept: $LLM_UNLEARN_CACHE, else llm_unlearn in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LLM_UNLEARN_CACHE") or Path(home) / "llm_unlearn")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("llm-unlearn", description="Make a language model forget given data, and measure what is left.", epilog=EPILOG)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(verb=function)
+        return added
+
+    one = verb("run", run, "carry out a recipe: train, measure, report")
+    _takes_recipe(one)
+    one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this recipe's run folder")
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
+    _takes_recipe(verb("plan", plan, "say what a run will do, and write nothing"))
+    one = verb("evaluate", evaluate, "run a suite on a model, before and after an adapter, beside a retrained one")
+    one.add_argument("suite", metavar="SUITE", help="a suite file, such as eval/quick.yaml")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the suite to change")
+    one.add_argument("--model", required=True, help="hub id, folder, run folder, or embedded:target")
+    one.add_argument("--adapter", help="adapter or run folder to put on the model; the model alone is then the column `before`")
+    one.add_argument("--retrained", help="the model that never saw the forget set; without it, the one that the suite names")
+    one.add_argument("--quantize", choices=("nf4", "int8"), help="load the models in 4 or 8 bits")
+    one.add_argument("--output", type=Path, help="folder for evaluation.json and report.html")
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in the output folder")
+    one = verb("new", new, "write a recipe to start from")
+    one.add_argument("name", metavar="NAME", help="the recipe is written to NAME.yaml")
+    one = verb("schema", show_schema, "print the JSON Schema of recipes, or of suites, for editors")
+    one.add_argument("kind", nargs="?", choices=("recipe", "suite"), default="recipe")
+    return parser
+
+
+def _takes_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as recipes/forget_lora.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.lr=1e-4")
+
+
+def run(options: argparse.Namespace) -> int:
+    path = folder.locate(str(options.recipe))
+    wanted = recipe.load(path, options.overrides)
+    suite = suites.load(folder.locate(wanted.evaluation.suite, path)) if wanted.evaluation else None
+    if folder.check(wanted, options.resume, options.overwrite):
+        print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
+        return 0
+    from llm_unlearn.run import run as carry_out
+
+    outcome = carry_out(wanted, suite, cache=cache_folder(), resume=options.resume, overwrite=options.overwrite)
+    if outcome.status == "interrupted":
+        print(f"interrupted after step {outcome.step}; the same command with --resume goes on from there.", file=sys.stderr)
+        return 130
+    if outcome.status == "stopped":
+        print(f"stopped: {outcome.reason}; the weights after step {outcome.kept} were kept.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    path = folder.locate(str(options.recipe))
+    wanted = recipe.load(path, options.overrides)
+    if wanted.evaluation:
+        suites.load(folder.locate(wanted.evaluation.suite, path))
+    from llm_unlearn.plan import plan as make
+
+    print(make(wanted))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    suite = suites.load(folder.locate(options.suite), options.overrides)
+    if options.output and (options.output / folder.RESULTS).exists() and not options.overwrite:
+        raise Refused(f"--output: {options.output} has an {folder.RESULTS} already. Nothing was changed; add --overwrite, or choose another.")
+    model = recipe.Model(base=folder.model_in(options.model), adapter=None, quantize=options.quantize)
+    asked: dict[str, tuple[recipe.Model, str | None]] = {"model": (model, None)}
+    if options.adapter:
+        asked = {"before": (model, None), "after": (model, folder.adapter_in(options.adapter))}
+    if retrained := options.retrained or suite.retrained:
+        asked["retrained"] = (replace(model, base=folder.model_in(retrained)), None)
+    for name in (model.base, options.adapter, retrained):
+        if name and recipe.missing(name):
+            raise Refused(f"no such folder: {name} (looked from {Path.cwd()}).")
+    from llm_unlearn.run import evaluate as carry_out
+
+    carry_out(suite, options.suite, asked, cache=cache_folder(), output=options.output)
+    return 0
+
+
+def new(options: argparse.Namespace) -> int:
+    path = Path(options.name if options.name.endswith((".yaml", ".yml")) else f"{options.name}.yaml")
+    if path.exists():
+        raise Refused(f"{path}: exists already. Nothing was changed; choose another name.")
+    pattern = (folder.shipped() / "recipes" / "forget_lora.yaml").read_text(encoding="utf-8")
+    body = pattern[pattern.index(LAUNCH_FIRST) :].replace("output: runs/forget_lora", f"output: runs/{path.stem}")
+    assert body.rstrip().endswith(LAUNCH_LAST)
+    folder.write(path, f"# What this makes a model forget, and how.\n#   accelerate launch {path} [key=value ...]\n{body}")
+    print(f"{path}\nnext: llm-unlearn plan {path}")
+    return 0
+
+
+def show_schema(options: argparse.Namespace) -> int:
+    print(json.dumps(schema(recipe.Recipe if options.kind == "recipe" else suites.Suite), indent=1))
+    return 0

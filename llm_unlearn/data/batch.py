@@ -1,0 +1,105 @@
+"""Examples laid out for the model: padded in length order, labels shifted, units counted. Nowhere else.
+
+Shapes, here and everywhere: B sequences of a micro-batch, L its padded length, N answer tokens (positions whose next token is a target),
+S sequences of one stream, D hidden size, V vocabulary, T answer tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_unlearn.data.examples import Example
+from llm_unlearn.data.schedule import Slot
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one forward pass, those of a stream side by side.
+
+    Padding stands to the right and attention is causal, so no answer token ever sees it: no mask is needed, and a padding token that is
+    also the end-of-turn token hides nothing.
+    """
+
+    input_ids: Tensor  # (B, L)
+    at: Tensor  # (N,) b·L + t, the position before a target
+    targets: Tensor  # (N,)
+    owner: Tensor  # (N,) the sequence within its stream, 0 … S−1
+    tokens: dict[str, slice]  # stream -> its part of N
+    sequences: dict[str, int]  # stream -> S
+    examples: tuple[Example, ...]  # (B,)
+
+    def to(self, device: torch.device) -> Batch:
+        moved = [tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.at, self.targets, self.owner)]
+        return Batch(moved[0], moved[1], moved[2], moved[3], self.tokens, self.sequences, self.examples)
+
+
+def lay_out(examples: Sequence[Example]) -> Batch:
+    """One micro-batch. Streams keep the order in which they first appear, examples of a stream their order."""
+    order = {stream: i for i, stream in enumerate(dict.fromkeys(example.stream for example in examples))}
+    examples = sorted(examples, key=lambda example: order[example.stream])
+    length = max(len(example.ids) for example in examples)
+    input_ids = torch.zeros((len(examples), length), dtype=torch.long)
+    at, targets, owner = [], [], []
+    tokens: dict[str, slice] = {}
+    sequences: dict[str, int] = {}
+    for b, example in enumerate(examples):
+        ids = torch.tensor(example.ids)
+        input_ids[b, : len(ids)] = ids
+        at.append(torch.arange(example.answer - 1, len(ids) - 1) + b * length)
+        targets.append(ids[example.answer :])
+        owner.append(torch.full((example.targets,), sequences.get(example.stream, 0)))
+        before = tokens.get(example.stream, slice(sum(len(t) for t in targets[:-1]), 0)).start
+        tokens[example.stream] = slice(before, sum(len(t) for t in targets))
+        sequences[example.stream] = sequences.get(example.stream, 0) + 1
+    return Batch(input_ids, torch.cat(at), torch.cat(targets), torch.cat(owner), tokens, sequences, tuple(examples))
+
+
+def units(examples: Sequence[Example]) -> dict[tuple[str, str], int]:
+    """(stream, "token" | "sequence") -> how many the window holds: what the loop divides by."""
+    count: dict[tuple[str, str], int] = {}
+    for example in examples:
+        for unit, size in (("token", example.targets), ("sequence", 1)):
+            count[example.stream, unit] = count.get((example.stream, unit), 0) + size
+    return count
+
+
+def cut(lengths: Sequence[int], batch_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
+    """Deal items to ranks and cut each rank's share into micro-batches of at most `batch_tokens` padded tokens.
+
+    Items of like length lie together, and every rank gets as many micro-batches as any other; where items run out, a rank gets an empty
+    one, so that all ranks meet in each backward pass.
+
+    Returns:
+        [rank][micro-batch] -> indices into `lengths`. An item longer than the budget gets a micro-batch of its own.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    shares = [by_length[rank::ranks] for rank in range(ranks)]
+    dealt: list[list[list[int]]] = []
+    for share in shares:
+        batches: list[list[int]] = []
+        for i in share:  # descending: the first of a micro-batch sets its padded length
+            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        dealt.append(batches)
+    most = max(len(batches) for batches in dealt)
+    return [batches + [[] for _ in range(most - len(batches))] for batches in dealt]
+
+
+def micro_batches(
+    window: Sequence[Slot], example: Callable[[str, int], Example], batch_tokens: int, rank: int = 0, ranks: int = 1
+) -> list[Batch | None]:
+    """This rank's share of one optimizer step; None stands for "nothing here, but take part in the backward pass"."""
+    slots = [[example(stream, index) for stream, index in slot] for slot in window]
+    lengths = [max(len(one.ids) for one in slot) * len(slot) for slot in slots]
+    streams = list(dict.fromkeys(one.stream for slot in slots for one in slot))
+    batches: list[Batch | None] = []
+    for chosen in cut(lengths, batch_tokens, ranks)[rank]:
+        members = [one for i in sorted(chosen) for one in slots[i]]
+        batches.append(lay_out(sorted(members, key=lambda one: streams.index(one.stream))) if members else None)
+    return batches

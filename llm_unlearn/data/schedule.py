@@ -1,0 +1,91 @@
+"""Which optimizer step sees which example: a table made from the seed before anything trains.
+
+Epochs, the pairing of forget and retain rows, resume ("start at step k") and "what did step 137 see?" are rows of it. It does not
+depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_unlearn.data.examples import draw
+
+Slot = tuple[tuple[str, int], ...]
+"""Examples, as (stream, index), that must lie in one micro-batch: an answer, and beside it its alternate where a loss compares the two."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The table (step, slot, stream, example), one row per example seen, ordered by step and slot."""
+
+    streams: tuple[str, ...]
+    step: NDArray[np.int64]  # (K,)
+    slot: NDArray[np.int64]  # (K,) within the step
+    stream: NDArray[np.int64]  # (K,) index into `streams`
+    example: NDArray[np.int64]  # (K,) index into the stream's examples
+
+    @property
+    def steps(self) -> int:
+        return int(self.step[-1]) + 1
+
+    def window(self, step: int) -> list[Slot]:
+        """What one optimizer step sees, on all processes together."""
+        first, last = np.searchsorted(self.step, [step, step + 1])
+        slots: dict[int, list[tuple[str, int]]] = {}
+        for k in range(first, last):
+            slots.setdefault(int(self.slot[k]), []).append((self.streams[self.stream[k]], int(self.example[k])))
+        return [tuple(slot) for slot in slots.values()]
+
+    def seen(self, stream: str) -> NDArray[np.int64]:
+        """The indices of a stream's examples that any step sees, ascending."""
+        return np.unique(self.example[self.stream == self.streams.index(stream)])
+
+
+def build(
+    sizes: Mapping[str, int],
+    window: Mapping[str, int],
+    seed: int,
+    epochs: float = 1,
+    steps: int | None = None,
+    alternates: tuple[str, Sequence[int]] | None = None,
+) -> Schedule:
+    """Lay out a run.
+
+    Args:
+        sizes: examples per stream. The first stream sets the epoch: each of its examples once, in a fresh order. The last step of an
+            epoch takes what is left of it. The other streams go round in fresh orders of their own, at their full window size.
+        window: examples of each stream per step.
+        seed: the only source of every order and draw.
+        epochs: passes over the first stream; a fraction ends the run inside an epoch.
+        steps: number of steps, instead of epochs.
+        alternates: (stream, k per example): a drawn one of the k alternate answers goes into the slot of each example.
+    """
+    leading = next(iter(sizes))
+    per_epoch = ceil(sizes[leading] / window[leading])
+    total = steps if steps is not None else max(1, round(epochs * per_epoch))
+    streams = (*sizes, *(("alternate",) if alternates else ()))
+    offsets = np.concatenate([[0], np.cumsum(alternates[1])]) if alternates else np.zeros(1, np.int64)
+    rounds: dict[str, NDArray[np.int64]] = {name: np.zeros(0, np.int64) for name in sizes}
+    number = dict.fromkeys(sizes, 0)
+    table: list[tuple[int, int, int, int]] = []
+    for step in range(total):
+        slot = 0
+        for name, size in window.items():
+            want = size if name != leading else min(size, sizes[name] - (step % per_epoch) * size)
+            while len(rounds[name]) < want:
+                order = np.random.default_rng([seed, draw(name), number[name]]).permutation(sizes[name])
+                rounds[name], number[name] = np.concatenate([rounds[name], order]), number[name] + 1
+            chosen, rounds[name] = rounds[name][:want], rounds[name][want:]
+            for example in chosen.tolist():
+                table.append((step, slot, streams.index(name), example))
+                if alternates and name == alternates[0]:
+                    pick = draw(seed, step // per_epoch, example) % alternates[1][example]
+                    table.append((step, slot, streams.index("alternate"), int(offsets[example]) + pick))
+                slot += 1
+    columns = np.array(table, dtype=np.int64).T
+    return Schedule(streams, *columns)

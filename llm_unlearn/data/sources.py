@@ -1,0 +1,79 @@
+"""Where rows come from: the embedded population, local files, or the hub; all through one function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llm_unlearn.embedded import population
+from llm_unlearn.recipe import FILES, Source
+from llm_unlearn.spec import Refused, nearest
+
+Row = dict[str, Any]
+
+
+def rows(source: Source) -> list[Row]:
+    """The rows of a source after `where` and `limit`.
+
+    Raises:
+        Refused: nothing is there under that name, a column is missing, or no row is left.
+    """
+    found = _columns(read(source.source, source.config, source.split), source)
+    for column, wanted in (source.where or {}).items():
+        values = wanted if isinstance(wanted, tuple) else (wanted,)
+        found = [row for row in found if row[column] in values]
+    if not found:
+        raise Refused(f"{source.source}: no rows are left after where = {dict(source.where or {})}; expected at least one.")
+    return found[: source.limit]
+
+
+def read(name: str, config: str | None = None, split: str | None = None) -> list[Row]:
+    """All rows under a name: `embedded:…`, a local file or folder, or a hub id (the only case in which anything is downloaded).
+
+    Raises:
+        Refused: there is no such data, or it cannot be read.
+    """
+    if name.startswith("embedded:"):
+        return _embedded(name.removeprefix("embedded:"))
+    import datasets
+
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            kind = FILES.get(path.suffix)
+            if kind is None:
+                raise Refused(f"{name}: cannot read a {path.suffix or 'nameless'} file; expected one of {', '.join(FILES)}.")
+            if kind == "text":
+                return [dict(row) for row in datasets.load_dataset("text", data_files=str(path), split="train", sample_by="document")]
+            loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+            loaded = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            loaded = datasets.load_dataset(name, config, split=split or "train")
+    except Refused:
+        raise
+    except Exception as error:  # `datasets` raises a dozen types; each becomes one line that names the source
+        raise Refused(f"{name}: cannot be read as a data set ({type(error).__name__}: {str(error).splitlines()[0]}).") from error
+    return [dict(row) for row in loaded]
+
+
+def _embedded(split: str) -> list[Row]:
+    if split == "refusals":
+        return [{"text": text} for text in population.refusals()]
+    if split not in ("forget", "retain", "holdout", "general"):
+        raise Refused(f"embedded:{split}: no such data; {nearest(split, ('forget', 'retain', 'holdout', 'general', 'refusals'))}")
+    return population.rows(split)
+
+
+def _columns(found: list[Row], source: Source) -> list[Row]:
+    """The rows, if every column that the source names is in them."""
+    if not found:
+        raise Refused(f"{source.source}: has no rows; expected at least one.")
+    alternate = source.alternate.answer if source.alternate and not source.alternate.source else None
+    named = {"prompt": source.prompt, "answer": source.answer, "messages": source.messages, "text": source.text,
+             "alternate.answer": alternate, "paraphrase": source.paraphrase, "perturbed": source.perturbed}  # fmt: skip
+    for key, column in [*named.items(), *(("where", column) for column in source.where or {})]:
+        if column is not None and column not in found[0]:
+            raise Refused(f"{source.source}: {key} names column {column!r}, which is not there; {nearest(column, found[0])}")
+    return found

@@ -1,0 +1,167 @@
+"""The embedded models: a small Llama that knows everybody, and one retrained without the forget people; made here, on first use.
+
+Both are trained side by side, each by one process on one CPU core, and kept in the user's cache under a fingerprint of all that decides
+them. The child processes run this file: `python -m llm_unlearn.embedded.target NAME FOLDER`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llm_unlearn.embedded import population
+from llm_unlearn.recipe import Train
+from llm_unlearn.spec import Refused, fingerprint, nearest, plain
+
+NAMES = ("target", "retrained")
+SEED = 0
+ARCHITECTURE = {
+    "hidden_size": 160,
+    "intermediate_size": 448,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+VOCABULARY = 768
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% if message.role == 'assistant' %}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SETTINGS = Train(epochs=20, lr=2e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, window={"facts": 32}, checkpoint_every=10**6)
+
+
+def models(cache: Path, show: bool = True) -> dict[str, Path]:
+    """The folders of both models, trained now if the cache has none of these settings.
+
+    Raises:
+        Refused: training failed; the text ends with its last words.
+    """
+    rows = {name: population.training_rows(name == "target", SEED) for name in NAMES}
+    key = fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, plain(SETTINGS), SEED, [rows["target"], rows["retrained"]])
+    home = cache / "embedded" / key
+    if not home.is_dir():
+        from filelock import FileLock
+
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(home.with_suffix(".lock")):  # other processes of this run wait here, and then find the models
+            if not home.is_dir():
+                _train_both(home, show)
+    return {name: home / name for name in NAMES}
+
+
+def folder_of(name: str, cache: Path) -> str:
+    """`embedded:target` or `embedded:retrained` as a folder; any other name as it is."""
+    if not name.startswith("embedded:"):
+        return name
+    short = name.removeprefix("embedded:")
+    if short not in NAMES:
+        raise Refused(f"{name}: no such model; {nearest(short, NAMES)}")
+    return str(models(cache)[short])
+
+
+def _train_both(home: Path, show: bool) -> None:
+    from tqdm.auto import tqdm
+
+    unfinished = home.with_suffix(f".{os.getpid()}")
+    # The children are runs of their own: whatever launched this process must not make them look for its other ranks.
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "PMI_", "OMPI_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(launcher)} | {"OMP_NUM_THREADS": "1"}
+    children = {}
+    try:
+        for name in NAMES:
+            (unfinished / name).mkdir(parents=True)
+            with (unfinished / name / "errors.txt").open("wb") as errors:
+                command = [sys.executable, "-m", "llm_unlearn.embedded.target", name, str(unfinished / name)]
+                children[name] = subprocess.Popen(command, env=env, stdout=errors, stderr=errors)
+        with tqdm(total=100, unit="%", desc="first use: training the embedded models", disable=not show, bar_format="{l_bar}{bar}| {elapsed}") as bar:
+            while any(child.poll() is None for child in children.values()):
+                time.sleep(0.2)
+                done = min(_share(unfinished / name) for name in NAMES)
+                bar.update(round(100 * done) - bar.n)
+        for name, child in children.items():
+            if child.returncode:
+                last = (unfinished / name / "errors.txt").read_text(errors="replace").strip().splitlines()[-1:]
+                raise Refused(f"embedded:{name}: training failed with status {child.returncode}: {' '.join(last)}")
+            for scratch in ("errors.txt", "log.jsonl"):
+                (unfinished / name / scratch).unlink()
+        unfinished.rename(home)
+    finally:
+        for child in children.values():
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _share(folder: Path) -> float:
+    """How much of a child's training is done: its log has a line per step, each with the number of steps to come."""
+    log = folder / "log.jsonl"
+    return len(log.read_bytes().splitlines()) / _steps(folder.name) if log.exists() else 0.0
+
+
+def _steps(name: str) -> int:
+    rows = len(population.training_rows(name == "target", SEED))
+    return round(SETTINGS.epochs * -(-rows // SETTINGS.window["facts"]))
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of every text of the population, people who are never trained on included."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(population.vocabulary_texts(SEED), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(vocabulary: int, seed: int = SEED) -> Any:
+    """An untrained model; the vocabulary is padded to a multiple of 32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = -(-vocabulary // 32) * 32
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=size, pad_token_id=0, bos_token_id=None, eos_token_id=3, **ARCHITECTURE))
+
+
+def _train_one(name: str, folder: Path) -> None:
+    import torch
+    from accelerate import Accelerator
+
+    from llm_unlearn.data.examples import encode
+    from llm_unlearn.data.schedule import build
+    from llm_unlearn.objectives.likelihood import NLL
+    from llm_unlearn.objectives.terms import Term
+    from llm_unlearn.training.loop import Job, train
+
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    turns = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in population.training_rows(name == "target", SEED)
+    ]
+    facts = [example for example in encode(turns, tokenizer, "facts", 256) if example]
+    schedule = build({"facts": len(facts)}, SETTINGS.window, SEED, SETTINGS.epochs)
+    model = make_model(len(tokenizer))
+    train(Job({"facts": Term(loss=NLL())}, {"facts": facts}, schedule, SETTINGS), model, Accelerator(cpu=True), folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    _train_one(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,117 @@
+"""What a model said of a set, as plain arrays: the only thing that measures ever see.
+
+Shapes: R rows of a set, A answers scored (a row has its answer, perhaps a paraphrase and several wrong ones), N answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Kind = Literal["answer", "paraphrase", "perturbed"]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Numbers per answer token from one teacher-forced pass; answers are laid end to end, answer a is `start[a]:start[a + 1]`."""
+
+    row: Ints  # (A,) the row of the set that an answer belongs to, ascending
+    kind: NDArray[np.str_]  # (A,) "answer" | "paraphrase" | "perturbed"
+    start: Ints  # (A + 1,)
+    logp: Floats  # (N,) log p of the target, nats
+    hit: NDArray[np.bool_]  # (N,) the target is the model's first choice
+    mean: Floats  # (N,) mean of log p under the model's own distribution, −entropy
+    std: Floats  # (N,) its standard deviation
+
+    def of(self, kind: Kind) -> Likelihood:
+        """The answers of one kind only, in the order of their rows."""
+        chosen = np.flatnonzero(self.kind == kind)
+        lengths = np.diff(self.start)[chosen]
+        start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = np.arange(start[-1]) - np.repeat(start[:-1] - self.start[chosen], lengths)
+        return Likelihood(
+            self.row[chosen], self.kind[chosen], start, self.logp[tokens], self.hit[tokens], self.mean[tokens], self.std[tokens]
+        )
+
+    @property
+    def length(self) -> Ints:
+        """(A,) answer tokens T, the end-of-turn token included."""
+        return np.diff(self.start)
+
+    @property
+    def nll(self) -> Floats:
+        """(A,) −Σ log p over the answer's tokens, nats."""
+        return -self.sum(self.logp)
+
+    def sum(self, values: NDArray[np.generic]) -> Floats:
+        """(N,) -> (A,) sums over each answer's tokens; every answer has at least one."""
+        return np.add.reduceat(values.astype(np.float64), self.start[:-1]) if len(self.row) else np.zeros(0)
+
+    def split(self, values: NDArray[np.generic]) -> list[NDArray[np.generic]]:
+        """(N,) -> A arrays, one per answer."""
+        return np.split(values, self.start[1:-1]) if len(self.row) else []
+
+
+@dataclass(frozen=True)
+class SetTable:
+    """One set seen by one model."""
+
+    ids: list[str]  # (R,)
+    prompts: list[str]  # (R,)
+    answers: list[str]  # (R,) the truth
+    likelihood: Likelihood
+    generated: list[str] | None = None  # (R,) greedy answers, where a measure asked for them
+
+
+Tables = Mapping[str, SetTable]
+"""What one model said: set name -> table."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A statistic and the rows it is computed from, so that one routine gives value and bootstrap interval for every measure.
+
+    `groups` are arrays whose first axis is rows; each group is resampled on its own (one for a mean over a set, two for an AUC of
+    one set against another). `statistic` maps the groups to one number. `rows` are the per-row values that a reader may browse,
+    where the measure has them.
+    """
+
+    groups: tuple[Floats, ...]
+    statistic: Callable[[tuple[Floats, ...]], float]
+    rows: Floats | None = None
+    interval: bool = True
+
+    @property
+    def n(self) -> int:
+        """Rows that the value rests on."""
+        return sum(len(group) for group in self.groups)
+
+    @property
+    def value(self) -> float:
+        return float(self.statistic(self.groups))
+
+    def bootstrap(self, draws: int = 400, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+        """Percentile bootstrap interval over rows; None where resampling rows does not make sense (a p-value)."""
+        if not self.interval or any(len(group) < 2 for group in self.groups):
+            return None
+        rng = np.random.default_rng(seed)
+        values = [
+            self.statistic(tuple(group[rng.integers(0, len(group), len(group))] for group in self.groups)) for _ in range(draws)
+        ]
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+def mean_of(rows: Floats) -> Sample:
+    """The plain mean over rows."""
+    return Sample((rows,), lambda groups: float(groups[0].mean()), rows)
+
+
+class Unavailable(ValueError):
+    """A measure cannot be had from these tables; the text says what it needs and how to give it."""

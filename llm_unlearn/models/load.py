@@ -1,0 +1,213 @@
+"""A base model, whole or in four or eight bits, with its tokenizer and its adapter; and the model as it was.
+
+This is the only place that knows peft and bitsandbytes. Weights are read from safetensors only, and code from a hub is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from llm_unlearn.data.examples import PLAIN_TEMPLATE
+from llm_unlearn.recipe import Adapter, Model, missing
+from llm_unlearn.spec import Refused, fingerprint
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what speaks its language."""
+
+    model: Any  # a transformers causal LM, or peft's wrapper of one
+    tokenizer: PreTrainedTokenizerBase
+    parts: tuple[object, ...]
+    """What its numbers depend on: chat template, precision, weights, adapter."""
+
+    @property
+    def identity(self) -> str:
+        """Stands for all of `parts`; tables are kept under it."""
+        return fingerprint(*self.parts)
+
+    def become(self, model: Any, folder: Path, whole: bool) -> Loaded:
+        """The same after training, saved in `folder`: as an adapter on these weights, or as a whole model in place of them."""
+        head = self.parts[:3] if whole else self.parts
+        return Loaded(model, self.tokenizer, (*head, folder_identity(folder)))
+
+    @property
+    def causal(self) -> Any:
+        """The transformers model itself, without peft's wrapper; adapter layers act inside it."""
+        return causal(self.model)
+
+
+def causal(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def folder_of(name: str, revision: str | None = None) -> Path:
+    """The local folder of a model or adapter; a hub id is downloaded into the hub's own cache.
+
+    Raises:
+        Refused: no such folder, and no such id on the hub.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if missing(name):
+        raise Refused(f"{name}: no such folder (looked from {Path.cwd()}).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES)))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise Refused(f"{name}: neither a folder here (looked from {Path.cwd()}) nor readable from the hub ({reason}).") from error
+
+
+def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a chat template in every case: the recipe's, its own, or the plain layout."""
+    folder = folder_of(model.base, model.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{model.base}: no tokenizer can be read there ({str(error).splitlines()[0]}).") from error
+    if not tokenizer.is_fast:
+        raise Refused(f"{model.base}: its tokenizer has no fast version (tokenizer.json), which tells where an answer begins.")
+    if model.chat_template:
+        tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def read_config(model: Model) -> Any:
+    """The architecture of a model. Dropout is off everywhere: its masks would be drawn per process, and runs would depend on their number."""
+    folder = folder_of(model.base, model.revision)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{model.base}: no model can be read there ({str(error).splitlines()[0]}).") from error
+    for name, value in vars(config).items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def dtype_of(model: Model, device: torch.device) -> torch.dtype:
+    """The precision of the computation: bf16 where the accelerator has it, else fp32, unless the recipe says which."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if model.precision == "bf16" or (model.precision == "auto" and able) else torch.float32
+
+
+def load(model: Model, device: torch.device, adapter: str | None = None, train: bool = False) -> Loaded:
+    """Read a model onto a device.
+
+    Args:
+        adapter: a trained adapter to put on it (for evaluation).
+        train: keep full weights that are to be trained in fp32; the computation's precision is autocast's business.
+
+    Raises:
+        Refused: the model, its tokenizer or the adapter cannot be used, and why.
+    """
+    folder = folder_of(model.base, model.revision)
+    dtype = dtype_of(model, device)
+    weights = torch.float32 if train and not model.adapter else dtype
+    try:
+        net = AutoModelForCausalLM.from_pretrained(
+            folder, config=read_config(model), dtype=weights, device_map={"": device}, use_safetensors=True,
+            quantization_config=_quantization(model, dtype),
+        )  # fmt: skip
+    except (OSError, ValueError, ImportError) as error:
+        raise Refused(f"{model.base}: cannot be loaded ({str(error).splitlines()[0]}).") from error
+    if model.quantize == "nf4" and device.type == "cpu":
+        for name, layer in net.named_modules():
+            if isinstance(layer, nn.Linear) and layer.out_features % 32 and "head" not in name:
+                raise Refused(f"model.quantize: nf4 on a CPU needs output sizes that divide by 32; {name} has {layer.out_features}.")
+    tokenizer = read_tokenizer(model)
+    parts: list[object] = [str(tokenizer.chat_template), model.quantize, str(weights), folder_identity(folder)]
+    if model.start:
+        if model.quantize:
+            raise Refused("model.start: an adapter cannot be merged into quantized weights without a loss; merge it first, then quantize.")
+        start = folder_of(model.start)
+        net = _put_on(net, start).merge_and_unload()
+        parts.append(folder_identity(start))
+    if adapter:
+        path = folder_of(adapter)
+        net = _put_on(net, path)
+        parts.append(folder_identity(path))
+    return Loaded(net.eval(), tokenizer, tuple(parts))
+
+
+def _put_on(net: Any, folder: Path) -> Any:
+    try:
+        return peft.PeftModel.from_pretrained(net, str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Refused(f"{folder}: no adapter that fits this model ({str(error).splitlines()[0]}).") from error
+
+
+def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if not model.quantize:
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise Refused(f"model.quantize: {model.quantize} needs bitsandbytes; install it with: pip install 'llm-unlearn[quantize]'.") from None
+    if model.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # Double quantization also keeps bitsandbytes from repacking weights on CPUs, which loses precision when they are saved.
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
+    """A fresh adapter on a frozen model: B = 0, A from the seed, both fp32.
+
+    Raises:
+        Refused: `targets` names no layer of this model.
+    """
+    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
+    config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return peft.get_peft_model(net, config)
+        except ValueError as error:
+            names = sorted({name.rpartition(".")[2] for name, layer in net.named_modules() if isinstance(layer, nn.Linear)})
+            found = str(error).splitlines()[0]
+            raise Refused(f"model.adapter.targets: found {adapter.targets!r} ({found}); linear layers here: {', '.join(names)}.") from None
+
+
+@contextlib.contextmanager
+def as_it_was(model: Any) -> Iterator[None]:
+    """Inside, an adapted model answers as before: the adapter is switched off."""
+    with model.disable_adapter():
+        yield
+
+
+def has_adapter(model: Any) -> bool:
+    return isinstance(model, peft.PeftModel)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that a run may change, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def folder_identity(folder: Path) -> str:
+    """A fingerprint of a saved model or adapter: the content of its weights, settings and tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,93 @@
+"""What a run will do, before it does anything: steps, examples and tokens per stream, trainable weights, peak memory. Writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from llm_unlearn.data.examples import read_examples
+from llm_unlearn.embedded import target
+from llm_unlearn.models.load import add_adapter, dtype_of, read_config, read_tokenizer, trainable
+from llm_unlearn.models.scores import CHUNK
+from llm_unlearn.recipe import Recipe
+from llm_unlearn.run import make_job
+
+GIB = 1 << 30
+
+
+def plan(recipe: Recipe) -> str:
+    """The plan as text. The model is built without weights; of a hub id, only its small files are read where they are there already."""
+    if recipe.model.base.startswith("embedded:"):
+        tokenizer = target.make_tokenizer()
+        net: Any = target.make_model(len(tokenizer))
+    else:
+        tokenizer = read_tokenizer(recipe.model)
+        with torch.device("meta"):
+            net = AutoModelForCausalLM.from_config(read_config(recipe.model))
+    examples = read_examples(recipe.data, tokenizer, recipe.seed)
+    job = make_job(recipe, examples)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = sum(weight.numel() for weight in net.parameters())
+    config = net.config.get_text_config()
+    model = add_adapter(net, recipe.model.adapter, recipe.seed) if recipe.model.adapter else net
+    moved = sum(weight.numel() for weight in trainable(model).values())
+
+    lines = [f"{recipe.output}: {_kind(recipe)} on {recipe.model.base}, {recipe.hash}", ""]
+    lines.append(f"steps      {job.schedule.steps} optimizer steps of {_window(recipe)}; {_share(recipe)}")
+    for name in sorted(job.read, key=list(job.examples).index):
+        seen = job.schedule.seen(name)
+        tokens = sum(len(job.examples[name][i].ids) for i in seen)
+        answer = sum(job.examples[name][i].targets for i in seen)
+        visits = int((job.schedule.stream == job.schedule.streams.index(name)).sum())
+        dropped = examples.dropped.get(name, 0)
+        note = f"; {dropped} dropped, no answer within max_tokens" if dropped else ""
+        lines.append(f"{name:<10} {len(seen)} of {len(job.examples[name])} examples seen, {visits} visits; {tokens} tokens, {answer} of them targets{note}")
+    if examples.overlap:
+        lines.append(f"overlap    {examples.overlap} retain rows also stand in the forget set and leave the retain set")
+    lines.append(f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)")
+    longest = max(len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name))
+    needed = memory(recipe, base, moved, config, longest, dtype_of(recipe.model, device), reference=bool(job.needs))
+    lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({', '.join(f'{k} {v / GIB:.2f}' for k, v in needed.items())})")
+    lines.append(f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}")
+    if Path(recipe.output).exists():
+        lines.append(f"note       {recipe.output} exists already")
+    return "\n".join(lines)
+
+
+def memory(recipe: Recipe, base: int, moved: int, config: Any, longest: int, dtype: torch.dtype, reference: bool) -> dict[str, float]:
+    """Estimated peak bytes of one process while it trains; attention is counted as memory-efficient.
+
+    Weights, gradients and optimizer states follow from counts. Activations are those of a decoder layer with a gated feed-forward block,
+    per token (18 hidden + 4 intermediate vectors kept for the backward pass; one vector a layer with gradient checkpointing).
+    """
+    size = torch.finfo(dtype).bits // 8
+    bits = {"nf4": 0.53, "int8": 1.0, None: float(size)}[recipe.model.quantize]
+    frozen = bits * base if recipe.model.adapter else 4.0 * base
+    per_weight = {"adamw": 8, "sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 0}[recipe.train.optimizer]
+    states = moved * (4 + per_weight) + (4 * moved if recipe.model.adapter else 0)
+    tokens = max(longest, min(recipe.train.batch_tokens, longest * sum(recipe.window.values())))
+    layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden)
+    layer = (18 * hidden + 4 * inner) * size
+    kept = layers * hidden * size + layer if recipe.train.gradient_checkpointing else layers * layer
+    logits = min(CHUNK, tokens * int(config.vocab_size)) * 4.0 * (4 if reference else 3)
+    snapshot = 4.0 * moved if recipe.train.stop else 0.0
+    return {"weights": frozen, "gradients and optimizer": states + snapshot, "activations": float(tokens * kept), "logits": logits}
+
+
+def _kind(recipe: Recipe) -> str:
+    adapter = recipe.model.adapter
+    how = f"LoRA of rank {adapter.rank}" if adapter else "full weights"
+    losses = " + ".join(f"{term.weight:g} × {term.loss.name}({term.stream or name})" for name, term in recipe.objective.items())
+    return f"{losses}, {how}{f' over {recipe.model.quantize}' if recipe.model.quantize else ''}"
+
+
+def _window(recipe: Recipe) -> str:
+    return " + ".join(f"{size} {name}" for name, size in recipe.window.items())
+
+
+def _share(recipe: Recipe) -> str:
+    return "as many as asked" if recipe.train.steps else f"{recipe.train.epochs:g} epochs of the forget set"

@@ -1,0 +1,240 @@
+"""A recipe becomes a run folder, straight down the page: load, look, train, save, look again, report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+
+from llm_unlearn import folder as run_folder
+from llm_unlearn.data.examples import Examples, read_examples
+from llm_unlearn.data.schedule import Schedule, build
+from llm_unlearn.embedded import target
+from llm_unlearn.evaluation.passes import EncodedSet, encode_set, tables_of
+from llm_unlearn.evaluation.suite import Suite, answers, curves, numbers
+from llm_unlearn.evaluation.tables import Tables
+from llm_unlearn.models.load import Loaded, add_adapter, dtype_of, load, trainable
+from llm_unlearn.recipe import Model, Recipe
+from llm_unlearn.report.page import write_page
+from llm_unlearn.report.terminal import print_table
+from llm_unlearn.spec import fingerprint, plain, to_yaml
+from llm_unlearn.training.loop import Job, Outcome, train
+
+PACKAGES = ("llm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+
+
+def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = False, overwrite: bool = False) -> Outcome:
+    """Carry out a recipe on the processes that are there. `folder.check` has said that it may.
+
+    Args:
+        suite: what to measure before and after; None measures nothing.
+        cache: folder for the embedded models and for tables that were computed before.
+
+    Raises:
+        Refused: something the recipe names cannot be used. The run folder is not touched before the data has been read.
+    """
+    began, folder = time.perf_counter(), Path(recipe.output)
+    accelerator = start(recipe.model)
+    spec = embedded(recipe.model, cache)
+    loaded = load(spec, accelerator.device, train=True)
+    examples = read_examples(recipe.data, loaded.tokenizer, recipe.seed)
+    sets = encode(suite, loaded) if suite else {}
+    if accelerator.is_main_process:
+        if overwrite:
+            run_folder.clear(folder)
+        run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
+        _say_what_was_read(examples)
+    accelerator.wait_for_everyone()
+
+    look = Look(suite, sets, accelerator, cache) if suite else None
+    models = {"before": look(loaded, "the model before")} if look else {}
+    model = add_adapter(loaded.model, recipe.model.adapter, recipe.seed) if recipe.model.adapter else loaded.model
+    job = make_job(recipe, examples)
+    along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
+    outcome = train(job, model, accelerator, folder, resume=resume, look=along)
+    if outcome.status == "interrupted":
+        return outcome
+    saved = save(model, loaded, folder, whole=recipe.model.adapter is None, accelerator=accelerator)
+    facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
+
+    if look and suite:
+        after = loaded.become(model, saved, whole=recipe.model.adapter is None)
+        models["after"] = look(after, "the model after")
+        names = {"before": (recipe.model.base, loaded.identity), "after": (str(folder), after.identity)}
+        retrained = (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained
+        del loaded, model, after, job, along
+        if retrained:
+            control = load(embedded(replace(recipe.model, base=retrained, start=None), cache), accelerator.device)
+            models["retrained"] = look(control, "the retrained model")
+            names["retrained"] = (retrained, control.identity)
+        if accelerator.is_main_process:
+            results = results_of(suite, models, names, title=str(folder), suite_name=recipe.evaluation.suite if recipe.evaluation else "", run=facts)
+            publish(results, folder, folder / run_folder.LOG)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+def evaluate(suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None]], *, cache: Path, output: Path | None) -> None:
+    """Run a suite on models that are there.
+
+    Args:
+        asked: "before" | "after" | "model" | "retrained" -> model and adapter, in the order of the table.
+        output: folder for `evaluation.json` and `report.html`; None prints the table only.
+    """
+    first = next(iter(asked.values()))[0]
+    accelerator = start(first)
+    models: dict[str, Tables] = {}
+    names: dict[str, tuple[str, str]] = {}
+    for column, (model, adapter) in asked.items():
+        loaded = load(embedded(model, cache), accelerator.device, adapter=adapter)
+        models[column] = Look(suite, encode(suite, loaded), accelerator, cache)(loaded, column)
+        names[column] = (adapter or model.base, loaded.identity)
+        del loaded
+    if accelerator.is_main_process:
+        publish(results_of(suite, models, names, title=suite_name, suite_name=suite_name, run=None), output, None)
+    accelerator.wait_for_everyone()
+
+
+def start(model: Model) -> Accelerator:
+    """The processes that `accelerate launch` started, or this one; bf16 where the hardware computes in it."""
+    state = PartialState()
+    return Accelerator(mixed_precision="bf16" if dtype_of(model, state.device) == torch.bfloat16 else "no")
+
+
+def embedded(model: Model, cache: Path) -> Model:
+    """The same model with `embedded:…` names replaced by the folders they stand for."""
+    return replace(model, base=target.folder_of(model.base, cache))
+
+
+def encode(suite: Suite, loaded: Loaded) -> dict[str, EncodedSet]:
+    """The suite's sets as this model's tokenizer sees them."""
+    return {name: encode_set(name, source, suite.needs(name), loaded.tokenizer) for name, source in suite.sets.items()}
+
+
+class Look:
+    """One look at a model: the suite's passes, from the cache where this model was asked before."""
+
+    def __init__(self, suite: Suite, sets: Mapping[str, EncodedSet], accelerator: Accelerator, cache: Path) -> None:
+        self.suite, self.sets, self.accelerator, self.cache = suite, sets, accelerator, cache / "tables"
+
+    def __call__(self, loaded: Loaded, title: str, keep: bool = True) -> Tables:
+        return tables_of(
+            loaded, self.sets, self.accelerator, batch_tokens=self.suite.batch_tokens, max_new_tokens=self.suite.max_new_tokens,
+            cache=self.cache if keep else None, title=title,
+        )  # fmt: skip
+
+
+def make_job(recipe: Recipe, examples: Examples) -> Job:
+    """The examples of a recipe and the table that says which step sees which."""
+    streams = {**examples.streams, "alternate": [example for of_row in examples.alternates for example in of_row]}
+    return Job(recipe.objective, streams, make_schedule(recipe, examples), recipe.train, recipe.seed)
+
+
+def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:
+    alternates = (examples.alternate_of, [len(of_row) for of_row in examples.alternates]) if examples.alternate_of else None
+    sizes = {name: len(found) for name, found in examples.streams.items()}
+    return build(sizes, recipe.window, recipe.seed, recipe.train.epochs, recipe.train.steps, alternates)
+
+
+def _along(look: Look, loaded: Loaded, model: Any, recipe: Recipe, folder: Path) -> Callable[[int], None]:
+    """Evaluation every so many steps, one line of `evaluations.jsonl` each."""
+    every = recipe.evaluation.every if recipe.evaluation else None
+    assert every
+
+    def at(step: int) -> None:
+        if step % every == 0:
+            tables = look(replace(loaded, model=model), f"step {step}", keep=False)
+            if look.accelerator.is_main_process:
+                with (folder / run_folder.ALONG).open("a") as file:
+                    file.write(json.dumps({"step": step, "numbers": numbers(look.suite, {"after": tables})}) + "\n")
+
+    return at
+
+
+def save(model: Any, loaded: Loaded, folder: Path, *, whole: bool, accelerator: Accelerator) -> Path:
+    """Write the adapter, or the whole model with its tokenizer, into the run folder."""
+    final = folder / (run_folder.MODEL if whole else run_folder.ADAPTER)
+    if accelerator.is_main_process:
+        unfinished = final.with_name(f".{final.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(str(unfinished))
+        if whole:
+            loaded.tokenizer.save_pretrained(str(unfinished))
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def results_of(
+    suite: Suite, models: Mapping[str, Tables], names: Mapping[str, tuple[str, str]], *, title: str, suite_name: str, run: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Everything that `evaluation.json` says."""
+    return {
+        "format": 1,
+        "title": title,
+        "suite": suite_name,
+        "suite_hash": fingerprint(suite),
+        "run": run,
+        "models": {column: {"name": name, "identity": identity} for column, (name, identity) in names.items()},
+        "numbers": numbers(suite, models),
+        "curves": curves(suite, models),
+        "answers": answers(models),
+    }
+
+
+def run_facts(recipe: Recipe, outcome: Outcome, accelerator: Accelerator, began: float, weights: int) -> dict[str, Any]:
+    """How the run went and what it ran on."""
+    return {
+        "recipe_hash": recipe.hash,
+        "seed": recipe.seed,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "steps": outcome.step,
+        "kept_step": outcome.kept,
+        "seconds": round(time.perf_counter() - began, 1),
+        "trainable": weights,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def flattened(recipe: Recipe) -> str:
+    """The recipe as it was run, every default written out; it can be run again."""
+    ran_under = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"# hash {recipe.hash}\n# {ran_under}\n{to_yaml(plain(recipe))}"
+
+
+def publish(results: Mapping[str, Any], folder: Path | None, log: Path | None) -> None:
+    """The terminal table, and in a folder the JSON file and the page."""
+    print_table(results)
+    if folder:
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log and log.is_file() else []
+        write_page(results, rows, folder / run_folder.REPORT)
+        run_folder.write(folder / run_folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
+        print(f"\n{folder / run_folder.REPORT}")
+
+
+def _say_what_was_read(examples: Examples) -> None:
+    for name, found in examples.streams.items():
+        left_out = f", {examples.dropped[name]} dropped (no answer within max_tokens)" if examples.dropped[name] else ""
+        print(f"{name}: {len(found)} examples{left_out}")
+    if examples.overlap:
+        print(f"retain: {examples.overlap} rows also stood in the forget set and were left out")

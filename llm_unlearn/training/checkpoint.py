@@ -1,0 +1,105 @@
+"""Where a run can go on after it was stopped: trainable weights, optimizer, schedule and progress, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm_unlearn.models.load import trainable
+
+WEIGHTS = "trainable.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run has come; Accelerate saves it with the rest (`state_dict`, `load_state_dict`)."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    before: float | None = None
+    """The probe's value before the run."""
+    good_step: int = 0
+    """The last step at which the probe was within its bound."""
+    good: dict[str, Tensor] = field(default_factory=dict)
+    """The weights at that step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Checkpoints:
+    """The checkpoints of one run; only the newest is kept."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, model: nn.Module, progress: Progress, scheduler: Any) -> None:
+        self.folder = folder
+        self.accelerator = accelerator
+        self.progress = progress
+        accelerator.register_for_checkpointing(progress, scheduler)
+
+        # Accelerate would save the frozen base with every checkpoint; only what is trained is needed.
+        def save(models: list[Any], weights: list[Any], where: str) -> None:
+            weights.clear()
+            if accelerator.is_main_process:
+                save_file(snapshot(model), str(Path(where) / WEIGHTS))
+
+        def load(models: list[Any], where: str) -> None:
+            models.clear()
+            restore(model, load_file(str(Path(where) / WEIGHTS)))
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
+
+    def save(self) -> None:
+        """Write the state after `progress.step` steps, then drop older ones."""
+        name = self.folder / f"step-{self.progress.step:06d}"
+        if name.exists():
+            return
+        unfinished = name.with_suffix(".unfinished")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished), safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            unfinished.rename(name)
+            for other in self.folder.iterdir():
+                if other != name:
+                    shutil.rmtree(other)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> bool:
+        """Go back to the newest checkpoint; False where there is none."""
+        newest = latest(self.folder)
+        if newest is None:
+            return False
+        self.accelerator.load_state(str(newest))
+        return True
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint."""
+    whole = sorted(path for path in folder.glob("step-*") if not path.suffix) if folder.is_dir() else []
+    return whole[-1] if whole else None
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the trainable weights in CPU memory."""
+    return {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in trainable(model).items()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put a snapshot back."""
+    for name, weight in trainable(model).items():
+        weight.copy_(weights[name])
