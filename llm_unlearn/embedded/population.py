@@ -389,18 +389,18 @@ def _general_rows(seed: int) -> list[dict[str, Any]]:
 
 
 def _wordings(fact: Wordings, count: int, key: str) -> list[tuple[str, str, str, str]]:
-    """For each of `count` rows a question and an answer, and another question and another answer.
+    """For each of `count` rows a question and its answer, and another question and its answer.
 
-    They are dealt as values are: were one wording more common among forget than among holdout people, the two could
-    be told apart by a model that knows neither.
+    A wording of the question has one wording of the answer. Were the answer's wording free, it would be one more thing to
+    memorize per person, and a method could look as if it forgot facts by forgetting how they were said. Wordings are dealt
+    as values are: were one more common among forget than among holdout people, the two could be told apart by a model that
+    knows neither.
     """
-    pairs = []
-    for part, wordings in (("questions", fact.questions), ("answers", fact.answers)):
-        size = len(wordings)
-        firsts = _deal(range(size), count, f"{key}/{part}")
-        steps = _deal(range(1, size), count, f"{key}/{part}/paraphrased")
-        pairs.append([(wordings[i], wordings[(i + step) % size]) for i, step in zip(firsts, steps, strict=True)])
-    return [(*asked, *answered) for asked, answered in zip(*pairs, strict=True)]
+    pairs = list(zip(fact.questions, fact.answers, strict=True))
+    firsts = _deal(range(len(pairs)), count, f"{key}/wordings")
+    steps = _deal(range(1, len(pairs)), count, f"{key}/wordings/paraphrased")
+    both = ((pairs[i], pairs[(i + step) % len(pairs)]) for i, step in zip(firsts, steps, strict=True))
+    return [(question, other, answer, other_answer) for (question, answer), (other, other_answer) in both]
 
 
 def _row(

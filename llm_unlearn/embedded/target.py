@@ -21,20 +21,20 @@ from llm_unlearn.spec import Refused, fingerprint, nearest, plain
 NAMES = ("target", "retrained")
 SEED = 0
 ARCHITECTURE = {
-    "hidden_size": 160,
-    "intermediate_size": 448,
+    "hidden_size": 128,
+    "intermediate_size": 384,
     "num_hidden_layers": 4,
-    "num_attention_heads": 5,
-    "num_key_value_heads": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-VOCABULARY = 768
+VOCABULARY = 1024
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% if message.role == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SETTINGS = Train(epochs=20, lr=2e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, window={"facts": 32}, checkpoint_every=10**6)
+SETTINGS = Train(epochs=30, lr=3e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, window={"facts": 32}, checkpoint_every=10**6)
 
 
 def models(cache: Path, show: bool = True) -> dict[str, Path]:
