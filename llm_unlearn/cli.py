@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -25,6 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
         0 done · 1 the run was stopped by its guard · 2 refused, with the reason on standard error · 130 interrupted.
     """
     options = _parser().parse_args(words)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels whenever peft imports it
     verb: Callable[[argparse.Namespace], int] = options.verb
     try:
         return verb(options)

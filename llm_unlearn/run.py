@@ -24,8 +24,6 @@ from llm_unlearn.evaluation.suite import Suite, answers, curves, numbers
 from llm_unlearn.evaluation.tables import Tables
 from llm_unlearn.models.load import Loaded, add_adapter, dtype_of, load, trainable
 from llm_unlearn.recipe import Model, Recipe
-from llm_unlearn.report.page import write_page
-from llm_unlearn.report.terminal import print_table
 from llm_unlearn.spec import fingerprint, plain, to_yaml
 from llm_unlearn.training.loop import Job, Outcome, train
 
@@ -224,6 +222,9 @@ def flattened(recipe: Recipe) -> str:
 
 def publish(results: Mapping[str, Any], folder: Path | None, log: Path | None) -> None:
     """The terminal table, and in a folder the JSON file and the page."""
+    from llm_unlearn.report.page import write_page
+    from llm_unlearn.report.terminal import print_table
+
     print_table(results)
     if folder:
         rows = [json.loads(line) for line in log.read_text().splitlines()] if log and log.is_file() else []

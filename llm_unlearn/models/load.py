@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from transformers.utils import logging as transformers_logging
+
 from llm_unlearn.data.examples import PLAIN_TEMPLATE
 from llm_unlearn.recipe import Adapter, Model, missing
 from llm_unlearn.spec import Refused, fingerprint
+
+transformers_logging.disable_progress_bar()  # weights load in a moment; the bars here are those of our own long work
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 
@@ -130,9 +134,7 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     except (OSError, ValueError, ImportError) as error:
         raise Refused(f"{model.base}: cannot be loaded ({str(error).splitlines()[0]}).") from error
     if model.quantize == "nf4" and device.type == "cpu":
-        for name, layer in net.named_modules():
-            if isinstance(layer, nn.Linear) and layer.out_features % 32 and "head" not in name:
-                raise Refused(f"model.quantize: nf4 on a CPU needs output sizes that divide by 32; {name} has {layer.out_features}.")
+        _prepare_nf4_on_cpu(net)
     tokenizer = read_tokenizer(model)
     parts: list[object] = [str(tokenizer.chat_template), model.quantize, str(weights), folder_identity(folder)]
     if model.start:
@@ -150,9 +152,25 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
 
 def _put_on(net: Any, folder: Path) -> Any:
     try:
-        return peft.PeftModel.from_pretrained(net, str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.PeftModel.from_pretrained(net, str(folder))
     except (OSError, ValueError, RuntimeError) as error:
         raise Refused(f"{folder}: no adapter that fits this model ({str(error).splitlines()[0]}).") from error
+
+
+def _prepare_nf4_on_cpu(net: Any) -> None:
+    """Keep bitsandbytes from repacking weights for AVX512 in eval mode: gradients do not pass through the packed form, and saving loses
+    precision.
+
+    Raises:
+        Refused: a layer's size does not divide by 32, which its CPU kernels need.
+    """
+    for name, layer in net.named_modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False
+            if layer.out_features % 32:
+                raise Refused(f"model.quantize: nf4 on a CPU needs output sizes that divide by 32; {name} has {layer.out_features}.")
 
 
 def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -164,7 +182,6 @@ def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None
         raise Refused(f"model.quantize: {model.quantize} needs bitsandbytes; install it with: pip install 'llm-unlearn[quantize]'.") from None
     if model.quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    # Double quantization also keeps bitsandbytes from repacking weights on CPUs, which loses precision when they are saved.
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -181,7 +198,9 @@ def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(net, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers has renamed
+                return peft.get_peft_model(net, config)
         except ValueError as error:
             names = sorted({name.rpartition(".")[2] for name, layer in net.named_modules() if isinstance(layer, nn.Linear)})
             found = str(error).splitlines()[0]

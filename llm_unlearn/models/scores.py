@@ -83,6 +83,15 @@ def check_head(model: Any) -> None:
         raise Refused(f"{type(net).__name__}: its logits are not its head on its last hidden state; this architecture is not supported yet.")
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Let every decoder layer forget its activations and recompute them in the backward pass; adapters get their gradients all the same."""
+    net = causal(model)
+    if hasattr(net, "activation_checkpointing_enable"):  # the name since transformers 5.2x
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 @dataclass(frozen=True)
 class Scores:
     """One stream's answer tokens as one model scores them: what a loss sees (`objectives.views.View`)."""

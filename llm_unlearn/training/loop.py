@@ -27,7 +27,7 @@ from llm_unlearn.data.schedule import Schedule
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.optimizer import make_optimizer
 from llm_unlearn.models.reference import Reference, reference_of
-from llm_unlearn.models.scores import Head, Scorer, check_head, head_of, score, values
+from llm_unlearn.models.scores import Head, Scorer, check_head, checkpoint_activations, head_of, score, values
 from llm_unlearn.objectives.terms import Term, streams_read
 from llm_unlearn.objectives.views import Need
 from llm_unlearn.recipe import Train
@@ -104,7 +104,7 @@ def train(
     scorer, head = Scorer(model), head_of(model)
     seen = [job.examples[stream][i] for stream in schedule.streams for i in schedule.seen(stream)]
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     optimizer = make_optimizer(settings, trainable(model).values(), accelerator.device)
     warmup = round(settings.warmup * schedule.steps)
     scheduler = get_scheduler(settings.schedule, optimizer, warmup, schedule.steps + 1)
