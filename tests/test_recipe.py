@@ -106,7 +106,9 @@ def test_a_shipped_recipe_run_as_python_launches_itself(path: Path, monkeypatch:
     assert launched == [str(path)]
 
 
-def test_launch_runs_the_file_with_the_words_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_runs_the_file_with_the_words_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = written(tmp_path, launchable(MINIMAL))
     words: list[Any] = []
     monkeypatch.setattr("llm_unlearn.cli.main", lambda given: words.append(given) or 7)
@@ -120,7 +122,9 @@ def test_launch_runs_the_file_with_the_words_of_the_command_line(tmp_path: Path,
 def test_launch_does_nothing_in_a_worker_process(tmp_path: Path) -> None:
     """A worker that imports the main file again must not start a second run: this recipe would end it with status 2."""
     path = written(tmp_path, launchable(MINIMAL.replace("seed: 0", "sead: 0")))
-    worker = multiprocessing.get_context("spawn").Process(target=runpy.run_path, args=(str(path),), kwargs={"run_name": "__main__"})
+    worker = multiprocessing.get_context("spawn").Process(
+        target=runpy.run_path, args=(str(path),), kwargs={"run_name": "__main__"}
+    )
     worker.start()
     alone = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
     worker.join()
@@ -139,7 +143,7 @@ def test_a_shipped_suite_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 ESCAPES = {
     "triple quotes and code in the middle": launchable(MINIMAL + '# """; {code}; r"""\n'),
-    "code after the launch line": launchable(MINIMAL) + "# nothing\n# ''; \n",
+    "code after the launch line": launchable(MINIMAL).replace("launch(__file__)", "launch(__file__); {code}"),
     "another last line": f'{LAUNCH_FIRST}\n{MINIMAL}# """; {{code}}\n',
     "code instead of the quoted text": launchable(MINIMAL).replace('r"""', '{code} or r"""', 1),
     "a call around the quoted text": launchable(MINIMAL).replace('r"""', 'print(r"""', 1).replace('# """;', '# """);'),
@@ -149,7 +153,7 @@ ESCAPES = {
 }
 
 
-@pytest.mark.parametrize("name", set(ESCAPES) - {"code after the launch line"})
+@pytest.mark.parametrize("name", ESCAPES)
 def test_a_file_that_would_run_something_else_is_refused_and_not_run(name: str, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
@@ -195,7 +199,10 @@ IN_THE_FILE = {
     "negative seed": (edit("seed: 0", "seed: -1"), [":1: seed: found -1; expected greater than or equal to 0"]),
     "negative decay": (edit("lr: 1.0e-4", "weight_decay: -1.0"), [":8: train.weight_decay: found -1.0; expected"]),
     "beta of zero": (edit("0.1", "0.0"), [":7: objective.forget.loss.beta: found 0.0; expected greater than 0"]),
-    "beta of zero in dpo": (edit("npo, beta: 0.1", "dpo, beta: 0"), [":7: objective.forget.loss.beta: found 0; expected greater"]),
+    "beta of zero in dpo": (
+        edit("npo, beta: 0.1", "dpo, beta: 0"),
+        [":7: objective.forget.loss.beta: found 0; expected greater"],
+    ),
     "weight that is no number": (
         edit("0.1}}", "0.1}, weight: .nan}"),
         [":7: objective.forget.weight: found nan; expected a finite number"],
@@ -206,19 +213,56 @@ IN_THE_FILE = {
     "nested key written twice": (edit("lr: 1.0e-4", "lr: 1.0e-4, lr: 2"), [":8: train.lr", "twice"]),
     "missing key": (edit("output: runs/x\n", ""), ["r.yaml: output: missing", "run folder"]),
     "missing nested key": (edit("{base: embedded:target}", "{}"), [":3: model.base: missing", "hub id"]),
-    "missing section": (edit(MINIMAL[MINIMAL.index("objective") : MINIMAL.index("train")], ""), ["r.yaml: objective: missing"]),
-    "missing data file": (edit("embedded:forget", "data/none.jsonl"), [":5: data.forget.source:", "data/none.jsonl", "looked from"]),
+    "missing section": (
+        edit(MINIMAL[MINIMAL.index("objective") : MINIMAL.index("train")], ""),
+        ["r.yaml: objective: missing"],
+    ),
+    "missing data file": (
+        edit("embedded:forget", "data/none.jsonl"),
+        [":5: data.forget.source:", "data/none.jsonl", "looked from"],
+    ),
     "missing model folder": (edit("embedded:target", "./none"), [":3: model.base:", "./none", "looked from"]),
-    "unknown embedded model": (edit("embedded:target", "embedded:tragte"), [":3: model.base: found 'embedded:tragte'", "embedded:target"]),
-    "unknown embedded data": (edit("embedded:forget", "embedded:forgot"), [":5: data.forget.source: found 'embedded:forgot'", "embedded:forget"]),
+    "unknown embedded model": (
+        edit("embedded:target", "embedded:tragte"),
+        [":3: model.base: found 'embedded:tragte'", "embedded:target"],
+    ),
+    "unknown embedded data": (
+        edit("embedded:forget", "embedded:forgot"),
+        [":5: data.forget.source: found 'embedded:forgot'", "embedded:forget"],
+    ),
     "no columns": (edit(", prompt: question, answer: answer", ""), [":5: data.forget", "prompt", "messages", "text"]),
     "half the columns": (edit(", answer: answer", ""), [":5: data.forget", "found prompt alone", "answer"]),
-    "filter of a wrong type": (edit("answer: answer", "answer: answer, where: {a: {b: 1}}"), [":5: data.forget.where.a: found {'b': 1}; expected"]),
-    "no terms": (edit("objective:\n  forget: {loss: {name: npo, beta: 0.1}}", "objective: {}"), [":6: objective: has no terms", "npo"]),
-    "window of a stream that is not there": (edit("lr: 1.0e-4", "window: {froget: 3}"), [":8: train.window.froget:", "'forget'"]),
+    "filter of a wrong type": (
+        edit("answer: answer", "answer: answer, where: {a: {b: 1}}"),
+        [":5: data.forget.where.a: found {'b': 1}; expected"],
+    ),
+    "examples of one token": (
+        edit("answer: answer", "answer: answer, max_tokens: 1"),
+        [":5: data.forget.max_tokens: found 1; expected greater than or equal to 2"],
+    ),
+    "alternates of running text": (
+        lambda text: edit("prompt: question, answer: answer", "text: answer, alternate: {answer: a}")(text).replace(
+            "npo", "dpo"
+        ),
+        [":5: data.forget.alternate:", "running text"],
+    ),
+    "no terms": (
+        edit("objective:\n  forget: {loss: {name: npo, beta: 0.1}}", "objective: {}"),
+        [":6: objective: has no terms", "npo"],
+    ),
+    "window of a stream that is not there": (
+        edit("lr: 1.0e-4", "window: {froget: 3}"),
+        [":8: train.window.froget:", "'forget'"],
+    ),
     "stop without a retain set": (edit("lr: 1.0e-4", "stop: {}"), [":8: train.stop:", "data.retain"]),
-    "chat template that is not there": (edit("target}", "target, chat_template: none.jinja}"), [":3: model.chat_template:", "none.jinja"]),
-    "chain position": (lambda text: "extends: [a, b]\n" + text, [":1: extends: found ['a', 'b']; expected the name of one other file"]),
+    "chat template that is not there": (
+        edit("target}", "target, chat_template: none.jinja}"),
+        [":3: model.chat_template:", "none.jinja"],
+    ),
+    "chain position": (
+        lambda text: "extends: [a, b]\n" + text,
+        [":1: extends: found ['a', 'b']; expected the name of one other file"],
+    ),
     "unknown tag": (edit("1.0e-4", "!rate 3"), ["r.yaml", "8", "!rate"]),
     "impossible date": (edit("1.0e-4", "2024-13-45"), ["r.yaml", "8", "2024-13-45"]),
     "endless list": (edit("1.0e-4", "&a [*a]"), ["r.yaml:8: train.lr"]),
@@ -246,17 +290,26 @@ COMMAND_LINE = {
     "misspelt loss": (["objective.forget.loss.name=nop"], ["objective.forget.loss.name: found 'nop'", "'npo'"]),
     "wrong type": (["train.lr=fast"], ["train.lr: found 'fast'; expected a valid number"]),
     "negative": (["train.lr=-1"], ["train.lr: found -1; expected greater than 0"]),
-    "quantized without an adapter": (["model.quantize=nf4", "model.adapter=null"], ["model.quantize:", "model.adapter"]),
+    "quantized without an adapter": (
+        ["model.quantize=nf4", "model.adapter=null"],
+        ["model.quantize:", "model.adapter"],
+    ),
     "stream that no loss reads": ([RETAIN], ["data.retain: no loss reads this stream", "objective.retain"]),
     "term on a stream that is not there": ([KEEP], ["objective.retain: reads stream 'retain'", "Valid: forget"]),
-    "named stream that is not there": (["objective.forget.stream=froget"], ["objective.forget.stream: found 'froget'", "'forget'"]),
+    "named stream that is not there": (
+        ["objective.forget.stream=froget"],
+        ["objective.forget.stream: found 'froget'", "'forget'"],
+    ),
     "alternates that nobody reads": ([ALTERNATE], ["data.forget.alternate: no loss reads it", "dpo"]),
     "alternates on both": (
         [RETAIN, DPO, ALTERNATE, "objective.retain={loss: {name: idk}}", ALTERNATE.replace("forget", "retain", 1)],
         ["data.retain.alternate: both streams have one"],
     ),
     "missing data file": (["data.forget.source=none.csv"], ["data.forget.source:", "none.csv", "looked from"]),
-    "missing alternate file": ([DPO, "data.forget.alternate={source: none.csv, answer: a}"], ["data.forget.alternate.source:", "none.csv"]),
+    "missing alternate file": (
+        [DPO, "data.forget.alternate={source: none.csv, answer: a}"],
+        ["data.forget.alternate.source:", "none.csv"],
+    ),
     "missing adapter to start from": (["model.start=./none"], ["model.start:", "./none"]),
     "word without a value": (["train.lr"], ["found 'train.lr'; expected key=value, such as train.lr=1e-4"]),
     "word without a key": (["=3"], ["found '=3'; expected key=value"]),
@@ -280,7 +333,9 @@ def test_a_loss_that_compares_needs_an_alternate(tmp_path: Path) -> None:
     path = written(tmp_path)
     said = refusal(path, DPO)
     assert f"{path}:5: data.forget.alternate: missing; loss 'dpo' reads" in said and "embedded:refusals" in said
-    assert recipe.load(path, [DPO, ALTERNATE]).data.forget.alternate == recipe.Alternate(source="embedded:refusals", answer="text")
+    assert recipe.load(path, [DPO, ALTERNATE]).data.forget.alternate == recipe.Alternate(
+        source="embedded:refusals", answer="text"
+    )
 
 
 def test_a_missing_recipe_names_the_nearest_file(tmp_path: Path) -> None:
@@ -314,19 +369,26 @@ def test_every_way_to_write_a_small_number_is_a_number(text: str, tmp_path: Path
 
 def test_overrides_change_what_they_name_and_leave_the_rest(tmp_path: Path) -> None:
     path = written(tmp_path)
-    before, after = recipe.load(path), recipe.load(path, ["train.lr=2e-3", "model.adapter={rank: 4}", "train.lr=1e-3", "output=a=b"])
+    before, after = (
+        recipe.load(path),
+        recipe.load(path, ["train.lr=2e-3", "model.adapter={rank: 4}", "train.lr=1e-3", "output=a=b"]),
+    )
     assert after.train.lr == 1e-3 and after.train.epochs == before.train.epochs
     assert after.model.adapter == recipe.Adapter(rank=4) and after.output == "a=b"
     assert recipe.load(path).train.lr == before.train.lr
 
 
 def test_another_loss_on_the_command_line_does_not_inherit_settings(tmp_path: Path) -> None:
-    assert plain(recipe.load(written(tmp_path), ["objective.forget.loss.name=ascent"]).objective["forget"].loss) == {"name": "ascent"}
+    assert plain(recipe.load(written(tmp_path), ["objective.forget.loss.name=ascent"]).objective["forget"].loss) == {
+        "name": "ascent"
+    }
 
 
 def test_a_suite_by_name_is_the_short_way_to_write_it(tmp_path: Path) -> None:
     path = written(tmp_path)
-    short, whole = (recipe.load(path, [f"evaluation={text}"]) for text in ("eval/quick.yaml", "{suite: eval/quick.yaml}"))
+    short, whole = (
+        recipe.load(path, [f"evaluation={text}"]) for text in ("eval/quick.yaml", "{suite: eval/quick.yaml}")
+    )
     assert short == whole and short.evaluation and short.evaluation.suite == "eval/quick.yaml"
 
 
@@ -338,7 +400,9 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
 
 def test_extends_lays_one_file_over_another(tmp_path: Path) -> None:
     written(tmp_path, launchable(MINIMAL), "below.yaml")
-    path = written(tmp_path, launchable("extends: below.yaml\nseed: 3\nobjective: {forget: {loss: {name: ascent}, weight: 2.0}}\n"))
+    path = written(
+        tmp_path, launchable("extends: below.yaml\nseed: 3\nobjective: {forget: {loss: {name: ascent}, weight: 2.0}}\n")
+    )
     wanted = recipe.load(path)
     assert (wanted.seed, wanted.output, wanted.train.lr) == (3, "runs/x", 1e-4)
     assert wanted.objective["forget"].loss.name == "ascent" and wanted.objective["forget"].weight == 2
@@ -368,7 +432,10 @@ def test_a_missing_file_to_extend_is_said_with_the_line_that_names_it(tmp_path: 
 
 def test_null_takes_an_inherited_term_out(tmp_path: Path) -> None:
     text = MINIMAL + "# end\n"
-    both = text.replace("objective:\n", "  retain: {source: embedded:retain, prompt: question, answer: answer}\nobjective:\n  retain: {loss: {name: kl}}\n")
+    both = text.replace(
+        "objective:\n",
+        "  retain: {source: embedded:retain, prompt: question, answer: answer}\nobjective:\n  retain: {loss: {name: kl}}\n",
+    )
     below = written(tmp_path, both, "below.yaml")
     assert set(recipe.load(below).objective) == {"forget", "retain"}
     wanted = recipe.load(written(tmp_path, "extends: below.yaml\nobjective: {retain: null}\ndata: {retain: null}\n"))
@@ -381,12 +448,22 @@ def test_null_takes_an_inherited_term_out(tmp_path: Path) -> None:
 def test_the_hash_is_about_content_and_not_about_order_or_output(tmp_path: Path) -> None:
     first = recipe.load(written(tmp_path))
     head, tail = MINIMAL.split("model:")
-    turned = recipe.load(written(tmp_path, launchable("model:" + tail.replace("name: npo, beta: 0.1", "beta: 0.1, name: npo") + head)))
+    turned = recipe.load(
+        written(tmp_path, launchable("model:" + tail.replace("name: npo, beta: 0.1", "beta: 0.1, name: npo") + head))
+    )
     assert turned.hash == first.hash
     path = written(tmp_path)
     assert recipe.load(path, ["output=runs/y"]).hash == first.hash
-    assert recipe.load(path, ["train.epochs=5", "train.lr=1e-4"]).hash == first.hash, "a default written out is the default"
-    for change in ("train.lr=2e-4", "seed=1", "objective.forget.loss.beta=0.2", "model.adapter=null", "data.forget.limit=3"):
+    assert recipe.load(path, ["train.epochs=5", "train.lr=1e-4"]).hash == first.hash, (
+        "a default written out is the default"
+    )
+    for change in (
+        "train.lr=2e-4",
+        "seed=1",
+        "objective.forget.loss.beta=0.2",
+        "model.adapter=null",
+        "data.forget.limit=3",
+    ):
         assert recipe.load(path, [change]).hash != first.hash, change
 
 
@@ -399,7 +476,9 @@ def test_a_flattened_recipe_is_the_same_recipe(path: Path, tmp_path: Path, monke
 
 
 def test_a_flattened_recipe_of_defaults_is_the_same_recipe(tmp_path: Path) -> None:
-    wanted = recipe.load(written(tmp_path, MINIMAL.replace("train: {lr: 1.0e-4}\n", "")), ["train.stop={}", RETAIN, KEEP])
+    wanted = recipe.load(
+        written(tmp_path, MINIMAL.replace("train: {lr: 1.0e-4}\n", "")), ["train.stop={}", RETAIN, KEEP]
+    )
     again = recipe.load(written(tmp_path, to_yaml(plain(wanted)), "flat.yaml"))
     assert again == wanted and again.hash == wanted.hash
 
@@ -410,7 +489,11 @@ def docs(path: Path) -> dict[str, dict[str, str]]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef):
             for field, below in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(below, ast.Expr)
+                    and isinstance(below.value, ast.Constant)
+                ):
                     found.setdefault(node.name, {})[field.target.id] = below.value.value  # type: ignore[union-attr]
     return found
 
@@ -476,7 +559,9 @@ print([name for name in {HEAVY!r} if name in sys.modules], status)
 
 def lightly(*words: str, cwd: Path) -> tuple[str, str]:
     """The last line of standard output, and standard error, of one verb in a fresh process that may start no other."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", LIGHTLY, *words], capture_output=True, text=True, cwd=cwd, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LIGHTLY, *words], capture_output=True, text=True, cwd=cwd, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1], done.stderr
 

@@ -1,0 +1,26 @@
+# make demo: set up and run the main job · make test: set up and run every test · make check: lint, format, types
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test check clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quantize]'
+	touch $@
+
+demo: setup
+	$(BIN)/accelerate launch --config_file launch/single.yaml recipes/forget_lora.yaml --overwrite
+
+test: setup
+	$(BIN)/pytest -n 2 --dist worksteal
+
+check: setup
+	scripts/check
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,441 @@
+"""The rules of the house (docs/architecture.md, "Never"), read off the syntax trees: who imports whom, and what stands where."""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llm_unlearn import folder, recipe
+from llm_unlearn.evaluation import suite as suites
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llm_unlearn"
+
+ROOMS = (
+    "spec",
+    "objectives",
+    "recipe",
+    "folder",
+    "embedded.population",
+    "data",
+    "models",
+    "training",
+    "embedded.target",
+    "evaluation",
+    "report",
+    "run",
+    "plan",
+    "cli",
+)
+"""In the order in which they are built: a room imports only rooms that stand before it, and itself. The command line may import all."""
+
+MEASURES = {
+    f"evaluation/{name}.py" for name in ("memorization", "membership", "extraction", "utility", "text", "tables")
+}
+LINES, LINES_OF_A_FUNCTION = 320, 65
+LONG_FILES = {"embedded/population.py"}  # mostly names, towns and sentences
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module; `late` inside a function, `typing` under `if TYPE_CHECKING`."""
+
+    module: str
+    line: int
+    late: bool
+    typing: bool
+
+
+@dataclass(frozen=True)
+class Module:
+    """One file of the package."""
+
+    file: str  # relative to the package, "data/batch.py"
+    text: str
+    tree: ast.Module
+
+    @property
+    def name(self) -> str:
+        """`data.batch`; a room's `__init__` is named as the room."""
+        return self.file.removesuffix(".py").replace("/", ".").removesuffix("__init__").removesuffix(".")
+
+    @property
+    def imports(self) -> list[Import]:
+        return list(imports_of(self.tree))
+
+
+def imports_of(tree: ast.Module) -> Iterator[Import]:
+    """Every import, with the full name of what is imported: `from llm_unlearn.data import batch` imports llm_unlearn.data.batch."""
+
+    def walk(node: ast.AST, late: bool, typing: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(name.name, child.lineno, late, typing) for name in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0 and child.module, f"line {child.lineno}: imports are written from the top"
+                for name in child.names:
+                    whole = f"{child.module}.{name.name}"
+                    ours = child.module.split(".")[0] == "llm_unlearn"
+                    yield Import(whole if ours and is_module(whole) else child.module, child.lineno, late, typing)
+            else:
+                inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+                checking = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and child in node.body
+                yield from walk(
+                    child,
+                    late or inside,
+                    typing or (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING") or checking,
+                )
+
+    return walk(tree, False, False)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def all_modules() -> list[Module]:
+    files = sorted(path for path in PACKAGE.rglob("*.py") if "shipped" not in path.parts)
+    texts = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in files}
+    return [Module(file, text, ast.parse(text)) for file, text in texts.items()]
+
+
+MODULES = all_modules()
+each_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.file)
+
+
+def ours(one: Import) -> str | None:
+    """The module of ours that is imported, without the package's name; None for anybody else's."""
+    return (
+        one.module.removeprefix("llm_unlearn").removeprefix(".") if one.module.split(".")[0] == "llm_unlearn" else None
+    )
+
+
+def top(one: Import) -> str:
+    return one.module.split(".")[0]
+
+
+def room(name: str) -> str | None:
+    """The room of a module: the longest entry of `ROOMS` that it is, or lies in."""
+    return max((one for one in ROOMS if name == one or name.startswith(one + ".")), key=len, default=None)
+
+
+def where(found: Callable[[ast.AST], bool]) -> dict[str, list[int]]:
+    """File -> the lines on which such a node stands."""
+    places = {one.file: [node.lineno for node in ast.walk(one.tree) if found(node)] for one in MODULES}  # type: ignore[attr-defined]
+    return {file: lines for file, lines in places.items() if lines}
+
+
+# ------------------------------------------------------------------------------------------------ the walker itself
+
+
+def test_the_walker_sees_every_kind_of_import() -> None:
+    text = (
+        "import torch.nn as nn\nfrom typing import TYPE_CHECKING\nfrom llm_unlearn.data import batch\nfrom llm_unlearn import recipe, main\n"
+        "if TYPE_CHECKING:\n    from peft import PeftModel\nelse:\n    import re\ndef f():\n    with open('x'):\n        import yaml\n"
+    )
+    found = [(one.module, one.late, one.typing) for one in imports_of(ast.parse(text))]
+    assert found == [
+        ("torch.nn", False, False),
+        ("typing", False, False),
+        ("llm_unlearn.data.batch", False, False),
+        ("llm_unlearn.recipe", False, False),
+        ("llm_unlearn", False, False),
+        ("peft", False, True),
+        ("re", False, True),
+        ("yaml", True, False),
+    ]
+    assert len(MODULES) > 25 and {"cli.py", "training/loop.py", "objectives/terms.py"} <= {one.file for one in MODULES}
+
+
+# ------------------------------------------------------------------------------------------------ who imports whom
+
+
+@each_module
+def test_imports_go_one_way(module: Module) -> None:
+    """Rule 10: no import runs back up the plan, those inside functions and for type checkers included."""
+    if module.file in ("__init__.py", "__main__.py"):
+        assert {ours(one) for one in module.imports} <= {"cli", None}
+        return
+    mine = room(module.name)
+    if mine is None:
+        assert module.file.endswith("/__init__.py") and module.name == "embedded", (
+            f"{module.file} is in no room: add it to ROOMS"
+        )
+        assert not module.imports
+        return
+    for one in module.imports:
+        name = ours(one)
+        if name is not None and mine != "cli":
+            theirs = room(name)
+            assert theirs is not None, f"{module.file}:{one.line} imports {one.module}"
+            assert ROOMS.index(theirs) <= ROOMS.index(mine), (
+                f"{module.file}:{one.line}: {mine} imports {theirs}, which comes after it"
+            )
+
+
+def test_there_is_no_circle() -> None:
+    graph = {one.name: {name for i in one.imports if (name := ours(i))} for one in MODULES if one.file != "__init__.py"}
+    done: set[str] = set()
+
+    def follow(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                follow(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        follow(name, ())
+    assert {"spec", "recipe", "training.loop", "evaluation.passes", "cli"} <= done
+
+
+@each_module
+def test_losses_know_nothing_of_models(module: Module) -> None:
+    """Rule 1; torch is imported late, so that a recipe is checked without it."""
+    if room(module.name) != "objectives":
+        return
+    for one in module.imports:
+        name = ours(one)
+        assert name is None or room(name) in ("objectives", "spec"), f"{module.file}:{one.line}: {one.module}"
+        assert top(one) not in ("transformers", "peft", "accelerate", "datasets"), (
+            f"{module.file}:{one.line}: {one.module}"
+        )
+        assert top(one) != "torch" or one.late or one.typing, f"{module.file}:{one.line}: torch belongs into a function"
+
+
+@each_module
+def test_training_and_evaluation_do_not_know_each_other(module: Module) -> None:
+    """Rule 2: they meet in run.py."""
+    apart = {"training": "evaluation", "evaluation": "training"}
+    for one in module.imports:
+        name = ours(one)
+        assert name is None or room(name) != apart.get(room(module.name) or "", ""), (
+            f"{module.file}:{one.line}: {one.module}"
+        )
+
+
+def test_measures_take_tables_and_give_numbers() -> None:
+    """Rule 3."""
+    measures = [one for one in MODULES if one.file in MEASURES]
+    assert {one.file for one in measures} == MEASURES
+    for module in measures:
+        for one in module.imports:
+            assert top(one) not in ("torch", "transformers", "peft", "accelerate", "datasets"), (
+                f"{module.file}:{one.line}: {one.module}"
+            )
+            name = ours(one)
+            assert name is None or f"{name.replace('.', '/')}.py" in MEASURES | {"spec.py"}, (
+                f"{module.file}:{one.line}: {one.module}"
+            )
+
+
+LIGHT = {
+    "__init__.py",
+    "__main__.py",
+    "cli.py",
+    "spec.py",
+    "recipe.py",
+    "folder.py",
+    "evaluation/suite.py",
+    "embedded/population.py",
+}
+
+
+@each_module
+def test_what_refuses_a_recipe_imports_nothing_heavy_at_the_top(module: Module) -> None:
+    if module.file in LIGHT | MEASURES or room(module.name) == "objectives":
+        for one in module.imports:
+            heavy = top(one) in (
+                "torch",
+                "transformers",
+                "peft",
+                "accelerate",
+                "datasets",
+                "scipy",
+                "sklearn",
+                "rouge_score",
+                "rich",
+                "jinja2",
+            )
+            assert not heavy or one.late or one.typing, f"{module.file}:{one.line}: {one.module}"
+
+
+LIBRARIES = {  # rule 5: who may import what
+    "peft": r"models/\w+\.py",
+    "bitsandbytes": r"models/\w+\.py",
+    "accelerate": r"training/(loop|checkpoint|guard)\.py|run\.py|evaluation/passes\.py|embedded/target\.py",
+    "yaml": r"spec\.py",
+    "pydantic": r"spec\.py",
+    "pydantic_core": r"nowhere",
+    "datasets": r"data/sources\.py",
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_each_library_has_its_place(library: str) -> None:
+    found = {one.file for one in MODULES if any(top(i) == library for i in one.imports)}
+    assert {file for file in found if not re.fullmatch(LIBRARIES[library], file)} == set()
+    assert found or library == "pydantic_core"
+
+
+def test_the_environment_is_read_where_a_process_begins() -> None:
+    """Rule 5; the embedded target reads it only to hand it to its child processes."""
+
+    def environment(node: ast.AST) -> bool:
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        return name in ("environ", "environb", "getenv", "putenv", "unsetenv")
+
+    assert set(where(environment)) <= {"cli.py", "embedded/target.py"}
+    imported = where(lambda node: isinstance(node, ast.ImportFrom) and node.module == "os")
+    assert not imported, "import os, so that os.environ can be seen"
+
+
+# ------------------------------------------------------------------------------------------------ what stands where
+
+
+def call_of(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names
+
+
+def given(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Call) and any(word.arg in names for word in node.keywords)
+
+
+def test_a_model_is_called_in_scores_and_generates_in_passes() -> None:
+    """Rule 4."""
+    assert set(where(lambda node: call_of(node, "generate"))) == {"evaluation/passes.py"}
+    assert set(where(lambda node: call_of(node, "base_model", "lm_head", "get_output_embeddings"))) == {
+        "models/scores.py"
+    }
+    assert set(where(lambda node: given(node, "input_ids", "inputs_embeds"))) == {
+        "models/scores.py",
+        "evaluation/passes.py",
+    }
+    passes = where(lambda node: given(node, "input_ids") and not call_of(node, "generate"))
+    assert set(passes) == {"models/scores.py"}, "what is given input_ids in passes.py generates"
+    assert not where(lambda node: given(node, "labels")), "transformers' own loss is a mean over one micro-batch"
+    states = where(lambda node: isinstance(node, ast.Attribute) and node.attr in ("last_hidden_state", "hidden_states"))
+    assert set(states) == {"models/scores.py"}
+
+
+def test_nobody_else_marks_or_shifts_labels() -> None:
+    """Rule 4: `-100` in batch.py or nowhere."""
+
+    def mark(node: ast.AST) -> bool:
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return isinstance(node.operand, ast.Constant) and node.operand.value == 100
+        return given(node, "ignore_index") or (isinstance(node, ast.Attribute) and node.attr == "ignore_index")
+
+    assert set(where(mark)) <= {"data/batch.py"}
+    assert set(where(lambda node: call_of(node, "cross_entropy", "nll_loss"))) == set(), (
+        "they shift nothing and divide too early"
+    )
+
+
+def test_no_loss_takes_a_mean() -> None:
+    """Rule 7: the loop divides, once, by the window's units."""
+    means = where(lambda node: call_of(node, "mean", "nanmean", "average") or given(node, "reduction"))
+    assert {file for file in means if file.split("/")[0] in ("objectives", "training", "models", "data")} == set()
+
+    def by_a_count(node: ast.AST) -> bool:
+        counts = ("len", "numel", "size", "shape")
+        return (
+            isinstance(node, ast.BinOp)
+            and isinstance(node.op, ast.Div)
+            and any(f"{name}" in ast.unparse(node.right) for name in counts)
+        )
+
+    assert {file for file in where(by_a_count) if file.startswith("objectives/")} == set()
+
+
+@each_module
+def test_no_settings_travel_unnamed(module: Module) -> None:
+    """Rule 6: no `**kwargs` passes through a room."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            assert node.args.kwarg is None, f"{module.file}:{node.lineno}: **{node.args.kwarg and node.args.kwarg.arg}"
+
+
+@each_module
+def test_no_room_is_for_anything_and_everything(module: Module) -> None:
+    """Rule 8."""
+    vague = {"utils", "util", "base", "common", "helpers", "helper", "misc", "tools", "core"}
+    assert not vague & set(module.file.removesuffix(".py").split("/"))
+
+
+@each_module
+def test_init_files_hand_names_on_and_define_nothing(module: Module) -> None:
+    """Rule 8."""
+    if not module.file.endswith("__init__.py"):
+        return
+    for node in module.tree.body:
+        names = [ast.unparse(target) for target in node.targets] if isinstance(node, ast.Assign) else []
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node is module.tree.body[0]
+        assert text or isinstance(node, (ast.Import, ast.ImportFrom)) or names in (["__all__"], ["__version__"]), (
+            f"{module.file}:{node.lineno}"
+        )
+
+
+def test_no_class_inherits_from_a_class_of_ours() -> None:
+    """Rule 9: protocols and composition."""
+    classes = [(one, node) for one in MODULES for node in ast.walk(one.tree) if isinstance(node, ast.ClassDef)]
+    names = {node.name for _, node in classes}
+    assert {"Recipe", "NPO", "Suite", "Refused", "Scorer"} <= names
+    for module, node in classes:
+        for base in node.bases:
+            inner = base.value if isinstance(base, ast.Subscript) else base
+            whole = ast.unparse(inner)
+            assert whole.split(".")[-1] not in names, f"{module.file}:{node.lineno}: {node.name}({whole})"
+
+
+@each_module
+def test_every_file_opens_with_a_sentence(module: Module) -> None:
+    if module.tree.body:  # an empty __init__ has nothing to say
+        text = ast.get_docstring(module.tree)
+        assert text and len(text.split()) > 3, module.file
+
+
+@each_module
+def test_files_and_functions_are_short(module: Module) -> None:
+    count = len(module.text.splitlines())
+    assert count <= LINES or module.file in LONG_FILES, f"{module.file}: {count} lines"
+    for node in ast.walk(module.tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno:
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LINES_OF_A_FUNCTION, f"{module.file}:{node.lineno}: {node.name} has {length} lines"
+
+
+@each_module
+def test_every_public_class_says_what_it_is(module: Module) -> None:
+    for node in module.tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module.file}:{node.lineno}: {node.name}"
+
+
+# ------------------------------------------------------------------------------------------------ shipped YAML
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.y*ml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_loads_and_names_no_machine(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a hub id was asked for"))
+    monkeypatch.chdir(ROOT)
+    wanted = recipe.load(path)
+    assert wanted.objective and wanted.hash
+    if wanted.evaluation:
+        assert suites.load(folder.locate(wanted.evaluation.suite, path)).measures
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 45, "20 to 40 lines, and what two recipes share stands in one that they extend"
+    assert not re.search(r"num_processes|num_machines|cuda|gpu_ids", text), "a machine is described in launch/"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "eval").rglob("*.y*ml")), ids=lambda path: path.name)
+def test_every_shipped_suite_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a hub id was asked for"))
+    monkeypatch.chdir(ROOT)
+    assert suites.load(path).sets

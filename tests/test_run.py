@@ -1,0 +1,171 @@
+"""The main job as a user runs it: the literal command, killed and resumed, on two processes, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+RECIPE = "recipes/forget_lora.yaml"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def environment(cache: Path, embedded: Mapping[str, Path]) -> dict[str, str]:
+    """The user's environment, with the embedded models in the cache."""
+    return {**os.environ, "LLM_UNLEARN_CACHE": str(cache), "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def call(words: list[str], environment: Mapping[str, str], status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=dict(environment), timeout=400)
+    assert done.returncode == status, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(str(folder / "adapter" / "adapter_model.safetensors"))
+
+
+def values(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(set, title) -> model -> value."""
+    results = json.loads((folder / "evaluation.json").read_text())
+    return {(row["set"], row["title"]): {name: found.get("value") for name, found in row["values"].items()} for row in results["numbers"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, environment: Mapping[str, str]) -> Path:
+    """The shipped recipe, launched as the README says."""
+    folder = tmp_path_factory.mktemp("runs") / "forget_lora"
+    call(["accelerate", "launch", "--config_file", "launch/single.yaml", RECIPE, f"output={folder}"], environment)
+    return folder
+
+
+def test_the_run_folder_is_complete(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {"recipe.yaml", "adapter", "log.jsonl", "evaluation.json", "report.html"}
+    results = json.loads((finished / "evaluation.json").read_text())
+    assert list(results["models"]) == ["before", "after", "retrained"]
+    assert results["run"]["status"] == "finished" and results["run"]["steps"] == 45
+    assert len((finished / "log.jsonl").read_text().splitlines()) == 45
+    page = (finished / "report.html").read_text()
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_it_forgets_like_the_retrained_model_and_keeps_the_rest(finished: Path) -> None:
+    found = values(finished)
+
+    def of(name: str, title: str) -> tuple[float, float, float]:
+        row = found[name, title]
+        return row["before"], row["after"], row["retrained"]
+
+    before, after, retrained = of("forget", "probability")
+    assert before > 0.95 and abs(after - retrained) <= 0.2 * retrained
+    before, after, retrained = of("forget", "extraction strength")
+    assert before > 0.95 and abs(after - retrained) <= 0.2 * retrained
+    for title in ("prefix extraction", "discoverable extraction"):  # shares of 40 rows: one row is .025
+        before, after, retrained = of("forget", title)
+        assert before > 0.95 and after <= max(1.2 * retrained, retrained + 0.025)
+    for name, title in (("retain", "multiple choice"), ("retain", "rouge"), ("general", "multiple choice"), ("general", "rouge")):
+        before, after, _ = of(name, title)
+        assert after >= 0.9 * before
+    before, after, retrained = of("forget", "membership loss")
+    assert before > 0.95 and abs(after - 0.5) < 0.15 and abs(retrained - 0.5) < 0.15
+
+
+def test_evaluate_finds_what_the_run_found_and_asks_nobody_twice(finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
+    began = time.perf_counter()
+    words = ["llm-unlearn", "evaluate", "eval/quick.yaml", "--model", "embedded:target", "--adapter", str(finished), "--output", str(tmp_path)]
+    done = call(words, environment)
+    assert values(tmp_path) == values(finished)
+    assert "asking" not in done.stderr, "every table was in the cache"
+    assert time.perf_counter() - began < 120
+
+
+def test_the_same_recipe_by_every_command(finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
+    short = ["train.steps=3", "evaluation=null"]
+    call(["accelerate", "launch", "--config_file", "launch/single.yaml", RECIPE, f"output={tmp_path / 'a'}", *short], environment)
+    call(["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'b'}", *short], environment)
+    call(["accelerate", "launch", "--config_file", "launch/single.yaml", "-m", "llm_unlearn", "run", RECIPE, f"output={tmp_path / 'c'}", *short], environment)
+    first = adapter(tmp_path / "a")
+    for other in ("b", "c"):
+        assert all(torch.equal(weight, first[name]) for name, weight in adapter(tmp_path / other).items())
+
+
+def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    short = ["train.epochs=3", "train.batch_tokens=300"]
+    call(["llm-unlearn", "run", RECIPE, f"output={one}", *short], environment)
+    call(["accelerate", "launch", "--config_file", "launch/cpu.yaml", RECIPE, f"output={two}", *short], environment)
+    assert json.loads((two / "evaluation.json").read_text())["run"]["processes"] == 2
+    mine, theirs = adapter(one), adapter(two)
+    size = max(float(weight.abs().max()) for name, weight in mine.items() if "lora_B" in name)
+    assert max(float((theirs[name] - weight).abs().max()) for name, weight in mine.items()) < 0.02 * size
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (one, two)]
+    for a, b in zip(*logs, strict=True):
+        assert (a["step"], a["lr"], a["tokens"]) == (b["step"], b["lr"], b["tokens"])
+        assert a["forget"] == pytest.approx(b["forget"], rel=1e-3) and a["retain"] == pytest.approx(b["retain"], rel=2e-2, abs=1e-4)
+    for key, row in values(one).items():
+        other = values(two)[key]
+        assert row["before"] == pytest.approx(other["before"], rel=1e-4) and row["retrained"] == pytest.approx(other["retrained"], rel=1e-4)
+
+
+@pytest.mark.parametrize("config", ["launch/single.yaml", "launch/cpu.yaml"])
+def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, environment: Mapping[str, str], tmp_path: Path, config: str) -> None:
+    short = ["train.steps=24", "train.checkpoint_every=4", "evaluation=null"]
+    launch = ["accelerate", "launch", "--config_file", config, RECIPE, *short]
+    call([*launch, f"output={tmp_path / 'straight'}"], environment)
+    cut = tmp_path / "cut"
+    running = subprocess.Popen([*launch, f"output={cut}"], cwd=ROOT, env=dict(environment), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 200
+        while not list((cut / "checkpoints").glob("step-0000*[0-9]")) and time.monotonic() < deadline and running.poll() is None:
+            time.sleep(0.02)
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    assert list((cut / "checkpoints").glob("step-*")) and not (cut / "adapter").exists(), "it was killed in the middle"
+    again = call([*launch, f"output={cut}"], environment, status=2 if config == "launch/single.yaml" else 1)
+    assert "add --resume to go on" in again.stderr
+    call([*launch, f"output={cut}", "--resume"], environment)
+    straight = adapter(tmp_path / "straight")
+    assert all(torch.equal(weight, straight[name]) for name, weight in adapter(cut).items())
+
+
+def test_ctrl_c_says_how_to_go_on(finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
+    words = ["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'a'}", "train.epochs=300", "evaluation=null"]
+    running = subprocess.Popen(words, cwd=ROOT, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "a" / "log.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=100)
+    assert running.returncode == 130 and "--resume" in errors
+    assert list((tmp_path / "a" / "checkpoints").glob("step-*"))
+
+
+def test_a_finished_run_is_never_overwritten_unasked(finished: Path, environment: Mapping[str, str]) -> None:
+    stamp = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    done = call(["llm-unlearn", "run", RECIPE, f"output={finished}"], environment, status=2)
+    assert "holds a finished run" in done.stderr and "--overwrite" in done.stderr
+    done = call(["llm-unlearn", "run", RECIPE, f"output={finished}", "--resume"], environment)
+    assert "this run is finished" in done.stdout
+    assert stamp == {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+
+
+def test_qlora_from_recipe_to_report(environment: Mapping[str, str], tmp_path: Path) -> None:
+    call(["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'a'}", "model.quantize=nf4", "train.epochs=2"], environment)
+    found = values(tmp_path / "a")
+    assert found["forget", "probability"]["after"] < found["forget", "probability"]["before"]
