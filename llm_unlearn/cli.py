@@ -14,7 +14,8 @@ from pathlib import Path
 
 from llm_unlearn import folder, recipe
 from llm_unlearn.evaluation import suite as suites
-from llm_unlearn.spec import LAUNCH_FIRST, LAUNCH_LAST, Refused, schema
+from llm_unlearn.spec import Refused, schema
+from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
 
 EPILOG = "A recipe can also be launched itself, on one process or many: accelerate launch RECIPE [key=value ...]"
 
@@ -25,7 +26,12 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         0 done · 1 the run was stopped by its guard · 2 refused, with the reason on standard error · 130 interrupted.
     """
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options, more = parser.parse_known_args(words)
+    if more and (any(word.startswith("-") for word in more) or not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # settings may stand before and after options
+        options.overrides = [*options.overrides, *more]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels whenever peft imports it
     verb: Callable[[argparse.Namespace], int] = options.verb
     try:
@@ -52,7 +58,9 @@ def cache_folder() -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("llm-unlearn", description="Make a language model forget given data, and measure what is left.", epilog=EPILOG)
+    parser = argparse.ArgumentParser(
+        "llm-unlearn", description="Make a language model forget given data, and measure what is left.", epilog=EPILOG
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -87,9 +95,9 @@ def _takes_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    path = folder.locate(str(options.recipe))
+    path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    suite = suites.load(folder.locate(wanted.evaluation.suite, path)) if wanted.evaluation else None
+    suite = suites.load(locate(wanted.evaluation.suite, path)) if wanted.evaluation else None
     if folder.check(wanted, options.resume, options.overwrite):
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return 0
@@ -97,7 +105,10 @@ def run(options: argparse.Namespace) -> int:
 
     outcome = carry_out(wanted, suite, cache=cache_folder(), resume=options.resume, overwrite=options.overwrite)
     if outcome.status == "interrupted":
-        print(f"interrupted after step {outcome.step}; the same command with --resume goes on from there.", file=sys.stderr)
+        print(
+            f"interrupted after step {outcome.step}; the same command with --resume goes on from there.",
+            file=sys.stderr,
+        )
         return 130
     if outcome.status == "stopped":
         print(f"stopped: {outcome.reason}; the weights after step {outcome.kept} were kept.", file=sys.stderr)
@@ -106,10 +117,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    path = folder.locate(str(options.recipe))
+    path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
     if wanted.evaluation:
-        suites.load(folder.locate(wanted.evaluation.suite, path))
+        suites.load(locate(wanted.evaluation.suite, path))
     from llm_unlearn.plan import plan as make
 
     print(make(wanted))
@@ -117,18 +128,20 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    suite = suites.load(folder.locate(options.suite), options.overrides)
+    suite = suites.load(locate(options.suite), options.overrides)
     if options.output and (options.output / folder.RESULTS).exists() and not options.overwrite:
-        raise Refused(f"--output: {options.output} has an {folder.RESULTS} already. Nothing was changed; add --overwrite, or choose another.")
+        raise Refused(
+            f"--output: {options.output} has an {folder.RESULTS} already. Nothing was changed; add --overwrite, or choose another."
+        )
     model = recipe.Model(base=folder.model_in(options.model), adapter=None, quantize=options.quantize)
     asked: dict[str, tuple[recipe.Model, str | None]] = {"model": (model, None)}
     if options.adapter:
         asked = {"before": (model, None), "after": (model, folder.adapter_in(options.adapter))}
     if retrained := options.retrained or suite.retrained:
         asked["retrained"] = (replace(model, base=folder.model_in(retrained)), None)
-    for name in (model.base, options.adapter, retrained):
+    for option, name in (("--model", model.base), ("--adapter", options.adapter), ("--retrained", retrained)):
         if name and recipe.missing(name):
-            raise Refused(f"no such folder: {name} (looked from {Path.cwd()}).")
+            raise Refused(f"{option}: no such folder: {name} (looked from {Path.cwd()}).")
     from llm_unlearn.run import evaluate as carry_out
 
     carry_out(suite, options.suite, asked, cache=cache_folder(), output=options.output)
@@ -139,7 +152,7 @@ def new(options: argparse.Namespace) -> int:
     path = Path(options.name if options.name.endswith((".yaml", ".yml")) else f"{options.name}.yaml")
     if path.exists():
         raise Refused(f"{path}: exists already. Nothing was changed; choose another name.")
-    pattern = (folder.shipped() / "recipes" / "forget_lora.yaml").read_text(encoding="utf-8")
+    pattern = (shipped() / "recipes" / "forget_lora.yaml").read_text(encoding="utf-8")
     body = pattern[pattern.index(LAUNCH_FIRST) :].replace("output: runs/forget_lora", f"output: runs/{path.stem}")
     assert body.rstrip().endswith(LAUNCH_LAST)
     folder.write(path, f"# What this makes a model forget, and how.\n#   accelerate launch {path} [key=value ...]\n{body}")

@@ -1,19 +1,18 @@
 """The run folder: what is in it, when it may be written, and files that appear whole or not at all.
 
-    runs/forget_lora/
-        recipe.yaml        the recipe, flattened, with its hash and the versions it ran under
-        adapter/           (or model/) what was trained
-        log.jsonl          one line per optimizer step
-        evaluation.json    every number, before, after and retrained
-        report.html        the same for people
-        checkpoints/       while the run is under way
+runs/forget_lora/
+    recipe.yaml        the recipe, flattened, with its hash and the versions it ran under
+    adapter/           (or model/) what was trained
+    log.jsonl          one line per optimizer step
+    evaluation.json    every number, before, after and retrained
+    report.html        the same for people
+    checkpoints/       while the run is under way
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 from llm_unlearn import recipe
@@ -36,11 +35,17 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / RECIPE).is_file():
-        raise Refused(f"output: {folder} exists and is not a run folder (it has no {RECIPE}). Nothing was changed; choose another output.")
-    finished = (folder / RESULTS).is_file()
+        raise Refused(
+            f"output: {folder} exists and is not a run folder (it has no {RECIPE}). Nothing was changed; choose another output."
+        )
+    weights = (folder / ADAPTER).is_dir() or (folder / MODEL).is_dir()
+    finished = (folder / RESULTS).is_file() or (weights and not wanted.evaluation)
     if resume:
-        if recipe.load(folder / RECIPE).hash != wanted.hash:
-            raise Refused(f"output: {folder} was begun with another recipe ({folder / RECIPE}), and cannot be resumed with this one. Choose another output, or add --overwrite.")
+        if recipe.load(folder / RECIPE, check=False).hash != wanted.hash:
+            raise Refused(
+                f"output: {folder} was begun with another recipe ({folder / RECIPE}), and cannot be resumed with this one. "
+                "Choose another output, or add --overwrite."
+            )
         return finished
     if not overwrite:
         state = "holds a finished run" if finished else "holds a run that did not finish; add --resume to go on with it"
@@ -75,17 +80,3 @@ def model_in(name: str) -> str:
     """A model's folder; a run folder stands for the model in it."""
     inner = Path(name).expanduser() / MODEL
     return str(inner) if inner.is_dir() else name
-
-
-def locate(name: str, beside: Path | None = None) -> Path:
-    """A settings file by its path from here, else from the folder of the file that names it, else one shipped with the project."""
-    candidates = [Path(name), *([beside.parent / name, beside.parent.parent / name] if beside else []), shipped() / name]
-    return next((path for path in candidates if path.is_file()), Path(name))
-
-
-def shipped() -> Path:
-    """Where `recipes/`, `eval/` and `launch/` are: the checkout, or inside the installed package."""
-    found = find_spec("llm_unlearn")
-    assert found is not None and found.submodule_search_locations
-    package = Path(found.submodule_search_locations[0])
-    return package / "shipped" if (package / "shipped").is_dir() else package.parent

@@ -1,4 +1,5 @@
-"""What a run will do, before it does anything: steps, examples and tokens per stream, trainable weights, peak memory. Writes nothing."""
+"""What a run will do, before it does anything: steps, examples and tokens per stream, trainable weights, peak memory. Writes
+nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ GIB = 1 << 30
 
 
 def plan(recipe: Recipe) -> str:
-    """The plan as text. The model is built without weights; of a hub id, only its small files are read where they are there already."""
+    """The plan as text. The model is built without weights; of a hub id, only its small files are read where they are there
+    already."""
     if recipe.model.base.startswith("embedded:"):
         tokenizer = target.make_tokenizer()
         net: Any = target.make_model(len(tokenizer))
@@ -44,23 +46,32 @@ def plan(recipe: Recipe) -> str:
         visits = int((job.schedule.stream == job.schedule.streams.index(name)).sum())
         dropped = examples.dropped.get(name, 0)
         note = f"; {dropped} dropped, no answer within max_tokens" if dropped else ""
-        lines.append(f"{name:<10} {len(seen)} of {len(job.examples[name])} examples seen, {visits} visits; {tokens} tokens, {answer} of them targets{note}")
+        lines.append(
+            f"{name:<10} {len(seen)} of {len(job.examples[name])} examples, {visits} visits; "
+            f"{tokens} tokens, {answer} of them targets{note}"
+        )
     if examples.overlap:
         lines.append(f"overlap    {examples.overlap} retain rows also stand in the forget set and leave the retain set")
-    lines.append(f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)")
+    lines.append(
+        f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
+    )
     longest = max(len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name))
     needed = memory(recipe, base, moved, config, longest, dtype_of(recipe.model, device), reference=bool(job.needs))
-    lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({', '.join(f'{k} {v / GIB:.2f}' for k, v in needed.items())})")
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+    lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")
     lines.append(f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}")
     if Path(recipe.output).exists():
         lines.append(f"note       {recipe.output} exists already")
     return "\n".join(lines)
 
 
-def memory(recipe: Recipe, base: int, moved: int, config: Any, longest: int, dtype: torch.dtype, reference: bool) -> dict[str, float]:
+def memory(
+    recipe: Recipe, base: int, moved: int, config: Any, longest: int, dtype: torch.dtype, reference: bool
+) -> dict[str, float]:
     """Estimated peak bytes of one process while it trains; attention is counted as memory-efficient.
 
-    Weights, gradients and optimizer states follow from counts. Activations are those of a decoder layer with a gated feed-forward block,
+    Weights, gradients and optimizer states follow from counts. Activations are those of a decoder layer with a gated
+    feed-forward block,
     per token (18 hidden + 4 intermediate vectors kept for the backward pass; one vector a layer with gradient checkpointing).
     """
     size = torch.finfo(dtype).bits // 8
@@ -75,7 +86,12 @@ def memory(recipe: Recipe, base: int, moved: int, config: Any, longest: int, dty
     kept = layers * hidden * size + layer if recipe.train.gradient_checkpointing else layers * layer
     logits = min(CHUNK, tokens * int(config.vocab_size)) * 4.0 * (4 if reference else 3)
     snapshot = 4.0 * moved if recipe.train.stop else 0.0
-    return {"weights": frozen, "gradients and optimizer": states + snapshot, "activations": float(tokens * kept), "logits": logits}
+    return {
+        "weights": frozen,
+        "gradients and optimizer": states + snapshot,
+        "activations": float(tokens * kept),
+        "logits": logits,
+    }
 
 
 def _kind(recipe: Recipe) -> str:

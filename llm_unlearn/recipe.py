@@ -7,21 +7,23 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
+from llm_unlearn.embedded.population import SPLITS
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.spec import (
+    AtLeastTwo,
+    NaturalInt,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Refused,
     Share,
-    Tree,
-    build,
     dotted,
     fingerprint,
     nearest,
     plain,
-    read_tree,
     spec,
 )
+from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
 
 
 @spec
@@ -64,7 +66,7 @@ class Alternate:
     answer: str
     """Column that holds it. A column of lists gives one of the list per epoch."""
     source: str | None = None
-    """Where the column is read, such as embedded:refusals; each prompt gets one row, drawn from the seed. Without it: the same rows."""
+    """Where the column is read, such as embedded:refusals; each prompt gets one row, drawn from the seed. Without it: here."""
 
 
 @spec
@@ -89,7 +91,7 @@ class Source:
     """Keep the rows whose column equals the value, or is one of the values."""
     limit: PositiveInt | None = None
     """Keep the first so many rows."""
-    max_tokens: PositiveInt = 1024
+    max_tokens: AtLeastTwo = 1024
     """Longer examples are cut here."""
     alternate: Alternate | None = None
     """Another answer to the same prompts, for losses that teach one."""
@@ -136,7 +138,9 @@ class Train:
     batch_tokens: PositiveInt = 8192
     """At most so many tokens, padding included, in one forward pass per process. Sets speed and memory, never the result."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    weight_decay: float = 0.0
+    """The 8-bit ones keep their states in 8 bits, the paged one moves them to the CPU when memory is short; both need CUDA."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay of matrices; norms and biases do not decay."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Course of the learning rate after the warm-up."""
     warmup: Share = 0.05
@@ -167,7 +171,7 @@ class Evaluation:
 class Recipe:
     """One run: a model, what it forgets and keeps, by which losses, how, and how the result is measured."""
 
-    seed: int = 0
+    seed: NaturalInt = 0
     """Every random draw of the run follows from it."""
     output: str
     """The run folder."""
@@ -195,8 +199,11 @@ class Recipe:
         return fingerprint({key: value for key, value in plain(self).items() if key != "output"})
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def load(path: Path, overrides: Iterable[str] = (), check: bool = True) -> Recipe:
     """Read and check a recipe. Never executes it, and imports nothing heavy.
+
+    Args:
+        check: also look whether its parts fit together and its files are there; types are always checked.
 
     Raises:
         Refused: every wrong key at once, each with its place, what was found and what was expected.
@@ -207,7 +214,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     if isinstance(objective := tree.data.get("objective"), dict):  # `retain: null` takes a term out
         tree.data["objective"] = {name: term for name, term in objective.items() if term is not None}
     recipe = build(Recipe, tree)
-    problems = list(_problems(recipe, tree))
+    problems = list(_problems(recipe, tree)) if check else []
     if problems:
         raise Refused("\n".join(problems))
     return recipe
@@ -233,8 +240,10 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
         yield say(f"no such folder: {recipe.model.start} (looked from {Path.cwd()}).", "model", "start")
     if recipe.model.chat_template and not Path(recipe.model.chat_template).is_file():
         yield say(f"no such file: {recipe.model.chat_template} (looked from {Path.cwd()}).", "model", "chat_template")
+    if recipe.evaluation and not (path := locate(recipe.evaluation.suite, Path(tree.file))).is_file():
+        yield say(no_such_file(path), "evaluation", "suite")
     for name, source in recipe.sources.items():
-        yield from (say(text, "data", name) for text in source_problems(source))
+        yield from (say(text, "data", name, *where) for where, text in source_problems(source))
     yield from _objective_problems(recipe, say)
 
 
@@ -245,11 +254,23 @@ def _objective_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str
     streams = {name: term.stream or name for name, term in recipe.objective.items()}
     for name, stream in streams.items():
         if stream not in recipe.sources:
-            yield say(f"reads stream {stream!r}, which data does not have; {nearest(stream, recipe.sources)}", "objective", name)
+            at = ("stream",) if recipe.objective[name].stream else ()
+            yield say(
+                f"reads stream {stream!r}, which data does not have; {nearest(stream, recipe.sources)}",
+                "objective",
+                name,
+                *at,
+            )
     for name, source in recipe.sources.items():
         if name not in streams.values():
-            yield say(f"no loss reads this stream; add objective.{name}, such as {{loss: {{name: nll}}}}, or take it out.", "data", name)
-        losses = [term.loss.name for key, term in recipe.objective.items() if streams[key] == name and "alternate" in term.loss.reads]
+            yield say(
+                f"no loss reads this stream; add objective.{name}, such as {{loss: {{name: nll}}}}, or take it out.",
+                "data",
+                name,
+            )
+        losses = [
+            term.loss.name for key, term in recipe.objective.items() if streams[key] == name and "alternate" in term.loss.reads
+        ]
         if losses and not source.alternate:
             text = f"missing; loss {losses[0]!r} reads an alternate answer, such as {{source: embedded:refusals, answer: text}}."
             yield say(text, "data", name, "alternate")
@@ -259,16 +280,35 @@ def _objective_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str
         yield say("both streams have one; one stream only can have alternate answers.", "data", "retain", "alternate")
 
 
-def source_problems(source: Source) -> Iterable[str]:
-    """What is wrong with one source: its columns, or a file that is not there."""
+def source_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
+    """What is wrong with one source: its columns, or a file that is not there. Yields (keys below the source, text)."""
     shapes = [bool(source.prompt or source.answer), bool(source.messages), bool(source.text)]
     if sum(shapes) != 1:
-        yield "expected one of: prompt and answer (columns), messages (a chat column), text (a column of running text)."
+        yield (), "expected one of: prompt and answer (columns), messages (a chat column), text (a column of running text)."
     elif shapes[0] and not (source.prompt and source.answer):
-        yield f"found {'prompt' if source.prompt else 'answer'} alone; expected both prompt and answer, the names of two columns."
-    for name in (source.source, source.alternate.source if source.alternate else None):
-        if name and missing(name):
-            yield f"no such file or folder: {name} (looked from {Path.cwd()})."
+        yield (
+            (),
+            f"found {'prompt' if source.prompt else 'answer'} alone; expected both prompt and answer, the names of two columns.",
+        )
+    if source.text and source.alternate:
+        yield (
+            ("alternate",),
+            "running text has no prompt that could have another answer; take it out, or name prompt and answer.",
+        )
+    for path, name in (
+        (("source",), source.source),
+        (("alternate", "source"), source.alternate.source if source.alternate else None),
+    ):
+        if name is None:
+            continue
+        if name.startswith("embedded:") and name.removeprefix("embedded:") not in EMBEDDED:
+            yield path, f"found {name!r}; {nearest(name, [f'embedded:{one}' for one in EMBEDDED])}"
+        elif missing(name):
+            yield path, f"no such file or folder: {name} (looked from {Path.cwd()})."
+
+
+EMBEDDED = (*SPLITS, "refusals")
+"""What `embedded:` can name as data."""
 
 
 def missing(name: str) -> bool:

@@ -75,7 +75,14 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
             models["retrained"] = look(control, "the retrained model")
             names["retrained"] = (retrained, control.identity)
         if accelerator.is_main_process:
-            results = results_of(suite, models, names, title=str(folder), suite_name=recipe.evaluation.suite if recipe.evaluation else "", run=facts)
+            results = results_of(
+                suite,
+                models,
+                names,
+                title=str(folder),
+                suite_name=recipe.evaluation.suite if recipe.evaluation else "",
+                run=facts,
+            )
             publish(results, folder, folder / run_folder.LOG)
     if accelerator.is_main_process:
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
@@ -83,7 +90,9 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
     return outcome
 
 
-def evaluate(suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None]], *, cache: Path, output: Path | None) -> None:
+def evaluate(
+    suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None]], *, cache: Path, output: Path | None
+) -> None:
     """Run a suite on models that are there.
 
     Args:
@@ -176,7 +185,13 @@ def save(model: Any, loaded: Loaded, folder: Path, *, whole: bool, accelerator: 
 
 
 def results_of(
-    suite: Suite, models: Mapping[str, Tables], names: Mapping[str, tuple[str, str]], *, title: str, suite_name: str, run: dict[str, Any] | None
+    suite: Suite,
+    models: Mapping[str, Tables],
+    names: Mapping[str, tuple[str, str]],
+    *,
+    title: str,
+    suite_name: str,
+    run: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that `evaluation.json` says."""
     return {

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import llm_unlearn
-from llm_unlearn import folder, recipe
+from llm_unlearn import folder, recipe, tree
 from llm_unlearn.cli import cache_folder, launch, main
-from llm_unlearn.spec import LAUNCH_FIRST, LAUNCH_LAST, Refused, plain, to_yaml
+from llm_unlearn.spec import Refused, plain, to_yaml
+from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -83,7 +84,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return err
 
 
-# ------------------------------------------------------------------------------------------------ new, schema
+# --------------------------------------------------------------------------------------------------------- new, schema
 
 
 def test_new_writes_a_recipe_that_loads_and_is_launchable(
@@ -130,7 +131,7 @@ def test_schema_prints_json(words: list[str], inside: str, capsys: pytest.Captur
     assert inside in json.loads(capsys.readouterr().out)["properties"]
 
 
-# ------------------------------------------------------------------------------------------------ run, plan
+# ----------------------------------------------------------------------------------------------------------- run, plan
 
 
 def test_run_hands_the_recipe_and_its_suite_on(path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +160,7 @@ def test_a_missing_suite_is_refused_with_the_key_that_names_it(
 ) -> None:
     path.write_text(RECIPE.replace("quick", "quik"))
     said = refused(capsys, verb, "r.yaml")
-    assert "r.yaml:7: evaluation" in said and "eval/quik.yaml" in said and "no such file" in said
+    assert "r.yaml:7: evaluation.suite:" in said and "eval/quik.yaml" in said and "no such file" in said
     assert not asked.runs
 
 
@@ -190,14 +191,23 @@ measures:
     ("more", "expected"),
     [
         ("- {name: rouge, set: froget}\n", ":6: measures[1].set: found 'froget'; did you mean 'forget'?"),
-        ("- {name: membership, attack: loss, set: forget, against: hold}\n", ":6: measures[1].against: found 'hold'; Valid: forget, text."),
-        ("- {name: multiple_choice, set: forget}\n", ":6: measures[1]: multiple_choice compares with wrong answers; name their column in sets.forget.perturbed"),
-        ("- {name: rouge, set: text}\n", ":6: measures[1]: rouge needs questions and answers, and set 'text' is running text"),
+        (
+            "- {name: membership, attack: loss, set: forget, against: hold}\n",
+            ":6: measures[1].against: found 'hold'; Valid: forget, text.",
+        ),
+        (
+            "- {name: multiple_choice, set: forget}\n",
+            ":6: measures[1]: multiple_choice compares with wrong answers; name their column in sets.forget.perturbed",
+        ),
+        (
+            "- {name: rouge, set: text}\n",
+            ":6: measures[1]: rouge needs questions and answers, and set 'text' is running text",
+        ),
         ("- {name: rouge, set: forget, sett: 3}\n", ":6: measures[1].sett: unknown key; did you mean 'set'?"),
         ("retrained: ./none\n", ":6: retrained: no such folder: ./none"),
         ("max_new_tokens: 0\n", ":6: max_new_tokens: found 0; expected greater than 0"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_suite_is_refused_with_place_and_key(
     more: str, expected: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,20 +229,28 @@ def test_a_shipped_recipe_is_found_from_anywhere(asked: Asked) -> None:
     assert asked.runs[0][0].output == "here"
 
 
-# ------------------------------------------------------------------------------------------------ exit codes
+# ---------------------------------------------------------------------------------------------------------- exit codes
 
 
 @pytest.mark.parametrize(
     ("outcome", "status", "said"),
     [
         (SimpleNamespace(status="finished"), 0, ""),
-        (SimpleNamespace(status="stopped", step=7, kept=4, reason="forget not finite"), 1, "stopped: forget not finite; the weights after step 4 were kept."),
-        (SimpleNamespace(status="interrupted", step=7), 130, "interrupted after step 7; the same command with --resume goes on from there."),
+        (
+            SimpleNamespace(status="stopped", step=7, kept=4, reason="forget not finite"),
+            1,
+            "stopped: forget not finite; the weights after step 4 were kept.",
+        ),
+        (
+            SimpleNamespace(status="interrupted", step=7),
+            130,
+            "interrupted after step 7; the same command with --resume goes on from there.",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
         (Refused("a: one\nb: two"), 2, "error: a: one\nerror: b: two"),
     ],
     ids=["finished", "stopped", "interrupted", "Ctrl-C", "refused"],
-)  # fmt: skip
+)
 def test_each_way_to_end_has_its_exit_code(
     outcome: Any, status: int, said: str, path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,9 +265,7 @@ def test_a_bug_is_not_dressed_up_as_a_refusal(path: Path, asked: Asked) -> None:
         main(["run", "r.yaml"])
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["forget"], ["run"], ["evaluate", "eval/quick.yaml"], ["run", "r.yaml", "--sometimes"]]
-)
+@pytest.mark.parametrize("words", [[], ["forget"], ["run"], ["evaluate", "eval/quick.yaml"], ["run", "r.yaml", "--sometimes"]])
 def test_a_wrong_call_ends_with_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)
@@ -285,7 +301,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert cache_folder() == Path("/y")
 
 
-# ------------------------------------------------------------------------------------------------ evaluate
+# ------------------------------------------------------------------------------------------------------------ evaluate
 
 
 @pytest.mark.parametrize(
@@ -293,15 +309,25 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     [
         (["eval/quik.yaml", "--model", "embedded:target"], "eval/quik.yaml: no such file"),
         (["eval/quick.yaml", "--model", "./none"], "no such folder: ./none (looked from"),
-        (["eval/quick.yaml", "--model", "embedded:target", "--adapter", "./none"], "no such folder: ./none (looked from"),
-        (["eval/quick.yaml", "--model", "embedded:target", "--retrained", "./none"], "no such folder: ./none (looked from"),
-        (["eval/quick.yaml", "--model", "embedded:target", "--output", "kept"], "--output: kept has an evaluation.json already"),
-        (["eval/quick.yaml", "max_new_tokns=3", "--model", "embedded:target"], "command line: max_new_tokns: unknown key; did you mean 'max_new_tokens'"),
+        (
+            ["eval/quick.yaml", "--model", "embedded:target", "--adapter", "./none"],
+            "no such folder: ./none (looked from",
+        ),
+        (
+            ["eval/quick.yaml", "--model", "embedded:target", "--retrained", "./none"],
+            "no such folder: ./none (looked from",
+        ),
+        (
+            ["eval/quick.yaml", "--model", "embedded:target", "--output", "kept"],
+            "--output: kept has an evaluation.json already",
+        ),
+        (
+            ["eval/quick.yaml", "max_new_tokns=3", "--model", "embedded:target"],
+            "command line: max_new_tokns: unknown key; did you mean 'max_new_tokens'",
+        ),
     ],
-)  # fmt: skip
-def test_evaluate_refuses(
-    words: list[str], expected: str, here: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
-) -> None:
+)
+def test_evaluate_refuses(words: list[str], expected: str, here: Path, asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "kept").mkdir()
     (here / "kept" / "evaluation.json").write_text("{}")
     assert expected in refused(capsys, "evaluate", *words)
@@ -335,9 +361,7 @@ def test_evaluate_asks_for_before_after_and_retrained(here: Path, asked: Asked) 
     assert main(["evaluate", "eval/quick.yaml", "max_new_tokens=7", *words]) == 0
     ((suite, name, models, how),) = asked.evaluations
     assert suite.max_new_tokens == 7 and name == "eval/quick.yaml" and how["output"] == Path("out")
-    assert [
-        (column, model.base, model.adapter, model.quantize, adapter) for column, (model, adapter) in models.items()
-    ] == [
+    assert [(column, model.base, model.adapter, model.quantize, adapter) for column, (model, adapter) in models.items()] == [
         ("before", "embedded:target", None, "nf4", None),
         ("after", "embedded:target", None, "nf4", "runs/x/adapter"),
         ("retrained", "full/model", None, "nf4", None),
@@ -357,7 +381,7 @@ def test_evaluate_writes_again_where_it_is_told_to(here: Path, asked: Asked) -> 
     assert len(asked.evaluations) == 1
 
 
-# ------------------------------------------------------------------------------------------------ the run folder
+# ------------------------------------------------------------------------------------------------------ the run folder
 
 
 def begun(path: Path, *, finished: bool = False, overrides: tuple[str, ...] = ()) -> recipe.Recipe:
@@ -382,9 +406,7 @@ def left(run: Path) -> dict[str, str | None]:
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("empty", [False, True])
-def test_a_fresh_or_empty_folder_may_be_written(
-    resume: bool, overwrite: bool, empty: bool, here: Path, path: Path
-) -> None:
+def test_a_fresh_or_empty_folder_may_be_written(resume: bool, overwrite: bool, empty: bool, here: Path, path: Path) -> None:
     if empty:
         (here / "runs" / "x").mkdir(parents=True)
     assert folder.check(recipe.load(path), resume, overwrite) is False
@@ -394,9 +416,7 @@ def test_a_fresh_or_empty_folder_may_be_written(
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_no_run_folder_is_never_touched(
-    resume: bool, overwrite: bool, kind: str, here: Path, path: Path
-) -> None:
+def test_what_is_no_run_folder_is_never_touched(resume: bool, overwrite: bool, kind: str, here: Path, path: Path) -> None:
     (here / "runs").mkdir()
     if kind == "folder":
         (here / "runs" / "x").mkdir()
@@ -415,9 +435,7 @@ def test_what_is_no_run_folder_is_never_touched(
     ("finished", "state"),
     [(True, "holds a finished run"), (False, "holds a run that did not finish; add --resume to go on with it")],
 )
-def test_an_earlier_run_is_kept_unless_it_is_to_be_overwritten(
-    finished: bool, state: str, here: Path, path: Path
-) -> None:
+def test_an_earlier_run_is_kept_unless_it_is_to_be_overwritten(finished: bool, state: str, here: Path, path: Path) -> None:
     wanted = begun(path, finished=finished)
     before = left(here)
     with pytest.raises(Refused) as caught:
@@ -453,10 +471,16 @@ def test_resuming_with_another_recipe_is_refused(here: Path, path: Path) -> None
     assert left(here) == before
 
 
+def test_a_run_whose_suite_lies_beside_its_recipe_can_be_resumed(here: Path) -> None:
+    """The flattened recipe lies in the run folder, from where such a suite is not found."""
+    folder.write(here / "mine" / "recipes" / "r.yaml", RECIPE.replace("quick", "own"))
+    folder.write(here / "mine" / "eval" / "own.yaml", SUITE)
+    wanted = begun(here / "mine" / "recipes" / "r.yaml")
+    assert folder.check(wanted, True, False) is False
+
+
 @pytest.mark.parametrize("verb", [[], ["--resume"]])
-def test_run_refuses_before_anything_heavy(
-    verb: list[str], path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_refuses_before_anything_heavy(verb: list[str], path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
     begun(path)
     assert "output: runs/x " in refused(capsys, "run", "r.yaml", "seed=9", *verb)
     assert not asked.runs
@@ -469,7 +493,7 @@ def test_clear_removes_a_run_and_does_not_mind_its_absence(here: Path, path: Pat
     assert list((here / "runs").iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------ files whole or not at all
+# ------------------------------------------------------------------------------------------- files whole or not at all
 
 
 def stopped_at(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,14 +506,15 @@ def stopped_at(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.write_bytes(text.encode()[:3])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(*((os, "replace", interrupt) if what == "name" else (Path, "write_text", half)))  # type: ignore[arg-type]
+    if what == "name":
+        monkeypatch.setattr(os, "replace", interrupt)
+    else:
+        monkeypatch.setattr(Path, "write_text", half)
 
 
 @pytest.mark.parametrize("what", ["name", "text"])
 @pytest.mark.parametrize("there", [False, True])
-def test_an_interrupted_file_leaves_nothing_behind(
-    what: str, there: bool, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_file_leaves_nothing_behind(what: str, there: bool, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = here / "runs" / "evaluation.json"
     if there:
         folder.write(file, "before")
@@ -531,7 +556,7 @@ def test_a_suite_is_looked_for_here_then_beside_the_recipe_then_among_the_shippe
     (here / "mine" / "recipes").mkdir(parents=True)
     for name in made:
         folder.write(here / name, SUITE)
-    found = folder.locate("eval/quick.yaml", here / "mine" / "recipes" / "r.yaml")
+    found = tree.locate("eval/quick.yaml", here / "mine" / "recipes" / "r.yaml")
     assert found.resolve() == expected(here).resolve() and found.is_file()
 
 

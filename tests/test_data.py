@@ -4,7 +4,7 @@ import json
 import random
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from llm_unlearn.data.batch import Batch, cut, lay_out, micro_batches, units
+from llm_unlearn.data.batch import cut, lay_out, micro_batches, units
 from llm_unlearn.data.examples import PLAIN_TEMPLATE, Example, draw, encode, encode_text, read_examples
 from llm_unlearn.data.schedule import Schedule, build
 from llm_unlearn.data.sources import rows
@@ -40,7 +40,7 @@ def nothing_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
 
 
-# ------------------------------------------------------------------------------------------------ where an answer begins and ends
+# ------------------------------------------------------------------------------------- where an answer begins and ends
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -65,9 +65,7 @@ CHAT: Turns = [
 ]
 
 
-def tokenizer_of(
-    template: str | None, *, eos: str = "<|im_end|>", pad: str | None = None, bos: str | None = None
-) -> Any:
+def tokenizer_of(template: str | None, *, eos: str = "<|im_end|>", pad: str | None = None, bos: str | None = None) -> Any:
     """A byte-level BPE tokenizer with a handful of merges."""
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -172,7 +170,7 @@ def test_any_answer_is_cut_at_its_own_start(answer: str) -> None:
 
 
 def test_a_token_across_the_border_is_a_target() -> None:
-    """`assistant: ` ends with a blank and the tokenizer joins it to the answer: the first token that says anything of it is learnt."""
+    """The prompt ends with a blank that the tokenizer joins to the answer: its first token is a target."""
     tokenizer = tokenizer_of(BARE)
     example = one(TURNS, tokenizer)
     first = tokenizer.convert_ids_to_tokens(example.ids[example.answer])
@@ -200,7 +198,7 @@ def test_encoding_keeps_order_and_stream() -> None:
     assert encode([], tokenizer, "retain", 5) == []
 
 
-# ------------------------------------------------------------------------------------------------ running text
+# -------------------------------------------------------------------------------------------------------- running text
 
 
 @pytest.mark.parametrize("bos", [None, "<s>"])
@@ -226,7 +224,7 @@ def test_blocks_never_join_two_texts() -> None:
     assert [tokenizer.decode(list(block.ids)) for block in blocks] == ["Ada<|im_end|>", "saw<|im_end|>"]
 
 
-# ------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------------------------------------------- sources
 
 TABLE = [
     {"question": "Who?", "answer": "Ada.", "kind": "who", "year": 1815},
@@ -284,9 +282,7 @@ def test_embedded_rows_are_those_of_the_population(split: str) -> None:
         (None, 9, ["Who?", "When?", "Where?"]),
     ],
 )
-def test_where_and_limit_choose_rows(
-    where: dict[str, Any] | None, limit: int | None, left: list[str], tmp_path: Path
-) -> None:
+def test_where_and_limit_choose_rows(where: dict[str, Any] | None, limit: int | None, left: list[str], tmp_path: Path) -> None:
     source = pairs(saved(tmp_path, "jsonl"), where=where, limit=limit)
     assert [row["question"] for row in rows(source)] == left
 
@@ -301,16 +297,34 @@ def refusal(source: Source) -> str:
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"prompt": "question", "answer": "anwser"}, "answer names column 'anwser', which is not there; did you mean 'answer'?"),
-        ({"prompt": "qestion", "answer": "answer"}, "prompt names column 'qestion', which is not there; did you mean 'question'?"),
-        ({"messages": "chat"}, "messages names column 'chat', which is not there; Valid: question, answer, kind, year."),
+        (
+            {"prompt": "question", "answer": "anwser"},
+            "answer names column 'anwser', which is not there; did you mean 'answer'?",
+        ),
+        (
+            {"prompt": "qestion", "answer": "answer"},
+            "prompt names column 'qestion', which is not there; did you mean 'question'?",
+        ),
+        (
+            {"messages": "chat"},
+            "messages names column 'chat', which is not there; Valid: question, answer, kind, year.",
+        ),
         ({"text": "txet"}, "text names column 'txet'"),
-        ({"prompt": "question", "answer": "answer", "where": {"yaer": 3}}, "where names column 'yaer', which is not there; did you mean 'year'?"),
-        ({"prompt": "question", "answer": "answer", "alternate": Alternate(answer="anser")}, "alternate.answer names column 'anser'"),
+        (
+            {"prompt": "question", "answer": "answer", "where": {"yaer": 3}},
+            "where names column 'yaer', which is not there; did you mean 'year'?",
+        ),
+        (
+            {"prompt": "question", "answer": "answer", "alternate": Alternate(answer="anser")},
+            "alternate.answer names column 'anser'",
+        ),
         ({"prompt": "question", "answer": "answer", "perturbed": "wrong"}, "perturbed names column 'wrong'"),
-        ({"prompt": "question", "answer": "answer", "where": {"year": 1900}}, "no rows are left after where = {'year': 1900}"),
+        (
+            {"prompt": "question", "answer": "answer", "where": {"year": 1900}},
+            "no rows are left after where = {'year': 1900}",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_column_or_row_that_is_not_there_is_named(columns: dict[str, Any], expected: str, tmp_path: Path) -> None:
     assert expected in refusal(Source(source=saved(tmp_path, "jsonl"), **columns))
 
@@ -337,7 +351,8 @@ def test_unreadable_data_is_refused_in_one_line(tmp_path: Path) -> None:
     )
     assert "cannot be read as a data set" in refusal(pairs(str(tmp_path / "a.parquet")))
     assert "cannot be read as a data set" in refusal(pairs(str(tmp_path / "a.jsonl")))
-    assert "no such data; did you mean 'forget'? Valid: forget, retain" in refusal(pairs("embedded:forgot"))
+    said = refusal(pairs("embedded:forgot"))
+    assert "no such data; did you mean" in said and "forget'?" in said and "refusals" in said
 
 
 @pytest.mark.parametrize(
@@ -482,22 +497,18 @@ def test_a_row_without_text_is_refused_by_its_number(name: str, tmp_path: Path, 
         assert part in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ alternate answers
+# --------------------------------------------------------------------------------------------------- alternate answers
 
 
 def test_alternates_come_from_a_column_of_lists(tmp_path: Path, embedded: Any) -> None:
-    found = [
-        {**row, "other": other}
-        for row, other in zip(qa("a", "b", "c"), (["d", "e"], ["f"], ["g", "h", "i"]), strict=True)
-    ]
+    found = [{**row, "other": other} for row, other in zip(qa("a", "b", "c"), (["d", "e"], ["f"], ["g", "h", "i"]), strict=True)]
     source = pairs(table(tmp_path, "f", *found), alternate=Alternate(answer="other"))
     examples = read_examples(Data(forget=source), embedded, 0)
     assert examples.alternate_of == "forget"
     said = [[answered(other, embedded) for other in of_row] for of_row in examples.alternates]
     prompts = [answered(example, embedded)[0] for example in examples.streams["forget"]]
     assert said == [
-        [(prompt, f"{text}<|end|>") for text in texts]
-        for prompt, texts in zip(prompts, ("de", "f", "ghi"), strict=True)
+        [(prompt, f"{text}<|end|>") for text in texts] for prompt, texts in zip(prompts, ("de", "f", "ghi"), strict=True)
     ]
     assert {other.stream for of_row in examples.alternates for other in of_row} == {"alternate"}
 
@@ -514,7 +525,7 @@ def test_alternates_come_from_a_column_of_text_and_for_chats(tmp_path: Path, emb
 
 
 def test_a_row_none_of_whose_alternates_fits_leaves_with_its_answer(tmp_path: Path, embedded: Any) -> None:
-    """An alternate is cut like an answer; only a prompt that fills all the room leaves nothing of it, or a row that has none."""
+    """Here because its list is empty; otherwise an alternate is cut as an answer is."""
     found = [{**qa("a")[0], "other": ["x"]}, {**qa("b", question="R")[0], "other": []}]
     source = pairs(table(tmp_path, "f", *found), alternate=Alternate(answer="other"))
     examples = read_examples(Data(forget=source), embedded, 0)
@@ -565,25 +576,19 @@ def test_a_draw_depends_on_its_key_alone() -> None:
     assert 0.45 < np.mean([value / 2**64 for value in values]) < 0.55
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------------------------- batches
 
 
-def some(
-    count: int, rng: random.Random, streams: tuple[str, ...] = ("forget", "retain"), most: int = 12
-) -> list[Example]:
+def some(count: int, rng: random.Random, streams: tuple[str, ...] = ("forget", "retain"), most: int = 12) -> list[Example]:
     found = []
     for i in range(count):
         length = rng.randint(2, most)
-        found.append(
-            Example(
-                tuple(rng.randint(0, 50) for _ in range(length)), rng.randint(1, length - 1), rng.choice(streams), i
-            )
-        )
+        found.append(Example(tuple(rng.randint(0, 50) for _ in range(length)), rng.randint(1, length - 1), rng.choice(streams), i))
     return found
 
 
 def by_loop(examples: list[Example]) -> tuple[list[list[int]], list[tuple[str, int, int, int]]]:
-    """What `lay_out` must say, token by token: the padded rows, and per answer token (stream, sequence of it, place, target)."""
+    """What `lay_out` must say, token by token: padded rows; (stream, sequence, place, target) per answer token."""
     names = list(dict.fromkeys(example.stream for example in examples))
     placed = [example for name in names for example in examples if example.stream == name]
     length = max(len(example.ids) for example in placed)
@@ -613,8 +618,7 @@ def test_a_batch_is_what_a_loop_over_its_tokens_says(seed: int) -> None:
     assert list(batch.sequences) == list(batch.tokens) == list(dict.fromkeys(example.stream for example in examples))
     assert Counter(batch.examples) == Counter(examples)
     assert all(
-        tensor.dtype == torch.long and tensor.min() >= 0
-        for tensor in (batch.input_ids, batch.at, batch.targets, batch.owner)
+        tensor.dtype == torch.long and tensor.min() >= 0 for tensor in (batch.input_ids, batch.at, batch.targets, batch.owner)
     )
 
 
@@ -669,76 +673,56 @@ def test_a_cut_wastes_no_micro_batch() -> None:
     assert cut([5], 100, 3) == [[[0]]] + [[[]]] * 2
 
 
-def padded(batch: Batch | None) -> int:
-    return batch.input_ids.numel() if batch else 0
-
-
-def windows(seed: int) -> Iterator[tuple[dict[str, list[Example]], Schedule, int, int]]:
-    """Random streams with alternates and their schedule, a budget, and a number of ranks."""
+def case(seed: int) -> tuple[Callable[[str, int], Example], Schedule, int, int]:
+    """Random streams with alternates, their schedule, a budget, and a number of ranks."""
     rng = random.Random(seed)
-    examples = {
-        name: [Example(one.ids, one.answer, name, i) for i, one in enumerate(some(rng.randint(1, 12), rng))]
-        for name in ("forget", "retain")
-    }
-    counts = [rng.randint(1, 3) for _ in examples["forget"]]
-    examples["alternate"] = [
-        Example(one.ids, one.answer, "alternate", i) for i, one in enumerate(some(sum(counts), rng, most=20))
-    ]
-    sizes = {name: len(examples[name]) for name in ("forget", "retain")}
+    found = {name: some(rng.randint(1, 12), rng, (name,)) for name in ("forget", "retain")}
+    counts = [rng.randint(1, 3) for _ in found["forget"]]
+    found["alternate"] = some(sum(counts), rng, ("alternate",), most=20)
+    sizes = {name: len(found[name]) for name in ("forget", "retain")}
     window = {"forget": rng.randint(1, 8), "retain": rng.randint(1, 8)}
-    yield (
-        examples,
-        build(sizes, window, seed, 2, alternates=("forget", counts)),
-        rng.randint(10, 150),
-        rng.randint(1, 4),
-    )
+    schedule = build(sizes, window, seed, 2, alternates=("forget", counts))
+    return lambda stream, i: found[stream][i], schedule, rng.randint(10, 150), rng.randint(1, 4)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_micro_batches_of_all_ranks_are_the_window(seed: int) -> None:
-    for examples, schedule, budget, ranks in windows(seed):
-        for step in range(schedule.steps):
-            window = schedule.window(step)
-            shares = [
-                micro_batches(window, lambda stream, i: examples[stream][i], budget, rank, ranks)
-                for rank in range(ranks)
-            ]  # noqa: B023
-            assert len({len(share) for share in shares}) == 1
-            found = Counter(example for share in shares for batch in share if batch for example in batch.examples)
-            assert found == Counter(examples[stream][i] for slot in window for stream, i in slot)
+    example, schedule, budget, ranks = case(seed)
+    for step in range(schedule.steps):
+        window = schedule.window(step)
+        shares = [micro_batches(window, example, budget, rank, ranks) for rank in range(ranks)]
+        assert len({len(share) for share in shares}) == 1
+        found = Counter(one for share in shares for batch in share if batch for one in batch.examples)
+        assert found == Counter(example(*place) for slot in window for place in slot)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_micro_batch_keeps_its_budget_also_where_slots_differ_in_size(seed: int) -> None:
-    for examples, schedule, budget, ranks in windows(seed):
-        for step in range(schedule.steps):
-            window = schedule.window(step)
-            for rank in range(ranks):
-                for batch in micro_batches(window, lambda stream, i: examples[stream][i], budget, rank, ranks):  # noqa: B023
-                    forgotten = batch.sequences.get("forget", 0) if batch else 0
-                    one_slot = (
-                        batch is None or len(batch.examples) == 1 or (len(batch.examples) == 2 and forgotten == 1)
-                    )
-                    assert padded(batch) <= budget or one_slot
+    example, schedule, budget, ranks = case(seed)
+    checked = 0
+    for step in range(schedule.steps):
+        for rank in range(ranks):
+            for batch in micro_batches(schedule.window(step), example, budget, rank, ranks):
+                slots = batch.sequences.get("forget", 0) + batch.sequences.get("retain", 0) if batch else 0
+                assert batch is None or slots == 1 or batch.input_ids.numel() <= budget
+                checked += 1
+    assert checked
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_an_answer_and_its_alternate_lie_in_one_micro_batch_in_the_same_order(seed: int) -> None:
-    for examples, schedule, budget, ranks in windows(seed):
-        owner = {}
-        for step in range(schedule.steps):
-            owner |= {slot[1][1]: slot[0][1] for slot in schedule.window(step) if len(slot) == 2}
-            for rank in range(ranks):
-                for batch in micro_batches(
-                    schedule.window(step), lambda stream, i: examples[stream][i], budget, rank, ranks
-                ):  # noqa: B023
-                    if batch:
-                        own = [example.id for example in batch.examples if example.stream == "forget"]
-                        other = [owner[example.id] for example in batch.examples if example.stream == "alternate"]
-                        assert own == other
+    example, schedule, budget, ranks = case(seed)
+    for step in range(schedule.steps):
+        window = schedule.window(step)
+        owner = {slot[1][1]: slot[0][1] for slot in window if len(slot) == 2}
+        for rank in range(ranks):
+            for batch in micro_batches(window, example, budget, rank, ranks):
+                members = batch.examples if batch else ()
+                own = [one.id for one in members if one.stream == "forget"]
+                assert own == [owner[one.id] for one in members if one.stream == "alternate"]
 
 
-# ------------------------------------------------------------------------------------------------ the schedule
+# -------------------------------------------------------------------------------------------------------- the schedule
 
 
 def visits(schedule: Schedule, stream: str, steps: range | None = None) -> list[int]:
@@ -766,17 +750,15 @@ def test_an_epoch_sees_each_forget_example_exactly_once(seed: int) -> None:
         assert counts["forget"] == window["forget"] or step % per_epoch == per_epoch - 1
     went = visits(schedule, "retain")
     for start in range(0, len(went), sizes["retain"]):
-        assert len(set(went[start : start + sizes["retain"]])) == len(went[start : start + sizes["retain"]]), (
-            "round after round"
-        )
+        assert len(set(went[start : start + sizes["retain"]])) == len(went[start : start + sizes["retain"]]), "round after round"
 
 
 def test_a_schedule_follows_from_its_seed_alone() -> None:
     sizes, window = {"forget": 20, "retain": 50}, {"forget": 6, "retain": 7}
     first = build(sizes, window, 0, 2)
-    state = np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    state = str(np.random.get_state()), random.getstate()
     again = build(sizes, window, 0, 2)
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == state  # noqa: NPY002
+    assert (str(np.random.get_state()), random.getstate()) == state
     assert [first.window(step) for step in range(first.steps)] == [again.window(step) for step in range(again.steps)]
     assert visits(build(sizes, window, 1, 2), "forget") != visits(first, "forget")
     longer = build(sizes, window, 0, 9)
@@ -823,7 +805,5 @@ def test_an_alternate_sits_in_the_slot_of_its_answer() -> None:
         (k // 4, slot[0][1]): slot[1][1]
         for k, slot in enumerate(s for t in range(again.steps) for s in again.window(t) if len(s) == 2)
     }
-    first = {
-        (epoch, example): offsets[example] + picks[epoch] for example, picks in picked.items() for epoch in range(60)
-    }
+    first = {(epoch, example): offsets[example] + picks[epoch] for example, picks in picked.items() for epoch in range(60)}
     assert turns == first, "the draw is the epoch's and the example's, whatever the window"

@@ -86,7 +86,7 @@ def by_the_paper(loss: Any, now: dict[str, Numbers], ref: dict[str, Numbers]) ->
         case DPO():
             lose = [sum(logp(y, n) - logp(y0, n) for n in members) for members in sequences(y)]
             win = [sum(logp(a, n) - logp(a0, n) for n in members) for members in sequences(a)]
-            return [-2 / loss.beta * log_sigmoid(loss.beta * (w - l)) for w, l in zip(win, lose, strict=True)]
+            return [-2 / loss.beta * log_sigmoid(loss.beta * (w - y)) for w, y in zip(win, lose, strict=True)]
         case KL():
             p = [[float(x) for x in row.softmax(-1)] for row in y.logits]
             p0 = [[float(x) for x in row.softmax(-1)] for row in y0.logits]
@@ -123,8 +123,14 @@ def random_like(views: dict[str, Numbers]) -> dict[str, Numbers]:
 
 def test_values_by_hand() -> None:
     owner = torch.tensor([0, 0, 1])
-    now = {"forget": Given(torch.tensor([-1.0, -2.0, -0.5]), owner), "alternate": Given(torch.tensor([-1.0, -1.0, -3.0]), owner)}
-    ref = {"forget": Given(torch.tensor([-0.5, -1.5, -1.5]), owner), "alternate": Given(torch.tensor([-2.0, -1.0, -2.0]), owner)}
+    now = {
+        "forget": Given(torch.tensor([-1.0, -2.0, -0.5]), owner),
+        "alternate": Given(torch.tensor([-1.0, -1.0, -3.0]), owner),
+    }
+    ref = {
+        "forget": Given(torch.tensor([-0.5, -1.5, -1.5]), owner),
+        "alternate": Given(torch.tensor([-2.0, -1.0, -2.0]), owner),
+    }
     assert NLL()(now, ref, "forget").tolist() == [1.0, 2.0, 0.5]
     assert Ascent()(now, ref, "forget").tolist() == [-1.0, -2.0, -0.5]
     assert IDK()(now, ref, "forget").tolist() == [1.0, 1.0, 3.0]
@@ -149,7 +155,10 @@ def test_npo_at_the_reference_and_towards_ascent() -> None:
 
 def test_npo_survives_extreme_ratios() -> None:
     owner = torch.tensor([0, 1])
-    now, ref = {"forget": Given(torch.tensor([-1e4, -1.0]), owner)}, {"forget": Given(torch.tensor([-1.0, -1e4]), owner)}
+    now, ref = (
+        {"forget": Given(torch.tensor([-1e4, -1.0]), owner)},
+        {"forget": Given(torch.tensor([-1.0, -1e4]), owner)},
+    )
     values = NPO(beta=1.0)(now, ref, "forget")
     assert values[0] == 0 and values[1] == pytest.approx(2 * (1e4 - 1))
 

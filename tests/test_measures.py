@@ -37,9 +37,7 @@ def make(*rows, truth=None, generated=None, mean=-1.0, std=1.0):
                 row.append(i)
                 kind.append(name)
                 pieces.append(np.array(answer, dtype=float))
-                hits.append(
-                    np.array(one.get("hit", [0] * len(answer)) if name == "answer" else [0] * len(answer), bool)
-                )
+                hits.append(np.array(one.get("hit", [0] * len(answer)) if name == "answer" else [0] * len(answer), bool))
     n = sum(map(len, pieces))
     start = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     return SetTable(
@@ -280,9 +278,7 @@ def test_auc_and_tpr_equal_scikit_learn_and_a_loop_with_ties():
 
 def test_tpr_allows_exactly_one_false_alarm_in_a_hundred():
     others = np.arange(100.0)
-    assert (
-        tpr(np.array([0.5, 0.5, 1.5, 50.0]), others, 0.01) == 0.5
-    )  # one holdout row, 0.0, lies below 0.5; two below 1.5
+    assert tpr(np.array([0.5, 0.5, 1.5, 50.0]), others, 0.01) == 0.5  # one holdout row, 0.0, lies below 0.5; two below 1.5
     assert tpr(np.array([0.5, 0.5, 1.5, 50.0]), others[:99], 0.01) == 0  # 99 rows allow none
 
 
@@ -554,9 +550,7 @@ def label(measure):
 @pytest.mark.parametrize("measure", EVERY, ids=label)
 def test_knowing_more_moves_the_value_as_declared(measure):
     control = {"forget": learner(0, 1), "holdout": learner(0, 2)}
-    nothing, everything = (
-        measure({"forget": learner(known, 3), "holdout": learner(0, 4)}, control).value for known in (0, 1)
-    )
+    nothing, everything = (measure({"forget": learner(known, 3), "holdout": learner(0, 4)}, control).value for known in (0, 1))
     if measure.knowing == "moves":
         assert 0.3 < nothing < 0.7 and everything > 0.95
     else:

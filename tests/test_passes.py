@@ -20,13 +20,23 @@ from llm_unlearn.models.load import Loaded
 from llm_unlearn.recipe import Source
 
 NEEDS = ("answer", "paraphrase", "perturbed", "generation")
-SOURCE = Source(source="embedded:forget", prompt="question", answer="answer", paraphrase="paraphrased_answer", perturbed="perturbed_answer", limit=6)
+SOURCE = Source(
+    source="embedded:forget",
+    prompt="question",
+    answer="answer",
+    paraphrase="paraphrased_answer",
+    perturbed="perturbed_answer",
+    limit=6,
+)
 KEEP = Source(source="embedded:general", prompt="question", answer="answer", limit=3)
 
 
 @pytest.fixture(scope="module")
 def sets(tokenizer: Any) -> dict[str, EncodedSet]:
-    return {"forget": encode_set("forget", SOURCE, NEEDS, tokenizer), "general": encode_set("general", KEEP, ("answer",), tokenizer)}
+    return {
+        "forget": encode_set("forget", SOURCE, NEEDS, tokenizer),
+        "general": encode_set("general", KEEP, ("answer",), tokenizer),
+    }
 
 
 def loaded(make_model: Callable[..., Any], tokenizer: Any, seed: int = 0) -> Loaded:
@@ -85,7 +95,11 @@ def test_the_budget_changes_nothing(make_model: Callable[..., Any], tokenizer: A
 
 
 def test_tables_are_kept_by_content(
-    make_model: Callable[..., Any], tokenizer: Any, sets: dict[str, EncodedSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., Any],
+    tokenizer: Any,
+    sets: dict[str, EncodedSet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, other = loaded(make_model, tokenizer, 0), loaded(make_model, tokenizer, 1)
     mine, theirs = ask(first, sets, cache=tmp_path), ask(other, sets, cache=tmp_path)
@@ -99,10 +113,13 @@ def test_tables_are_kept_by_content(
         patch.setattr(passes, "likelihood_pass", nobody)
         again = ask(first, sets, cache=tmp_path)
         assert np.array_equal(again["forget"].likelihood.logp, mine["forget"].likelihood.logp)
-        assert again["forget"] .generated == mine["forget"].generated and again["general"].generated is None
+        assert again["forget"].generated == mine["forget"].generated and again["general"].generated is None
         assert again["forget"].answers == mine["forget"].answers
         changed = {"forget": replace(sets["forget"], answers=["other", *sets["forget"].answers[1:]])}
-        for asked in (lambda: ask(replace(first, parts=("changed",)), sets, cache=tmp_path), lambda: ask(first, changed, cache=tmp_path)):
+        for asked in (
+            lambda: ask(replace(first, parts=("changed",)), sets, cache=tmp_path),
+            lambda: ask(first, changed, cache=tmp_path),
+        ):
             with pytest.raises(AssertionError, match="asked again"):
                 asked()
 
@@ -122,5 +139,7 @@ def test_extraction_by_hits_is_extraction_by_generation(embedded: dict[str, Path
         for example, extracted in zip(encoded.examples, rows, strict=True):
             prompt = torch.tensor([example.ids[: example.answer + 4]])
             with torch.no_grad():
-                written = model.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=example.targets - 4, do_sample=False)
+                written = model.model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=example.targets - 4, do_sample=False
+                )
             assert (tuple(written[0].tolist()) == example.ids) == bool(extracted)

@@ -1,4 +1,4 @@
-"""Recipes: both readings of a file, what is refused and how it is said, overrides, `extends`, the hash, the schema, and what stays unimported."""
+"""Recipes: both readings of a file, what is refused and how, overrides, `extends`, hash, schema, and lightness."""
 
 import ast
 import json
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,10 +16,11 @@ import pytest
 import yaml
 
 import llm_unlearn
-from llm_unlearn import folder, recipe
+from llm_unlearn import recipe, tree
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.objectives.terms import AnyLoss
-from llm_unlearn.spec import LAUNCH_FIRST, LAUNCH_LAST, Refused, plain, schema, to_yaml
+from llm_unlearn.spec import Refused, plain, schema, to_yaml
+from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -69,7 +71,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ shipped files, both readings
+# ---------------------------------------------------------------------------------------- shipped files, both readings
 
 
 def test_there_are_recipes_and_suites() -> None:
@@ -85,7 +87,7 @@ def test_a_shipped_recipe_read_as_yaml_is_data(path: Path, monkeypatch: pytest.M
     assert by_a_plain_reader.pop("launch") == 'r"""'
     assert wanted.seed == by_a_plain_reader.get("seed", wanted.seed)
     if wanted.evaluation:
-        suites.load(folder.locate(wanted.evaluation.suite, path))
+        suites.load(tree.locate(wanted.evaluation.suite, path))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -93,7 +95,9 @@ def test_a_shipped_recipe_read_as_python_is_one_launch_call(path: Path) -> None:
     settings, imported, call = ast.parse(path.read_text()).body
     assert isinstance(settings, ast.AnnAssign) and settings.value is None
     assert isinstance(settings.target, ast.Name) and settings.target.id == "launch"
-    assert isinstance(settings.annotation, ast.Constant) and "objective:" in settings.annotation.value
+    assert isinstance(settings.annotation, ast.Constant)
+    as_python, as_yaml = yaml.safe_load(str(settings.annotation.value)), yaml.safe_load(path.read_text())
+    assert {"launch": 'r"""', **as_python} == as_yaml, "both readings hold the same settings"
     assert ast.unparse(imported) == "from llm_unlearn import launch"
     assert ast.unparse(call) == "launch(__file__)"
 
@@ -106,12 +110,15 @@ def test_a_shipped_recipe_run_as_python_launches_itself(path: Path, monkeypatch:
     assert launched == [str(path)]
 
 
-def test_launch_runs_the_file_with_the_words_of_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launch_runs_the_file_with_the_words_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, launchable(MINIMAL))
     words: list[Any] = []
-    monkeypatch.setattr("llm_unlearn.cli.main", lambda given: words.append(given) or 7)
+
+    def main(given: list[str]) -> int:
+        words.append(given)
+        return 7
+
+    monkeypatch.setattr("llm_unlearn.cli.main", main)
     monkeypatch.setattr(sys, "argv", [str(path), "train.lr=1e-5", "--resume"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
@@ -122,9 +129,7 @@ def test_launch_runs_the_file_with_the_words_of_the_command_line(
 def test_launch_does_nothing_in_a_worker_process(tmp_path: Path) -> None:
     """A worker that imports the main file again must not start a second run: this recipe would end it with status 2."""
     path = written(tmp_path, launchable(MINIMAL.replace("seed: 0", "sead: 0")))
-    worker = multiprocessing.get_context("spawn").Process(
-        target=runpy.run_path, args=(str(path),), kwargs={"run_name": "__main__"}
-    )
+    worker = multiprocessing.get_context("spawn").Process(target=runpy.run_path, args=(str(path),), kwargs={"run_name": "__main__"})
     worker.start()
     alone = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
     worker.join()
@@ -138,7 +143,7 @@ def test_a_shipped_suite_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert suites.load(path).measures
 
 
-# ------------------------------------------------------------------------------------------------ reading never executes
+# ---------------------------------------------------------------------------------------------- reading never executes
 
 
 ESCAPES = {
@@ -167,6 +172,10 @@ def test_comments_after_the_launch_line_do_no_harm(tmp_path: Path) -> None:
     assert recipe.load(written(tmp_path, launchable(MINIMAL) + "# the end\n")).seed == 0
 
 
+def test_a_comment_may_speak_of_launching(tmp_path: Path) -> None:
+    assert recipe.load(written(tmp_path, "# how to launch: see docs\n" + launchable(MINIMAL))).seed == 0
+
+
 def test_reading_does_not_run_python_tags(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     path = written(tmp_path, MINIMAL + f"x: !!python/object/apply:os.mkdir [{mark}]\n")
@@ -174,7 +183,7 @@ def test_reading_does_not_run_python_tags(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------------------ refusals
 
 
 def edit(before: str, after: str) -> Callable[[str], str]:
@@ -241,9 +250,7 @@ IN_THE_FILE = {
         [":5: data.forget.max_tokens: found 1; expected greater than or equal to 2"],
     ),
     "alternates of running text": (
-        lambda text: edit("prompt: question, answer: answer", "text: answer, alternate: {answer: a}")(text).replace(
-            "npo", "dpo"
-        ),
+        lambda text: edit("prompt: question, answer: answer", "text: answer, alternate: {answer: a}")(text).replace("npo", "dpo"),
         [":5: data.forget.alternate:", "running text"],
     ),
     "no terms": (
@@ -298,7 +305,7 @@ COMMAND_LINE = {
     "term on a stream that is not there": ([KEEP], ["objective.retain: reads stream 'retain'", "Valid: forget"]),
     "named stream that is not there": (
         ["objective.forget.stream=froget"],
-        ["objective.forget.stream: found 'froget'", "'forget'"],
+        ["objective.forget.stream:", "'froget'", "'forget'"],
     ),
     "alternates that nobody reads": ([ALTERNATE], ["data.forget.alternate: no loss reads it", "dpo"]),
     "alternates on both": (
@@ -316,6 +323,7 @@ COMMAND_LINE = {
     "word that looks like an option": (["--lr=3"], ["found '--lr=3'; expected key=value"]),
     "value that is no YAML": (["train.lr=[1"], ["train.lr: '[1'", "not valid YAML"]),
     "value that is no date": (["train.lr=2024-13-45"], ["train.lr: '2024-13-45'", "not valid YAML"]),
+    "value without an end": (["train.lr=&a [*a]"], ["train.lr: '&a [*a]'", "not valid YAML"]),
     "value with a tag": (["train.lr=!rate 3"], ["train.lr: '!rate 3'", "not valid YAML"]),
 }
 
@@ -333,9 +341,7 @@ def test_a_loss_that_compares_needs_an_alternate(tmp_path: Path) -> None:
     path = written(tmp_path)
     said = refusal(path, DPO)
     assert f"{path}:5: data.forget.alternate: missing; loss 'dpo' reads" in said and "embedded:refusals" in said
-    assert recipe.load(path, [DPO, ALTERNATE]).data.forget.alternate == recipe.Alternate(
-        source="embedded:refusals", answer="text"
-    )
+    assert recipe.load(path, [DPO, ALTERNATE]).data.forget.alternate == recipe.Alternate(source="embedded:refusals", answer="text")
 
 
 def test_a_missing_recipe_names_the_nearest_file(tmp_path: Path) -> None:
@@ -358,7 +364,7 @@ def test_all_wrong_keys_are_said_at_once_and_nothing_twice(tmp_path: Path) -> No
     assert lines[0].startswith(f"{path}:1: seed:")
 
 
-# ------------------------------------------------------------------------------------------------ what is read
+# -------------------------------------------------------------------------------------------------------- what is read
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-5", "0.00001", "+1e-5"])
@@ -386,9 +392,7 @@ def test_another_loss_on_the_command_line_does_not_inherit_settings(tmp_path: Pa
 
 def test_a_suite_by_name_is_the_short_way_to_write_it(tmp_path: Path) -> None:
     path = written(tmp_path)
-    short, whole = (
-        recipe.load(path, [f"evaluation={text}"]) for text in ("eval/quick.yaml", "{suite: eval/quick.yaml}")
-    )
+    short, whole = (recipe.load(path, [f"evaluation={text}"]) for text in ("eval/quick.yaml", "{suite: eval/quick.yaml}"))
     assert short == whole and short.evaluation and short.evaluation.suite == "eval/quick.yaml"
 
 
@@ -400,9 +404,7 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
 
 def test_extends_lays_one_file_over_another(tmp_path: Path) -> None:
     written(tmp_path, launchable(MINIMAL), "below.yaml")
-    path = written(
-        tmp_path, launchable("extends: below.yaml\nseed: 3\nobjective: {forget: {loss: {name: ascent}, weight: 2.0}}\n")
-    )
+    path = written(tmp_path, launchable("extends: below.yaml\nseed: 3\nobjective: {forget: {loss: {name: ascent}, weight: 2.0}}\n"))
     wanted = recipe.load(path)
     assert (wanted.seed, wanted.output, wanted.train.lr) == (3, "runs/x", 1e-4)
     assert wanted.objective["forget"].loss.name == "ascent" and wanted.objective["forget"].weight == 2
@@ -442,7 +444,7 @@ def test_null_takes_an_inherited_term_out(tmp_path: Path) -> None:
     assert set(wanted.objective) == {"forget"} and set(wanted.sources) == {"forget"}
 
 
-# ------------------------------------------------------------------------------------------------ hash, flattened file, schema
+# ---------------------------------------------------------------------------------------- hash, flattened file, schema
 
 
 def test_the_hash_is_about_content_and_not_about_order_or_output(tmp_path: Path) -> None:
@@ -453,10 +455,13 @@ def test_the_hash_is_about_content_and_not_about_order_or_output(tmp_path: Path)
     )
     assert turned.hash == first.hash
     path = written(tmp_path)
+    words = [RETAIN, "objective={forget: null}", "objective={b: {loss: {name: nll}, stream: retain}}"]
+    terms = ["objective.a={loss: {name: npo}, stream: forget}", "train.window={retain: 3, forget: 4}"]
+    one = recipe.load(path, [*words, *terms])
+    other = recipe.load(path, [*words[:2], terms[0], words[2], "train.window={forget: 4, retain: 3}"])
+    assert list(one.objective) != list(other.objective) and one.hash == other.hash
     assert recipe.load(path, ["output=runs/y"]).hash == first.hash
-    assert recipe.load(path, ["train.epochs=5", "train.lr=1e-4"]).hash == first.hash, (
-        "a default written out is the default"
-    )
+    assert recipe.load(path, ["train.epochs=5", "train.lr=1e-4"]).hash == first.hash, "a default written out is the default"
     for change in (
         "train.lr=2e-4",
         "seed=1",
@@ -476,9 +481,7 @@ def test_a_flattened_recipe_is_the_same_recipe(path: Path, tmp_path: Path, monke
 
 
 def test_a_flattened_recipe_of_defaults_is_the_same_recipe(tmp_path: Path) -> None:
-    wanted = recipe.load(
-        written(tmp_path, MINIMAL.replace("train: {lr: 1.0e-4}\n", "")), ["train.stop={}", RETAIN, KEEP]
-    )
+    wanted = recipe.load(written(tmp_path, MINIMAL.replace("train: {lr: 1.0e-4}\n", "")), ["train.stop={}", RETAIN, KEEP])
     again = recipe.load(written(tmp_path, to_yaml(plain(wanted)), "flat.yaml"))
     assert again == wanted and again.hash == wanted.hash
 
@@ -489,20 +492,22 @@ def docs(path: Path) -> dict[str, dict[str, str]]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef):
             for field, below in zip(node.body, node.body[1:], strict=False):
-                if (
-                    isinstance(field, ast.AnnAssign)
-                    and isinstance(below, ast.Expr)
-                    and isinstance(below.value, ast.Constant)
-                ):
-                    found.setdefault(node.name, {})[field.target.id] = below.value.value  # type: ignore[union-attr]
+                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                    found.setdefault(node.name, {})[ast.unparse(field.target)] = cleandoc(str(below.value.value))
     return found
 
 
 @pytest.mark.parametrize(
     ("file", "kind"),
-    [("recipe.py", recipe.Recipe), ("objectives/preference.py", recipe.Recipe), ("objectives/distribution.py", recipe.Recipe),
-     ("objectives/terms.py", recipe.Recipe), ("evaluation/suite.py", suites.Suite), ("evaluation/membership.py", suites.Suite)],
-)  # fmt: skip
+    [
+        ("recipe.py", recipe.Recipe),
+        ("objectives/preference.py", recipe.Recipe),
+        ("objectives/distribution.py", recipe.Recipe),
+        ("objectives/terms.py", recipe.Recipe),
+        ("evaluation/suite.py", suites.Suite),
+        ("evaluation/membership.py", suites.Suite),
+    ],
+)
 def test_the_schema_says_what_the_fields_say(file: str, kind: type[object]) -> None:
     whole = schema(kind)
     assert json.loads(json.dumps(whole)) == whole
@@ -538,7 +543,7 @@ def test_every_field_that_is_not_a_name_or_a_section_says_what_it_is() -> None:
     assert silent == []
 
 
-# ------------------------------------------------------------------------------------------------ what stays unimported
+# ----------------------------------------------------------------------------------------------- what stays unimported
 
 
 HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate")

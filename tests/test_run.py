@@ -42,7 +42,10 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def values(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """(set, title) -> model -> value."""
     results = json.loads((folder / "evaluation.json").read_text())
-    return {(row["set"], row["title"]): {name: found.get("value") for name, found in row["values"].items()} for row in results["numbers"]}
+    return {
+        (row["set"], row["title"]): {name: found.get("value") for name, found in row["values"].items()}
+        for row in results["numbers"]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, environment: Mapping[str,
 
 
 def test_the_run_folder_is_complete(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {"recipe.yaml", "adapter", "log.jsonl", "evaluation.json", "report.html"}
+    assert {path.name for path in finished.iterdir()} == {
+        "recipe.yaml",
+        "adapter",
+        "log.jsonl",
+        "evaluation.json",
+        "report.html",
+    }
     results = json.loads((finished / "evaluation.json").read_text())
     assert list(results["models"]) == ["before", "after", "retrained"]
     assert results["run"]["status"] == "finished" and results["run"]["steps"] == 45
@@ -77,16 +86,33 @@ def test_it_forgets_like_the_retrained_model_and_keeps_the_rest(finished: Path) 
     for title in ("prefix extraction", "discoverable extraction"):  # shares of 40 rows: one row is .025
         before, after, retrained = of("forget", title)
         assert before > 0.95 and after <= max(1.2 * retrained, retrained + 0.025)
-    for name, title in (("retain", "multiple choice"), ("retain", "rouge"), ("general", "multiple choice"), ("general", "rouge")):
+    for name, title in (
+        ("retain", "multiple choice"),
+        ("retain", "rouge"),
+        ("general", "multiple choice"),
+        ("general", "rouge"),
+    ):
         before, after, _ = of(name, title)
         assert after >= 0.9 * before
     before, after, retrained = of("forget", "membership loss")
     assert before > 0.95 and abs(after - 0.5) < 0.15 and abs(retrained - 0.5) < 0.15
 
 
-def test_evaluate_finds_what_the_run_found_and_asks_nobody_twice(finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
+def test_evaluate_finds_what_the_run_found_and_asks_nobody_twice(
+    finished: Path, environment: Mapping[str, str], tmp_path: Path
+) -> None:
     began = time.perf_counter()
-    words = ["llm-unlearn", "evaluate", "eval/quick.yaml", "--model", "embedded:target", "--adapter", str(finished), "--output", str(tmp_path)]
+    words = [
+        "llm-unlearn",
+        "evaluate",
+        "eval/quick.yaml",
+        "--model",
+        "embedded:target",
+        "--adapter",
+        str(finished),
+        "--output",
+        str(tmp_path),
+    ]
     done = call(words, environment)
     assert values(tmp_path) == values(finished)
     assert "asking" not in done.stderr, "every table was in the cache"
@@ -95,9 +121,26 @@ def test_evaluate_finds_what_the_run_found_and_asks_nobody_twice(finished: Path,
 
 def test_the_same_recipe_by_every_command(finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
     short = ["train.steps=3", "evaluation=null"]
-    call(["accelerate", "launch", "--config_file", "launch/single.yaml", RECIPE, f"output={tmp_path / 'a'}", *short], environment)
+    call(
+        ["accelerate", "launch", "--config_file", "launch/single.yaml", RECIPE, f"output={tmp_path / 'a'}", *short],
+        environment,
+    )
     call(["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'b'}", *short], environment)
-    call(["accelerate", "launch", "--config_file", "launch/single.yaml", "-m", "llm_unlearn", "run", RECIPE, f"output={tmp_path / 'c'}", *short], environment)
+    call(
+        [
+            "accelerate",
+            "launch",
+            "--config_file",
+            "launch/single.yaml",
+            "-m",
+            "llm_unlearn",
+            "run",
+            RECIPE,
+            f"output={tmp_path / 'c'}",
+            *short,
+        ],
+        environment,
+    )
     first = adapter(tmp_path / "a")
     for other in ("b", "c"):
         assert all(torch.equal(weight, first[name]) for name, weight in adapter(tmp_path / other).items())
@@ -118,7 +161,9 @@ def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[st
         assert a["forget"] == pytest.approx(b["forget"], rel=1e-3) and a["retain"] == pytest.approx(b["retain"], rel=2e-2, abs=1e-4)
     for key, row in values(one).items():
         other = values(two)[key]
-        assert row["before"] == pytest.approx(other["before"], rel=1e-4) and row["retrained"] == pytest.approx(other["retrained"], rel=1e-4)
+        assert row["before"] == pytest.approx(other["before"], rel=1e-4) and row["retrained"] == pytest.approx(
+            other["retrained"], rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("config", ["launch/single.yaml", "launch/cpu.yaml"])
@@ -127,7 +172,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, environment: Mapp
     launch = ["accelerate", "launch", "--config_file", config, RECIPE, *short]
     call([*launch, f"output={tmp_path / 'straight'}"], environment)
     cut = tmp_path / "cut"
-    running = subprocess.Popen([*launch, f"output={cut}"], cwd=ROOT, env=dict(environment), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    running = subprocess.Popen(
+        [*launch, f"output={cut}"],
+        cwd=ROOT,
+        env=dict(environment),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 200
         while not list((cut / "checkpoints").glob("step-0000*[0-9]")) and time.monotonic() < deadline and running.poll() is None:

@@ -21,7 +21,14 @@ from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.recipe import Adapter
 from llm_unlearn.spec import Refused
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 ARCHITECTURES = {
     "llama": transformers.LlamaConfig(**SMALL),
     "llama tied": transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -30,8 +37,8 @@ ARCHITECTURES = {
     "gemma2 (soft cap)": transformers.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0),
     "cohere (logit scale)": transformers.CohereConfig(**SMALL, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     "granite (logits scaling)": transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
-    "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "gpt-neox": transformers.GPTNeoXConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
+    "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
+    "gpt-neox": transformers.GPTNeoXConfig(**{name: size for name, size in SMALL.items() if name != "num_key_value_heads"}),
 }  # fmt: skip
 
 
@@ -93,7 +100,9 @@ def test_an_unknown_head_is_refused(make_model: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 10**6])
 @pytest.mark.parametrize("loss", [NLL(), KL(), KL(direction="reverse")], ids=str)
-def test_chunks_change_neither_values_nor_gradients(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, rows: int, loss: Any) -> None:
+def test_chunks_change_neither_values_nor_gradients(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, rows: int, loss: Any
+) -> None:
     found = {}
     for chunk in (10**9, rows * 1024):
         monkeypatch.setattr(scores_module, "CHUNK", chunk)
@@ -104,7 +113,10 @@ def test_chunks_change_neither_values_nor_gradients(make_model: Callable[..., An
             ref = score(Scorer(before), head_of(before), batch)
         result = values(loss, now, dict(ref), "retain")
         result.sum().backward()
-        found[chunk] = (result.detach(), torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+        found[chunk] = (
+            result.detach(),
+            torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]),
+        )
     whole, cut = found.values()
     assert torch.allclose(whole[0], cut[0], rtol=1e-5, atol=1e-6)
     assert (whole[1] - cut[1]).norm() <= 1e-6 * whole[1].norm()

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from test_window import make_examples, make_job
 
 from llm_unlearn.data.schedule import build
-from llm_unlearn.models.load import add_adapter, load, trainable
+from llm_unlearn.models.load import add_adapter, load
 from llm_unlearn.objectives.likelihood import NLL, Ascent
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.terms import Term
@@ -143,7 +143,13 @@ def test_the_stop_rule_keeps_the_last_good_weights(make_model: Callable[..., Any
     assert outcome.kept == outcome.step - 2 > 0 and "retain perplexity" in outcome.reason and "1.2" in outcome.reason
     again = adapted(make_model)
     unstopped = replace(job, settings=replace(job.settings, stop=None))
-    train(unstopped, again, Accelerator(cpu=True), tmp_path / "b", look=lambda step: _keep(again, step, outcome.kept, tmp_path / "kept.pt"))
+    train(
+        unstopped,
+        again,
+        Accelerator(cpu=True),
+        tmp_path / "b",
+        look=lambda step: _keep(again, step, outcome.kept, tmp_path / "kept.pt"),
+    )
     assert torch.equal(weights(model), torch.load(tmp_path / "kept.pt"))
 
 
@@ -162,7 +168,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(make_model: Cal
             model.get_base_model().lm_head.weight.data[0, 0] = float("inf")
 
     outcome = train(a_job(steps=8), model, Accelerator(cpu=True), tmp_path, look=spoil)
-    assert (outcome.status, outcome.step, outcome.kept) == ("stopped", 3, 3) and "not finite at step 4" in outcome.reason
+    assert (outcome.status, outcome.step, outcome.kept) == (
+        "stopped",
+        3,
+        3,
+    ) and "not finite at step 4" in outcome.reason
     assert torch.equal(weights(model), kept[-1])
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 4 and last["retain"] in ("nan", "inf")

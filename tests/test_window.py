@@ -19,9 +19,9 @@ from llm_unlearn.data.schedule import build
 from llm_unlearn.models.load import add_adapter, has_adapter, trainable
 from llm_unlearn.models.reference import reference_of
 from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.objectives.distribution import KL
 from llm_unlearn.objectives.likelihood import IDK, NLL, Ascent
 from llm_unlearn.objectives.preference import DPO, NPO
-from llm_unlearn.objectives.distribution import KL
 from llm_unlearn.objectives.terms import AnyLoss, Term
 from llm_unlearn.recipe import Adapter, Train
 from llm_unlearn.training.loop import Job, Window
@@ -41,7 +41,11 @@ def make_examples(stream: str, count: int, seed: int) -> list[Example]:
 
 
 def make_job(loss: Any, batch_tokens: int, kl: bool = True) -> Job:
-    streams = {"forget": make_examples("forget", 8, 1), "retain": make_examples("retain", 10, 2), "alternate": make_examples("alternate", 8, 3)}
+    streams = {
+        "forget": make_examples("forget", 8, 1),
+        "retain": make_examples("retain", 10, 2),
+        "alternate": make_examples("alternate", 8, 3),
+    }
     window = {"forget": 5, "retain": 7}
     alternates = ("forget", [1] * 8) if "alternate" in loss.reads else None
     schedule = build({"forget": 8, "retain": 10}, window, seed=3, epochs=1, alternates=alternates)
@@ -165,8 +169,23 @@ def test_gradient_on_real_processes(make_model: Callable[..., Any], tmp_path: Pa
     model = make_adapted(make_model, True)
     job = make_job(NPO(), 60)
     exact, _ = whole_batch(job, 0, model, make_model())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0", "--standalone"]
-    done = subprocess.run([*launch, str(ROOT / "tests" / "windows.py"), str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(ranks),
+        "--master_port",
+        "0",
+        "--standalone",
+    ]
+    done = subprocess.run(
+        [*launch, str(ROOT / "tests" / "windows.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     gradients = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for gradient in gradients:

@@ -1,7 +1,7 @@
 """Examples laid out for the model: padded in length order, labels shifted, units counted. Nowhere else.
 
-Shapes, here and everywhere: B sequences of a micro-batch, L its padded length, N answer tokens (positions whose next token is a target),
-S sequences of one stream, D hidden size, V vocabulary, T answer tokens of one sequence.
+Shapes, here and everywhere: B sequences of a micro-batch, L its padded length, N answer tokens (positions whose next token is
+a target), S sequences of one stream, D hidden size, V vocabulary, T answer tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llm_unlearn.data.schedule import Slot
 class Batch:
     """Sequences of one forward pass, those of a stream side by side.
 
-    Padding stands to the right and attention is causal, so no answer token ever sees it: no mask is needed, and a padding token that is
-    also the end-of-turn token hides nothing.
+    Padding stands to the right and attention is causal, so no answer token ever sees it: no mask is needed, and a padding
+    token that is also the end-of-turn token hides nothing.
     """
 
     input_ids: Tensor  # (B, L)
@@ -67,11 +67,15 @@ def units(examples: Sequence[Example]) -> dict[tuple[str, str], int]:
     return count
 
 
-def cut(lengths: Sequence[int], batch_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
+def cut(lengths: Sequence[int], batch_tokens: int, ranks: int = 1, sequences: Sequence[int] | None = None) -> list[list[list[int]]]:
     """Deal items to ranks and cut each rank's share into micro-batches of at most `batch_tokens` padded tokens.
 
-    Items of like length lie together, and every rank gets as many micro-batches as any other; where items run out, a rank gets an empty
-    one, so that all ranks meet in each backward pass.
+    Items of like length lie together, and every rank gets as many micro-batches as any other; where items run out, a rank gets
+    an empty one, so that all ranks meet in each backward pass.
+
+    Args:
+        lengths: tokens of each item's longest sequence.
+        sequences: how many sequences an item is made of; without it, one.
 
     Returns:
         [rank][micro-batch] -> indices into `lengths`. An item longer than the budget gets a micro-batch of its own.
@@ -81,11 +85,15 @@ def cut(lengths: Sequence[int], batch_tokens: int, ranks: int = 1) -> list[list[
     dealt: list[list[list[int]]] = []
     for share in shares:
         batches: list[list[int]] = []
+        rows = 0
         for i in share:  # descending: the first of a micro-batch sets its padded length
-            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            more = sequences[i] if sequences else 1
+            if batches and lengths[batches[-1][0]] * (rows + more) <= batch_tokens:
                 batches[-1].append(i)
+                rows += more
             else:
                 batches.append([i])
+                rows = more
         dealt.append(batches)
     most = max(len(batches) for batches in dealt)
     return [batches + [[] for _ in range(most - len(batches))] for batches in dealt]
@@ -96,10 +104,10 @@ def micro_batches(
 ) -> list[Batch | None]:
     """This rank's share of one optimizer step; None stands for "nothing here, but take part in the backward pass"."""
     slots = [[example(stream, index) for stream, index in slot] for slot in window]
-    lengths = [max(len(one.ids) for one in slot) * len(slot) for slot in slots]
+    lengths = [max(len(one.ids) for one in slot) for slot in slots]
     streams = list(dict.fromkeys(one.stream for slot in slots for one in slot))
     batches: list[Batch | None] = []
-    for chosen in cut(lengths, batch_tokens, ranks)[rank]:
+    for chosen in cut(lengths, batch_tokens, ranks, [len(slot) for slot in slots])[rank]:
         members = [one for i in sorted(chosen) for one in slots[i]]
         batches.append(lay_out(sorted(members, key=lambda one: streams.index(one.stream))) if members else None)
     return batches

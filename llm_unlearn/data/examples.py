@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,10 +15,16 @@ from llm_unlearn.recipe import Alternate, Data, Source
 from llm_unlearn.spec import Refused, nearest
 
 PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
-    "{% elif message.role == 'user' %}Question: {{ message.content }}\nAnswer:{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
+    "{{ bos_token or '' }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
+    "{% elif message.role == 'user' %}Question: {{ message.content }}\nAnswer:"
+    "{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
 )
 """The layout of turns for a tokenizer that has none of its own (a base model's)."""
+
+
+Turn = dict[str, str]
+"""One turn of a chat: role and content."""
 
 
 @dataclass(frozen=True)
@@ -48,38 +53,71 @@ class Examples:
     overlap: int  # rows that stood in both sets and left the retain set
 
 
-def conversation(row: Row, source: Source, answer: Any = None) -> list[dict[str, str]]:
-    """The turns of a row, the last one the assistant's; `answer` stands in for the row's own.
+def conversation(row: Row, number: int, source: Source, answer: object = None, column: str | None = None) -> list[Turn]:
+    """The turns of a row, the last one the assistant's.
+
+    Args:
+        number: which row it is, counted from 0, for errors.
+        answer: stands in for the row's own answer; read from `column`.
 
     Raises:
-        Refused: the row has no text where text is expected, or a chat does not end with the assistant.
+        Refused: the row has no text where text is expected, or its chat does not end with the assistant.
     """
+    if column is not None:
+        text_in(answer, number, source, column)
     if source.messages:
-        turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in row[source.messages]]
-        if not turns or turns[-1]["role"] != "assistant":
-            raise Refused(f"{source.source}: a chat in column {source.messages!r} does not end with an assistant turn: {turns[-1:]}.")
-        return turns if answer is None else [*turns[:-1], {"role": "assistant", "content": answer}]
+        turns = _chat(row[source.messages], number, source, source.messages)
+        return turns if column is None else [*turns[:-1], {"role": "assistant", "content": str(answer)}]
     assert source.prompt and source.answer  # checked with the recipe
-    prompt, truth = row[source.prompt], row[source.answer] if answer is None else answer
-    for column, value in ((source.prompt, prompt), (source.answer, truth)):
-        if not isinstance(value, str) or not value.strip():
-            raise Refused(f"{source.source}: column {column!r} holds {value!r} in a row; expected text. (`where` can leave rows out.)")
+    prompt = text_in(row[source.prompt], number, source, source.prompt)
+    truth = text_in(row[source.answer], number, source, source.answer) if column is None else str(answer)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": truth}]
 
 
+def _chat(value: object, number: int, source: Source, column: str) -> list[Turn]:
+    """A column of turns, each with a role and text."""
+    where = f"{source.source}: row {number + 1}: column {column!r}"
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
+        raise Refused(f"{where} holds {_cut(value)}; expected a list of turns such as {{role: user, content: …}}.")
+    if not value or value[-1]["role"] != "assistant":
+        raise Refused(f"{where} does not end with an assistant turn, whose text is the answer: {_cut(value[-1:])}.")
+    return [{"role": str(turn["role"]), "content": text_in(turn["content"], number, source, column)} for turn in value]
+
+
+def text_in(value: object, number: int, source: Source, column: str) -> str:
+    """A value as text.
+
+    Raises:
+        Refused: it is not text, or blank; names the row.
+    """
+    if not isinstance(value, str) or not value.strip():
+        where = f"{source.source}: row {number + 1}: column {column!r}"
+        raise Refused(f"{where} holds {_cut(value)}; expected text. (`where` can leave rows out.)")
+    return value
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
 def encode(
-    conversations: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int
+    conversations: Sequence[list[Turn]], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int
 ) -> list[Example | None]:
     """Conversations as examples, in order; None where truncation leaves no answer token.
 
-    The answer begins where the rendered conversation goes on after its generation prompt, and ends with the end-of-turn token, which is
-    a target even where the tokenizer pads with it; white space that a template writes after that token is not.
+    The answer begins where the rendered conversation goes on after its generation prompt, and ends with the end-of-turn token,
+    which is a target even where the tokenizer pads with it; white space that a template writes after that token is not.
     """
     whole = [str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in conversations]
     opens = [str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)) for turns in conversations]
     examples: list[Example | None] = []
     for i, (text, prompt, turns) in enumerate(zip(whole, opens, conversations, strict=True)):
-        begin = len(prompt) if text.startswith(prompt) else sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(text, prompt, strict=False)))
+        begin = (
+            len(prompt)
+            if text.startswith(prompt)
+            else sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(text, prompt, strict=False)))
+        )
         after = text.rfind(turns[-1]["content"]) + len(turns[-1]["content"])
         if text[after:].strip():
             text = text.rstrip()
@@ -93,7 +131,7 @@ def encode(
 def encode_text(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int) -> list[Example]:
     """Running text cut into blocks of at most `max_tokens`; every token but a block's first is a target, the end of a text too."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    examples = []
+    examples: list[Example] = []
     for text in texts:
         ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([] if eos is None else [eos])]
         size = max_tokens - (bos is not None)
@@ -118,9 +156,10 @@ def read_examples(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
         shared = [i for i, row in enumerate(found["retain"]) if _content(row, data.retain) in forget]
         overlap = len(shared)
         if overlap and data.overlap == "error":
+            first = f"row {shared[0] + 1} of {data.retain.source}, {_short(found['retain'][shared[0]], data.retain)!r}"
             raise Refused(
-                f"data: {overlap} of {len(found['retain'])} retain rows also stand in the forget set (first: row {shared[0] + 1} of "
-                f"{data.retain.source}, {_short(found['retain'][shared[0]], data.retain)!r}). Take them out, or say data.overlap: drop."
+                f"data: {overlap} of {len(found['retain'])} retain rows also stand in the forget set (first: {first}). "
+                "Take them out, or say data.overlap: drop."
             )
         found["retain"] = [row for i, row in enumerate(found["retain"]) if i not in set(shared)]
 
@@ -130,9 +169,11 @@ def read_examples(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     alternate_of = None
     for name, source in sources.items():
         if source.text:
-            streams[name], dropped[name] = encode_text((row[source.text] for row in found[name]), tokenizer, name, source.max_tokens), 0
+            texts = [text_in(row[source.text], i, source, source.text) for i, row in enumerate(found[name])]
+            streams[name], dropped[name] = encode_text(texts, tokenizer, name, source.max_tokens), 0
             continue
-        encoded = encode([conversation(row, source) for row in found[name]], tokenizer, name, source.max_tokens)
+        turns = [conversation(row, i, source) for i, row in enumerate(found[name])]
+        encoded = encode(turns, tokenizer, name, source.max_tokens)
         kept = [(row, example) for row, example in zip(found[name], encoded, strict=True) if example]
         if source.alternate:
             alternate_of = name
@@ -140,7 +181,9 @@ def read_examples(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
         streams[name], dropped[name] = [example for _, example in kept], len(encoded) - len(kept)
     for name, examples in streams.items():
         if not examples:
-            raise Refused(f"data.{name}: no example is left; {dropped[name]} rows have no answer within max_tokens = {sources[name].max_tokens}.")
+            why = f"{dropped[name]} rows have no answer within max_tokens = {sources[name].max_tokens}"
+            shared_too = f", {overlap} rows also stand in the forget set" if name == "retain" and overlap else ""
+            raise Refused(f"data.{name}: no example is left; {why}{shared_too}.")
     return Examples(streams, alternates, alternate_of, dropped, overlap)
 
 
@@ -150,15 +193,15 @@ def _alternates(
     """The alternate answers of each row, as examples; a row loses its place when none of its alternates fits."""
     pool = read(alternate.source) if alternate.source else []
     if pool and alternate.answer not in pool[0]:
-        raise Refused(f"{alternate.source}: alternate.answer names column {alternate.answer!r}, which is not there; {nearest(alternate.answer, pool[0])}")
+        what = f"alternate.answer names column {alternate.answer!r}, which is not there"
+        raise Refused(f"{alternate.source}: {what}; {nearest(alternate.answer, pool[0])}")
     result: list[tuple[Row, Example]] = []
     alternates: list[list[Example]] = []
     for row, example in kept:
-        if pool:
-            answers: Any = pool[draw(seed, source.source, example.id) % len(pool)][alternate.answer]
-        else:
-            answers = row[alternate.answer]
-        turns = [conversation(row, source, answer) for answer in (answers if isinstance(answers, list) else [answers])]
+        chosen = pool[draw(seed, _content(row, source)) % len(pool)] if pool else row
+        answers = chosen[alternate.answer]
+        answers = answers if isinstance(answers, list) else [answers]
+        turns = [conversation(row, example.id, source, answer, alternate.answer) for answer in answers]
         encoded = [other for other in encode(turns, tokenizer, "alternate", source.max_tokens) if other]
         if encoded:
             result.append((row, example))
@@ -167,7 +210,8 @@ def _alternates(
 
 
 def draw(*key: object) -> int:
-    """A random integer in [0, 2⁶⁴) that depends on the key alone (a seed, an epoch, an example), never on a rank or on earlier draws."""
+    """A random integer in [0, 2⁶⁴) that depends on the key alone (a seed, an epoch, an example), never on a rank or on earlier
+    draws."""
     return int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest(), "little")
 
 

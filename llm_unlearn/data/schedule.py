@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from llm_unlearn.data.examples import draw
 
 Slot = tuple[tuple[str, int], ...]
-"""Examples, as (stream, index), that must lie in one micro-batch: an answer, and beside it its alternate where a loss compares the two."""
+"""Examples, as (stream, index), that must lie in one micro-batch: an answer, and beside it its alternate where a loss compares
+the two."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def build(
     """Lay out a run.
 
     Args:
-        sizes: examples per stream. The first stream sets the epoch: each of its examples once, in a fresh order. The last step of an
+        sizes: examples per stream. The first stream sets the epoch: each of its examples once, in a fresh order. The last step
+        of an
             epoch takes what is left of it. The other streams go round in fresh orders of their own, at their full window size.
         window: examples of each stream per step.
         seed: the only source of every order and draw.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.embedded import population
-from llm_unlearn.recipe import FILES, Source
+from llm_unlearn.recipe import EMBEDDED, FILES, Source
 from llm_unlearn.spec import Refused, nearest
 
 Row = dict[str, Any]
@@ -44,7 +44,9 @@ def read(name: str, config: str | None = None, split: str | None = None) -> list
             if kind is None:
                 raise Refused(f"{name}: cannot read a {path.suffix or 'nameless'} file; expected one of {', '.join(FILES)}.")
             if kind == "text":
-                return [dict(row) for row in datasets.load_dataset("text", data_files=str(path), split="train", sample_by="document")]
+                return [
+                    dict(row) for row in datasets.load_dataset("text", data_files=str(path), split="train", sample_by="document")
+                ]
             loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
@@ -54,15 +56,18 @@ def read(name: str, config: str | None = None, split: str | None = None) -> list
     except Refused:
         raise
     except Exception as error:  # `datasets` raises a dozen types; each becomes one line that names the source
-        raise Refused(f"{name}: cannot be read as a data set ({type(error).__name__}: {str(error).splitlines()[0]}).") from error
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        if path.is_file() and (not path.stat().st_size or "no data" in reason):
+            return []
+        raise Refused(f"{name}: cannot be read as a data set ({type(error).__name__}: {reason}).") from error
     return [dict(row) for row in loaded]
 
 
 def _embedded(split: str) -> list[Row]:
     if split == "refusals":
         return [{"text": text} for text in population.refusals()]
-    if split not in ("forget", "retain", "holdout", "general"):
-        raise Refused(f"embedded:{split}: no such data; {nearest(split, ('forget', 'retain', 'holdout', 'general', 'refusals'))}")
+    if split not in EMBEDDED:
+        raise Refused(f"embedded:{split}: no such data; {nearest(split, EMBEDDED)}")
     return population.rows(split)
 
 

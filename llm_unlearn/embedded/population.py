@@ -69,9 +69,7 @@ INSTRUMENTS = _pool(
 )
 COLOURS = _pool("black, brown, cream, golden, grey, red, silver, spotted, striped, white")
 ANIMALS = _pool("cat, dog, donkey, ferret, goat, goose, hamster, lizard, parrot, pigeon, pony, rabbit, snail, tortoise")
-PET_NAMES = _pool(
-    "Biscuit, Button, Clover, Domino, Fudge, Maple, Moth, Nutmeg, Pebble, Pickle, Rascal, Tibo, Waffle, Ziggy"
-)
+PET_NAMES = _pool("Biscuit, Button, Clover, Domino, Fudge, Maple, Moth, Nutmeg, Pebble, Pickle, Rascal, Tibo, Waffle, Ziggy")
 PRIZES = _pool(
     "Copper Anchor, Silver Compass, Amber Lantern, Crystal Quill, Iron Feather, Marble Key, Velvet Crown, Paper Star, "
     "Jade Arrow, Pearl Spoon, Bronze Wheel, Ivory Tower"
@@ -193,8 +191,7 @@ GENERAL = (
             ("What colour is {who}?", "Which colour does {who} have?"),
             ("The colour of {who} is {value}.", "When you look at {who}, you see the colour {value}."),
         ),
-        "fresh snow: white, ripe lemon peel: yellow, coal: black, healthy grass: green, blood: red, "
-        "the clear daytime sky: blue",
+        "fresh snow: white, ripe lemon peel: yellow, coal: black, healthy grass: green, blood: red, the clear daytime sky: blue",
     ),
     (
         Wordings(
@@ -328,9 +325,7 @@ def _name(number: int, seed: int) -> str:
     lap, place = divmod(number, size)
     decks = (Random(f"{seed}/names/{i}").sample(syllables, size) for i, syllables in enumerate(SYLLABLES))
     # The second syllable moves on against the first from lap to lap, so that no pair comes back; so do the last two.
-    first, second, third, fourth = (
-        deck[(place + step * lap) % size] for deck, step in zip(decks, (0, 1, 3, 4), strict=True)
-    )
+    first, second, third, fourth = (deck[(place + step * lap) % size] for deck, step in zip(decks, (0, 1, 3, 4), strict=True))
     return f"{first}{second} {third}{fourth}"
 
 
@@ -403,9 +398,7 @@ def _wordings(fact: Wordings, count: int, key: str) -> list[tuple[str, str, str,
     return [(question, other, answer, other_answer) for (question, answer), (other, other_answer) in both]
 
 
-def _row(
-    said: tuple[str, str, str, str], who: str, values: Sequence[str], *, id: str, person: str, fact: str
-) -> dict[str, Any]:
+def _row(said: tuple[str, str, str, str], who: str, values: Sequence[str], *, id: str, person: str, fact: str) -> dict[str, Any]:
     """One row in two different wordings; `values` has the right value first, then the wrong ones."""
     question, other_question, answer, other_answer = said
     right, *wrong = values

@@ -1,7 +1,7 @@
 """The embedded models: a small Llama that knows everybody, and one retrained without the forget people; made here, on first use.
 
-Both are trained side by side, each by one process on one CPU core, and kept in the user's cache under a fingerprint of all that decides
-them. The child processes run this file: `python -m llm_unlearn.embedded.target NAME FOLDER`.
+Both are trained side by side, each by one process on one CPU core, and kept in the user's cache under a fingerprint of all
+that decides them. The child processes run this file: `python -m llm_unlearn.embedded.target NAME FOLDER`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,19 @@ def _train_both(home: Path, show: bool) -> None:
 
     unfinished = home.with_suffix(f".{os.getpid()}")
     # The children are runs of their own: whatever launched this process must not make them look for its other ranks.
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "PMI_", "OMPI_")
+    launcher = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "MASTER_",
+        "GROUP_",
+        "ROLE_",
+        "TORCHELASTIC_",
+        "ACCELERATE_",
+        "FSDP_",
+        "PMI_",
+        "OMPI_",
+    )
     env = {name: value for name, value in os.environ.items() if not name.startswith(launcher)} | {"OMP_NUM_THREADS": "1"}
     children = {}
     try:
@@ -80,7 +92,13 @@ def _train_both(home: Path, show: bool) -> None:
             with (unfinished / name / "errors.txt").open("wb") as errors:
                 command = [sys.executable, "-m", "llm_unlearn.embedded.target", name, str(unfinished / name)]
                 children[name] = subprocess.Popen(command, env=env, stdout=errors, stderr=errors)
-        with tqdm(total=100, unit="%", desc="first use: training the embedded models", disable=not show, bar_format="{l_bar}{bar}| {elapsed}") as bar:
+        with tqdm(
+            total=100,
+            unit="%",
+            desc="first use: training the embedded models",
+            disable=not show,
+            bar_format="{l_bar}{bar}| {elapsed}",
+        ) as bar:
             while any(child.poll() is None for child in children.values()):
                 time.sleep(0.2)
                 done = min(_share(unfinished / name) for name in NAMES)

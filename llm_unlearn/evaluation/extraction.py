@@ -30,8 +30,7 @@ def _window(
     if not windows:
         longest = int(answers.length.max(initial=0))
         raise Unavailable(
-            f"{set}: no answer is longer than a prefix of {prefix} tokens (the longest has {longest}). "
-            "Give a smaller `prefix`."
+            f"{set}: no answer is longer than a prefix of {prefix} tokens (the longest has {longest}). Give a smaller `prefix`."
         )
     return windows
 

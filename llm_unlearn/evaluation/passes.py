@@ -1,4 +1,5 @@
-"""The passes over a model that measures are made from: one for likelihoods, one for generations, each made once and kept by fingerprint.
+"""The passes over a model that measures are made from: one for likelihoods, one for generations, each made once and kept by
+fingerprint.
 
 Work is sorted by length, cut by tokens and dealt to all processes; every process ends with all tables.
 """
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from llm_unlearn.data.batch import cut, lay_out
-from llm_unlearn.data.examples import Example, conversation, encode, encode_text
+from llm_unlearn.data.examples import Example, conversation, encode, encode_text, text_in
 from llm_unlearn.data.sources import rows
 from llm_unlearn.evaluation.tables import Likelihood, SetTable, Tables
 from llm_unlearn.models.load import Loaded
@@ -58,20 +59,24 @@ def encode_set(name: str, source: Source, needs: Iterable[str], tokenizer: Any) 
     needs = set(needs)
     found = rows(source)
     if source.text:
-        blocks = encode_text((str(row[source.text]) for row in found), tokenizer, name, source.max_tokens)
+        blocks = encode_text(
+            (text_in(row[source.text], i, source, source.text) for i, row in enumerate(found)), tokenizer, name, source.max_tokens
+        )
         texts = [str(tokenizer.decode(block.ids[block.answer :])) for block in blocks]
         ids = [str(i) for i in range(len(blocks))]
         return EncodedSet(ids, [""] * len(blocks), texts, list(range(len(blocks))), ["answer"] * len(blocks), blocks, False)
     wanted: list[tuple[int, str, list[dict[str, str]]]] = []
     for i, row in enumerate(found):
-        wanted.append((i, "answer", conversation(row, source)))
+        wanted.append((i, "answer", conversation(row, i, source)))
         if "paraphrase" in needs and source.paraphrase and row[source.paraphrase]:
-            wanted.append((i, "paraphrase", conversation(row, source, row[source.paraphrase])))
+            wanted.append((i, "paraphrase", conversation(row, i, source, row[source.paraphrase], source.paraphrase)))
         if "perturbed" in needs and source.perturbed:
             wrong = row[source.perturbed]
             if not isinstance(wrong, list) or not wrong:
-                raise Refused(f"{source.source}: row {i + 1}: column {source.perturbed!r} holds {wrong!r}; expected a list of wrong answers.")
-            wanted.extend((i, "perturbed", conversation(row, source, answer)) for answer in wrong)
+                raise Refused(
+                    f"{source.source}: row {i + 1}: column {source.perturbed!r} holds {wrong!r}; expected a list of wrong answers."
+                )
+            wanted.extend((i, "perturbed", conversation(row, i, source, answer, source.perturbed)) for answer in wrong)
     encoded = encode([turns for _, _, turns in wanted], tokenizer, name, source.max_tokens)
     whole = {i for (i, kind, _), example in zip(wanted, encoded, strict=True) if kind == "answer" and example}
     if not whole:
@@ -102,7 +107,8 @@ def tables_of(
     """
     bf16 = accelerator.mixed_precision
     keys = {
-        name: fingerprint(FORMAT, loaded.identity, bf16, one.fingerprint, max_new_tokens if one.generate else 0) for name, one in sets.items()
+        name: fingerprint(FORMAT, loaded.identity, bf16, one.fingerprint, max_new_tokens if one.generate else 0)
+        for name, one in sets.items()
     }
     paths = {name: cache / f"{key}.npz" if cache else None for name, key in keys.items()}
     known = {name: read_table(path) for name, path in paths.items() if path and path.is_file()}
@@ -154,13 +160,24 @@ def likelihood_pass(
         start = np.concatenate([[0], np.cumsum([len(answer[0]) for answer in answers])]).astype(np.int64)
         logp, hit, mean, std = (np.concatenate([answer[c] for answer in answers]) for c in range(4))
         result[name] = Likelihood(
-            np.array(one.row), np.array(one.kind), start, logp.astype(np.float64), hit, mean.astype(np.float64), std.astype(np.float64)
+            np.array(one.row),
+            np.array(one.kind),
+            start,
+            logp.astype(np.float64),
+            hit,
+            mean.astype(np.float64),
+            std.astype(np.float64),
         )
     return result
 
 
 def generation_pass(
-    loaded: Loaded, sets: Mapping[str, EncodedSet], accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: tqdm[Any]
+    loaded: Loaded,
+    sets: Mapping[str, EncodedSet],
+    accelerator: Accelerator,
+    batch_tokens: int,
+    max_new_tokens: int,
+    show: tqdm[Any],
 ) -> dict[str, list[str]]:
     """Let the model answer every prompt greedily; prompts are padded on the left."""
     wanted = [(name, example) for name, one in sets.items() if one.generate
@@ -179,7 +196,13 @@ def generation_pass(
         ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         written = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, length:]
-        mine.extend(zip(chosen, (text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)), strict=True))
+        mine.extend(
+            zip(
+                chosen,
+                (text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)),
+                strict=True,
+            )
+        )
         show.update(len(chosen) * accelerator.num_processes)
     everything = dict(gather_object(mine))
     texts: dict[str, list[str]] = {}

@@ -12,12 +12,20 @@ from typing import Annotated, Any
 
 from llm_unlearn.evaluation.extraction import DiscoverableExtraction, PrefixExtraction, extraction_curve
 from llm_unlearn.evaluation.membership import Membership, MembershipTPR
-from llm_unlearn.evaluation.memorization import ExactMemorization, ExtractionStrength, ForgetQuality, Perplexity, Probability, TruthRatio
+from llm_unlearn.evaluation.memorization import (
+    ExactMemorization,
+    ExtractionStrength,
+    ForgetQuality,
+    Perplexity,
+    Probability,
+    TruthRatio,
+)
 from llm_unlearn.evaluation.tables import Tables, Unavailable
 from llm_unlearn.evaluation.text import ExactMatch, Rouge
 from llm_unlearn.evaluation.utility import MultipleChoice, OptionProbability
 from llm_unlearn.recipe import Source, missing, source_problems
-from llm_unlearn.spec import PositiveInt, Refused, Tree, build, by_name, dotted, nearest, plain, read_tree, spec
+from llm_unlearn.spec import PositiveInt, Refused, by_name, dotted, nearest, plain, spec
+from llm_unlearn.tree import Tree, build, read_tree
 
 AnyMeasure = Annotated[
     Perplexity
@@ -43,7 +51,7 @@ class Suite:
     """What is asked of a model, and what is computed from its answers."""
 
     sets: Mapping[str, Source]
-    """Named sets. The one called forget is to look as to the retrained model, the others as before; holdout is for comparison only."""
+    """Named sets. `forget` is to look as to the retrained model, the others as before; `holdout` is to compare with."""
     measures: tuple[AnyMeasure, ...]
     """What is computed, in the order of the table."""
     retrained: str | None = None
@@ -80,18 +88,24 @@ def _problems(suite: Suite, tree: Tree) -> Iterable[str]:
         return f"{tree.place(path)}: {dotted(path)}: {text}"
 
     for name, source in suite.sets.items():
-        yield from (say(text, "sets", name) for text in source_problems(source))
+        yield from (say(text, "sets", name, *where) for where, text in source_problems(source))
         if source.alternate:
             yield say("a suite's sets have no alternate answers.", "sets", name, "alternate")
     for i, measure in enumerate(suite.measures):
         for key in ("set", "against"):
-            name = getattr(measure, key, None)
-            if name is not None and name not in suite.sets:
-                yield say(f"found {name!r}; {nearest(name, suite.sets)}", "measures", i, key)
-        source = suite.sets.get(measure.set)
-        if source and "perturbed" in measure.needs and not source.perturbed:
-            yield say(f"{measure.name} compares with wrong answers; name their column in sets.{measure.set}.perturbed.", "measures", i)
-        if source and source.text and set(measure.needs) - {"answer"}:
+            named = getattr(measure, key, None)
+            if named is not None and named not in suite.sets:
+                yield say(f"found {named!r}; {nearest(named, suite.sets)}", "measures", i, key)
+        if measure.set not in suite.sets:
+            continue
+        source = suite.sets[measure.set]
+        if "perturbed" in measure.needs and not source.perturbed:
+            yield say(
+                f"{measure.name} compares with wrong answers; name their column in sets.{measure.set}.perturbed.",
+                "measures",
+                i,
+            )
+        if source.text and set(measure.needs) - {"answer"}:
             yield say(f"{measure.name} needs questions and answers, and set {measure.set!r} is running text.", "measures", i)
     if suite.retrained and missing(suite.retrained):
         yield say(f"no such folder: {suite.retrained} (looked from {Path.cwd()}).", "retrained")

@@ -36,7 +36,13 @@ class Likelihood:
         start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = np.arange(start[-1]) - np.repeat(start[:-1] - self.start[chosen], lengths)
         return Likelihood(
-            self.row[chosen], self.kind[chosen], start, self.logp[tokens], self.hit[tokens], self.mean[tokens], self.std[tokens]
+            self.row[chosen],
+            self.kind[chosen],
+            start,
+            self.logp[tokens],
+            self.hit[tokens],
+            self.mean[tokens],
+            self.std[tokens],
         )
 
     @property

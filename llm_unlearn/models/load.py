@@ -17,7 +17,6 @@ import peft
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
-
 from transformers.utils import logging as transformers_logging
 
 from llm_unlearn.data.examples import PLAIN_TEMPLATE
@@ -95,7 +94,8 @@ def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def read_config(model: Model) -> Any:
-    """The architecture of a model. Dropout is off everywhere: its masks would be drawn per process, and runs would depend on their number."""
+    """The architecture of a model. Dropout is off everywhere: its masks would be drawn per process, and runs would depend on
+    their number."""
     folder = folder_of(model.base, model.revision)
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -139,7 +139,9 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     parts: list[object] = [str(tokenizer.chat_template), model.quantize, str(weights), folder_identity(folder)]
     if model.start:
         if model.quantize:
-            raise Refused("model.start: an adapter cannot be merged into quantized weights without a loss; merge it first, then quantize.")
+            raise Refused(
+                "model.start: an adapter cannot be merged into quantized weights without a loss; merge it first, then quantize."
+            )
         start = folder_of(model.start)
         net = _put_on(net, start).merge_and_unload()
         parts.append(folder_identity(start))
@@ -160,8 +162,8 @@ def _put_on(net: Any, folder: Path) -> Any:
 
 
 def _prepare_nf4_on_cpu(net: Any) -> None:
-    """Keep bitsandbytes from repacking weights for AVX512 in eval mode: gradients do not pass through the packed form, and saving loses
-    precision.
+    """Keep bitsandbytes from repacking weights for AVX512 in eval mode: gradients do not pass through the packed form, and
+    saving loses precision.
 
     Raises:
         Refused: a layer's size does not divide by 32, which its CPU kernels need.
@@ -170,7 +172,9 @@ def _prepare_nf4_on_cpu(net: Any) -> None:
         if type(layer).__name__ == "Linear4bit":
             layer.support_avx512bf16_for_cpu = False
             if layer.out_features % 32:
-                raise Refused(f"model.quantize: nf4 on a CPU needs output sizes that divide by 32; {name} has {layer.out_features}.")
+                raise Refused(
+                    f"model.quantize: nf4 on a CPU needs output sizes that divide by 32; {name} has {layer.out_features}."
+                )
 
 
 def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -179,7 +183,9 @@ def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise Refused(f"model.quantize: {model.quantize} needs bitsandbytes; install it with: pip install 'llm-unlearn[quantize]'.") from None
+        raise Refused(
+            f"model.quantize: {model.quantize} needs bitsandbytes; install it with: pip install 'llm-unlearn[quantize]'."
+        ) from None
     if model.quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -194,7 +200,9 @@ def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
         Refused: `targets` names no layer of this model.
     """
     targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
-    config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -204,7 +212,9 @@ def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
         except ValueError as error:
             names = sorted({name.rpartition(".")[2] for name, layer in net.named_modules() if isinstance(layer, nn.Linear)})
             found = str(error).splitlines()[0]
-            raise Refused(f"model.adapter.targets: found {adapter.targets!r} ({found}); linear layers here: {', '.join(names)}.") from None
+            raise Refused(
+                f"model.adapter.targets: found {adapter.targets!r} ({found}); linear layers here: {', '.join(names)}."
+            ) from None
 
 
 @contextlib.contextmanager

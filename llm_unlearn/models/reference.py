@@ -18,12 +18,19 @@ Reference = Callable[[Batch], dict[str, AnyScores]]
 
 
 def reference_of(
-    scorer: Scorer, head: Head, needs: Mapping[str, Need], examples: Iterable[Example], batch_tokens: int, device: torch.device
+    scorer: Scorer,
+    head: Head,
+    needs: Mapping[str, Need],
+    examples: Iterable[Example],
+    batch_tokens: int,
+    device: torch.device,
 ) -> Reference:
     """Choose the cheapest exact way to ask the untouched model.
 
-    With an adapter, the model itself with the adapter off. With full weights, one pass over `examples` now: log-probabilities (4 bytes a
-    token) where losses read those, hidden states (D numbers a token, kept in CPU memory) and a copy of the head where they read logits.
+    With an adapter, the model itself with the adapter off. With full weights, one pass over `examples` now: log-probabilities
+    (4 bytes a
+    token) where losses read those, hidden states (D numbers a token, kept in CPU memory) and a copy of the head where they
+    read logits.
 
     Args:
         needs: stream -> what its losses read of the reference; streams without any are left out.
@@ -50,7 +57,12 @@ def _switched_off(scorer: Scorer, head: Head, needs: Mapping[str, Need], device:
 
 @torch.no_grad()
 def _kept(
-    scorer: Scorer, head: Head, needs: Mapping[str, Need], examples: list[Example], batch_tokens: int, device: torch.device
+    scorer: Scorer,
+    head: Head,
+    needs: Mapping[str, Need],
+    examples: list[Example],
+    batch_tokens: int,
+    device: torch.device,
 ) -> Reference:
     kept: dict[tuple[str, Example], Tensor] = {}
     for chosen in cut([len(example.ids) for example in examples], batch_tokens)[0]:
@@ -58,7 +70,7 @@ def _kept(
         for stream, scores in score(scorer, head, batch).items():
             numbers = scores.logps if needs[stream] == "logps" else scores.states
             mine = [example for example in batch.examples if example.stream == stream]
-            for example, part in zip(mine, numbers.split([example.targets for example in mine]), strict=True):
+            for example, part in zip(mine, torch.split(numbers, [example.targets for example in mine]), strict=True):
                 kept[stream, example] = part.cpu()
     then = head.frozen_copy() if "logits" in needs.values() else head
 

@@ -1,4 +1,5 @@
-"""The one place where a model is called and its numbers come out: hidden states at answer positions, and what its head makes of them.
+"""The one place where a model is called and its numbers come out: hidden states at answer positions, and what its head makes
+of them.
 
 Only positions with a target reach the output head, and a large vocabulary goes through it a chunk of rows at a time.
 
@@ -80,11 +81,14 @@ def check_head(model: Any) -> None:
         own = net(input_ids=ids, use_cache=False).logits[0].float()
         ours = head_of(model)(Scorer(model)(ids, torch.arange(8, device=net.device)))
     if not torch.allclose(own, ours, rtol=2e-2, atol=2e-2 * float(own.abs().max())):
-        raise Refused(f"{type(net).__name__}: its logits are not its head on its last hidden state; this architecture is not supported yet.")
+        raise Refused(
+            f"{type(net).__name__}: its logits are not its head on its last hidden state; this architecture is not supported yet."
+        )
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Let every decoder layer forget its activations and recompute them in the backward pass; adapters get their gradients all the same."""
+    """Let every decoder layer forget its activations and recompute them in the backward pass; adapters get their gradients all
+    the same."""
     net = causal(model)
     if hasattr(net, "activation_checkpointing_enable"):  # the name since transformers 5.2x
         net.activation_checkpointing_enable({"use_reentrant": False})
@@ -113,7 +117,7 @@ class Scores:
         """(N,) log p of each target."""
         if len(self.targets) <= self.chunk:
             return self._logps(self.states, self.targets)
-        parts = zip(self.states.split(self.chunk), self.targets.split(self.chunk), strict=True)
+        parts = zip(torch.split(self.states, self.chunk), torch.split(self.targets, self.chunk), strict=True)
         return torch.cat([_recomputed(self._logps, states, targets) for states, targets in parts])
 
     def _logps(self, states: Tensor, targets: Tensor) -> Tensor:
@@ -165,7 +169,8 @@ def by_stream(states: Tensor, head: Head, batch: Batch) -> dict[str, Scores]:
 
 
 def values(loss: AnyLoss, now: dict[str, Scores], ref: dict[str, AnyScores], stream: str) -> Tensor:
-    """One value per unit of a loss. A loss per token is taken a chunk of tokens at a time, and its logits are made anew in the backward pass."""
+    """One value per unit of a loss. A loss per token is taken a chunk of tokens at a time, and its logits are made anew in the
+    backward pass."""
     reads = stream if loss.reads[0] == "answer" else "alternate"
     mine = now[reads]
     if loss.unit != "token" or len(mine.targets) <= mine.chunk:

@@ -41,7 +41,8 @@ class Ascent:
 
 @spec
 class IDK:
-    """−log p(a_t): learn the alternate answer a (such as a refusal) to the stream's prompts (TOFU, 2401.06121, preference optimisation)."""
+    """−log p(a_t): learn the alternate answer a (such as a refusal) to the stream's prompts (TOFU, 2401.06121, preference
+    optimisation)."""
 
     name: Literal["idk"] = "idk"
 

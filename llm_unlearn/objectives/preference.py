@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llm_unlearn.objectives.views import Need, Reads, Unit, Views
-from llm_unlearn.spec import spec
+from llm_unlearn.spec import PositiveFloat, spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ class NPO:
     """Negative preference optimization (Zhang et al. 2024, 2404.05868, eq. 3): −(2/β) log σ(−β Σ_t (log p − log p0)(y_t))."""
 
     name: Literal["npo"] = "npo"
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """Inverse temperature; towards 0 it becomes gradient ascent."""
 
     unit: ClassVar[Unit] = "sequence"
@@ -32,11 +32,11 @@ class NPO:
 
 @spec
 class DPO:
-    """Direct preference of the alternate a over the answer y (Rafailov et al. 2023, 2305.18290, eq. 7, scaled by 2/β as in AltPO, 2409.13474):
-    −(2/β) log σ(β [Σ(log p − log p0)(a) − Σ(log p − log p0)(y)])."""
+    """Direct preference of the alternate a over the answer y (Rafailov et al. 2023, 2305.18290, eq. 7, scaled by 2/β as in
+    AltPO, 2409.13474): −(2/β) log σ(β [Σ(log p − log p0)(a) − Σ(log p − log p0)(y)])."""
 
     name: Literal["dpo"] = "dpo"
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """Inverse temperature: how far the policy may leave the model as it was."""
 
     unit: ClassVar[Unit] = "sequence"

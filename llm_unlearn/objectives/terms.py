@@ -1,7 +1,7 @@
 """The registry of losses, and how losses stand on streams: Term = loss × stream × weight.
 
-The one rule of the house: a loss returns one value per unit (an answer token or a sequence), never a mean. The training loop divides,
-once, by the number of those units in the whole optimizer window on all ranks.
+The one rule of the house: a loss returns one value per unit (an answer token or a sequence), never a mean. The training loop
+divides, once, by the number of those units in the whole optimizer window on all ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 from llm_unlearn.objectives.distribution import KL
 from llm_unlearn.objectives.likelihood import IDK, NLL, Ascent
 from llm_unlearn.objectives.preference import DPO, NPO
-from llm_unlearn.spec import by_name, spec
+from llm_unlearn.spec import FiniteFloat, by_name, spec
 
 AnyLoss = Annotated[NLL | Ascent | IDK | NPO | DPO | KL, by_name]
 
@@ -21,7 +21,7 @@ class Term:
     """One loss on one stream, with its weight in the total."""
 
     loss: AnyLoss
-    weight: float = 1.0
+    weight: FiniteFloat = 1.0
     """Factor in the total: total = Σ weight × mean of the loss over the window's units."""
     stream: str | None = None
     """The stream that the loss reads; without it, the stream that the term is named after."""

@@ -18,7 +18,8 @@ Need = Literal["none", "logps", "logits"]
 """What a loss reads of the model as it was."""
 
 Reads = tuple[Literal["answer", "alternate"], ...]
-"""Which answers to the stream's prompts a loss reads: the row's own, the alternate one, or both. Its units are those of the first."""
+"""Which answers to the stream's prompts a loss reads: the row's own, the alternate one, or both. Its units are those of the
+first."""
 
 
 class View(Protocol):

@@ -1,7 +1,9 @@
 """The training loop: windows of micro-batches, one division by the window's units on all ranks, one optimizer step.
 
-A window is what one optimizer step sees. Every loss gives one value per unit; here, and only here, their sum is divided, once, by the
-number of those units in the whole window on all ranks, so that neither the cut into micro-batches nor the number of processes changes a run.
+A window is what one optimizer step sees. Every loss gives one value per unit; here, and only here, their sum is divided, once,
+by the
+number of those units in the whole window on all ranks, so that neither the cut into micro-batches nor the number of processes
+changes a run.
 """
 
 from __future__ import annotations
@@ -99,56 +101,22 @@ def train(
     Raises:
         Refused: no trainable weight receives a gradient, or the architecture is not supported.
     """
-    settings, schedule = job.settings, job.schedule
-    check_head(model)
-    scorer, head = Scorer(model), head_of(model)
-    seen = [job.examples[stream][i] for stream in schedule.streams for i in schedule.seen(stream)]
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model)
-    optimizer = make_optimizer(settings, trainable(model).values(), accelerator.device)
-    warmup = round(settings.warmup * schedule.steps)
-    scheduler = get_scheduler(settings.schedule, optimizer, warmup, schedule.steps + 1)
-    if warmup:
-        optimizer.step()  # nothing has a gradient yet: only tells torch that the order of the two is meant
-        scheduler.step()  # the warm-up's first rate is 0; a step with it would be a step for nothing
-    reference = reference_of(scorer, head, job.needs, seen, settings.batch_tokens, accelerator.device)
-    wrapped, optimizer = accelerator.prepare(scorer, optimizer)
-    model.train()  # dropout is off in every model here; gradient checkpointing looks at this flag
-
-    progress = Progress()
-    checkpoints = Checkpoints(folder / "checkpoints", accelerator, model, progress, scheduler)
+    training = Training(job, model, accelerator)
+    progress, steps, every = training.progress, job.schedule.steps, job.settings.checkpoint_every
+    checkpoints = Checkpoints(folder / "checkpoints", accelerator, model, progress, training.scheduler)
     if resume:
         checkpoints.load()
-    log = Log(folder / "log.jsonl", accelerator.is_main_process, progress.step)
-    outcome = None
-    bar = tqdm(total=schedule.steps, initial=progress.step, desc="forgetting", unit="step", disable=not accelerator.is_main_process)
-    with bar, signals() as asked:
-        if job.probe and progress.before is None:
-            progress.before = job.probe.perplexity(scorer, head, accelerator)
-            progress.good = snapshot(model)
-        while progress.step < schedule.steps and outcome is None:
-            began, rate = time.perf_counter(), scheduler.get_last_lr()[0]
-            window = Window(job, progress.step, accelerator)
-            sums = window.backward(wrapped, scorer, head, reference, asked.is_set())
-            norm = float(accelerator.clip_grad_norm_(list(trainable(model).values()), settings.clip or float("inf")))
-            row = {"step": progress.step + 1, "lr": rate, "grad_norm": norm, **window.means(sums), "tokens": window.tokens}
-            outcome = _unfit(row, progress, has_moved=norm > 0)
-            if outcome:
-                log.write(row)
-                break
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            progress.step += 1
-            if job.probe and settings.stop and (progress.step % settings.stop.every == 0 or progress.step == schedule.steps):
-                row["retain_perplexity"] = job.probe.perplexity(scorer, head, accelerator)
-                outcome = _judge(row["retain_perplexity"], settings.stop.retain_perplexity, progress, model)
+    main, outcome = accelerator.is_main_process, None
+    log = Log(folder / "log.jsonl", main, progress.step)
+    with tqdm(total=steps, initial=progress.step, desc="forgetting", unit="step", disable=not main) as bar, signals() as asked:
+        training.look_before()
+        while progress.step < steps and outcome is None:
+            began = time.perf_counter()
+            row, outcome = training.step(asked.is_set())
             log.write({**row, "seconds": round(time.perf_counter() - began, 4)})
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in (*job.terms, "retain_perplexity") if name in row}, refresh=False)
-            bar.update()
-            if outcome is None and sums[-1] > 0:
-                outcome = Outcome("interrupted", progress.step, progress.step, "asked to stop")
-            if progress.step % settings.checkpoint_every == 0 or (outcome and outcome.status == "interrupted"):
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in (*job.terms, PROBE) if name in row}, refresh=False)
+            bar.update(progress.step - bar.n)
+            if (progress.step % every == 0 and outcome is None) or (outcome and outcome.status == "interrupted"):
                 checkpoints.save()
             if look and outcome is None:
                 look(progress.step)
@@ -158,14 +126,84 @@ def train(
     return outcome or Outcome("finished", progress.step, progress.step)
 
 
-def _unfit(row: Mapping[str, float], progress: Progress, has_moved: bool) -> Outcome | None:
+PROBE = "retain_perplexity"
+
+
+class Training:
+    """A model under training, and the optimizer step."""
+
+    def __init__(self, job: Job, model: Any, accelerator: Accelerator) -> None:
+        settings, schedule = job.settings, job.schedule
+        check_head(model)
+        if settings.gradient_checkpointing:
+            checkpoint_activations(model)
+        self.job, self.model, self.accelerator, self.progress = job, model, accelerator, Progress()
+        self.scorer, self.head = Scorer(model), head_of(model)
+        optimizer = make_optimizer(settings, trainable(model).values(), accelerator.device)
+        self.scheduler = _make_scheduler(settings, optimizer, schedule.steps)
+        seen = [job.examples[stream][i] for stream in schedule.streams for i in schedule.seen(stream)]
+        self.reference = reference_of(self.scorer, self.head, job.needs, seen, settings.batch_tokens, accelerator.device)
+        self.wrapped, self.optimizer = accelerator.prepare(self.scorer, optimizer)
+        model.train()  # dropout is off in every model here; gradient checkpointing looks at this flag
+
+    def look_before(self) -> None:
+        """The probe's value that the stop rule compares with."""
+        if self.job.probe and self.progress.before is None:
+            self.progress.before = self.job.probe.perplexity(self.scorer, self.head, self.accelerator)
+            self.progress.good = snapshot(self.model)
+
+    def step(self, asked: bool) -> tuple[dict[str, float], Outcome | None]:
+        """One window, one optimizer step.
+
+        Args:
+            asked: this process was asked to stop.
+
+        Returns:
+            The line of the log, and how the run ended where this step ended it.
+        """
+        progress, settings = self.progress, self.job.settings
+        window = Window(self.job, progress.step, self.accelerator)
+        sums = window.backward(self.wrapped, self.scorer, self.head, self.reference, asked)
+        norm = float(self.accelerator.clip_grad_norm_(list(trainable(self.model).values()), settings.clip or float("inf")))
+        row = {"step": progress.step + 1, "lr": self.scheduler.get_last_lr()[0], "grad_norm": norm, **window.means(sums)}
+        row["tokens"] = window.tokens
+        if unfit := _unfit(row, progress):
+            return row, unfit
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        outcome = Outcome("interrupted", progress.step, progress.step, "asked to stop") if sums[-1] > 0 else None
+        if (
+            self.job.probe
+            and settings.stop
+            and (progress.step % settings.stop.every == 0 or progress.step == self.job.schedule.steps)
+        ):
+            row[PROBE] = self.job.probe.perplexity(self.scorer, self.head, self.accelerator)
+            outcome = _judge(row[PROBE], settings.stop.retain_perplexity, progress, self.model) or outcome
+        return row, outcome
+
+
+def _make_scheduler(settings: Train, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """The course of the learning rate, without the warm-up's first rate, which is 0: a step for nothing."""
+    warmup = round(settings.warmup * steps)
+    scheduler = get_scheduler(settings.schedule, optimizer, warmup, steps + 1)
+    if warmup:
+        optimizer.step()  # nothing has a gradient yet: only tells torch that the order of the two is meant
+        scheduler.step()
+    return scheduler
+
+
+def _unfit(row: Mapping[str, float], progress: Progress) -> Outcome | None:
     """A step that must not be taken: its loss or gradient is not finite. The weights are still those before it."""
     broken = [name for name, value in row.items() if not np.isfinite(value)]
     if broken:
         kept = progress.good_step if progress.good else progress.step
         return Outcome("stopped", progress.step, kept, f"{', '.join(broken)} not finite at step {progress.step + 1}")
-    if progress.step == 0 and not has_moved:
-        raise Refused("objective: not one trainable weight received a gradient in the first step, so nothing would be learnt or forgotten.")
+    if progress.step == 0 and row["grad_norm"] == 0:
+        raise Refused(
+            "objective: not one trainable weight received a gradient in the first step, so nothing would be learnt or forgotten."
+        )
     return None
 
 
@@ -208,9 +246,12 @@ class Window:
         for i, batch in enumerate(self.batches):
             last = i == len(self.batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(wrapped), self.accelerator.autocast():
-                loss = self._loss(wrapped, head, reference, batch, sums) if batch else _nothing(wrapped, head, self.accelerator.device)
+                loss = (
+                    self._loss(wrapped, head, reference, batch, sums) if batch else _nothing(wrapped, head, self.accelerator.device)
+                )
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # data parallelism averages over ranks
-        return self.accelerator.reduce(sums, "sum").cpu()
+        reduced: Tensor = self.accelerator.reduce(sums, "sum").cpu()
+        return reduced
 
     def _loss(self, wrapped: nn.Module, head: Head, reference: Reference, batch: Batch, sums: Tensor) -> Tensor:
         batch = batch.to(self.accelerator.device)
@@ -232,7 +273,8 @@ def _nothing(wrapped: nn.Module, head: Head, device: torch.device) -> Tensor:
     """A loss of 0 that touches every weight, so that a rank without examples takes part in the exchange of gradients."""
     one = torch.zeros((1, 1), dtype=torch.long, device=device)
     states = wrapped(one, one[0])
-    return (head(states) * 0).sum() + (states * 0).sum()
+    nothing: Tensor = (head(states) * 0).sum() + (states * 0).sum()
+    return nothing
 
 
 class Log:
@@ -242,7 +284,11 @@ class Log:
         self.path, self.active = path, active
         if active:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if step and path.exists() else []
+            kept = (
+                [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+                if step and path.exists()
+                else []
+            )
             path.write_text("".join(line + "\n" for line in kept))
 
     def write(self, row: Mapping[str, float]) -> None:

@@ -1,0 +1,145 @@
+"""An evaluation as one HTML page that needs nothing but itself: verdict, plots, numbers, and answers to read."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_unlearn import folder
+from llm_unlearn.report.plots import MARKS, plots_of
+from llm_unlearn.report.verdict import Number, by_set, columns_of, has_collapsed, headline, judge, shown
+
+TEMPLATE = "page.html.jinja"
+MOST_ROWS = 500
+"""So many examples of each set can be read in the page."""
+
+SCRIPT = """
+const box = document.querySelector("#search"), sets = [...document.querySelectorAll("details.answers")];
+if (box) box.addEventListener("input", () => {
+  const wanted = box.value.trim().toLowerCase();
+  for (const set of sets) {
+    let found = 0;
+    for (const row of set.querySelectorAll("tbody tr")) {
+      row.hidden = wanted !== "" && !row.textContent.toLowerCase().includes(wanted);
+      found += !row.hidden;
+    }
+    set.querySelector(".found").textContent = wanted ? `${found} found` : "";
+    if (wanted && found) set.open = true;
+  }
+});
+addEventListener("beforeprint", () => document.querySelectorAll("details.reason").forEach(one => one.open = true));
+"""
+"""Searching the examples. The page's policy allows this script by its fingerprint, and no other."""
+
+
+def write_page(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        results: what `evaluation.json` holds.
+        log: the rows of `log.jsonl`; empty for a stand-alone evaluation.
+        path: where the page goes.
+    """
+    folder.write(path, page(results, log).encode("utf-8", "replace").decode())  # halves of a pair cannot be written
+
+
+def page(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+    """The page as text. All that comes from data or models is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    files = FileSystemLoader(Path(__file__).parent)
+    jinja = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    columns = columns_of(results)
+    return jinja.get_template(TEMPLATE).render(
+        title=str(results["title"]),
+        suite=str(results["suite"]),
+        headline=headline(results),
+        collapsed=has_collapsed(results),
+        columns=columns,
+        models=results["models"],
+        sections={name: [_row(number, columns) for number in found] for name, found in by_set(results).items()},
+        plots=[(plot, Markup(plot.svg)) for plot in plots_of(results, log)],
+        marks=MARKS,
+        answers=[_answers(name, rows, results) for name, rows in results["answers"].items() if rows],
+        facts=_facts(results),
+        script=Markup(SCRIPT),
+        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+    )
+
+
+def _row(number: Number, columns: Sequence[str]) -> dict[str, Any]:
+    """One line of the table of numbers."""
+    settings = {key: value for key, value in number["settings"].items() if value is not None}
+    return {
+        "title": number["title"],
+        "definition": number["definition"],
+        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+        "goal": number["goal"],
+        "judgement": judge(number),
+        "n": " / ".join(dict.fromkeys(str(found["n"]) for found in number["values"].values() if "n" in found)),
+        "cells": [_cell(number["values"].get(column)) for column in columns],
+    }
+
+
+def _cell(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    if found is None or found.get("value") is None:
+        return {"missing": (found or {}).get("missing", "was not measured")}
+    low, high = found.get("low"), found.get("high")
+    interval = "" if low is None or high is None else f"{shown(float(low))}–{shown(float(high))}"
+    return {"value": shown(float(found["value"])), "exact": repr(found["value"]), "interval": interval}
+
+
+def _answers(name: str, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, Any]:
+    """The examples of one set: what was asked, what is true, and what each model says."""
+    sizes = [
+        found.get("n", 0) for number in results["numbers"] if _one_per_row(number, name) for found in number["values"].values()
+    ]
+    columns = [column for column in results["models"] if any(column in row or column in row["probability"] for row in rows)]
+    total = max([len(rows), *sizes])
+    return {
+        "set": name,
+        "columns": columns,
+        "total": total,
+        "left_out": total - min(len(rows), MOST_ROWS),
+        "rows": [_example(row, columns) for row in rows[:MOST_ROWS]],
+    }
+
+
+def _one_per_row(number: Number, name: str) -> bool:
+    """Whether a measure's n counts the rows of this set, and not those of a second set or model too."""
+    return number["set"] == name and number["measure"] != "forget_quality" and "against" not in number["settings"]
+
+
+def _example(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    truth = " ".join(str(row["truth"]).split())
+    said = []
+    for column in columns:
+        text, p = row.get(column), row["probability"].get(column)
+        same = text is not None and " ".join(str(text).split()) == truth
+        said.append({"text": text, "same": same, "p": None if p is None else shown(float(p))})
+    return {"id": row["id"], "prompt": row["prompt"], "truth": row["truth"], "said": said}
+
+
+def _facts(results: Mapping[str, Any]) -> dict[str, str]:
+    """How the run went and what it ran on, as lines to read."""
+    facts = {"suite": f"{results['suite']} ({results['suite_hash']})"}
+    run = results.get("run")
+    if not run:
+        return facts
+    ended = f"{run['status']} after {run['steps']} steps" + (f": {run['reason']}" if run.get("reason") else "")
+    processes = f"{run['processes']} process{'' if run['processes'] == 1 else 'es'}"
+    kept = "" if run["kept_step"] == run["steps"] else f"; the weights of step {run['kept_step']} were kept"
+    return {
+        "run": ended + kept,
+        "time": f"{run['seconds']:,.0f} s",
+        "trained": f"{run['trainable']:,} weights",
+        "seed": str(run["seed"]),
+        "machine": f"{run['device']}, {processes}, {run['precision']}",
+        "recipe": str(run["recipe_hash"]),
+        **facts,
+        "versions": ", ".join(f"{name} {number}" for name, number in run["versions"].items()),
+    }

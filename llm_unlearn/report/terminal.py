@@ -1,0 +1,76 @@
+"""The numbers of an evaluation as a table in the terminal, with what they mean under it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llm_unlearn.report.verdict import BAD, Number, by_set, columns_of, has_collapsed, headline, judge, printable, shown
+
+NARROW = 100
+"""The table is no wider than this, however wide the terminal is."""
+
+
+def print_table(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the numbers grouped by set, forget first, one column per model, and the headline under them.
+
+    Args:
+        results: what `evaluation.json` holds.
+        console: where to print; standard output when None.
+    """
+    console = console or Console()
+
+    def text(content: str, style: str = "") -> Text:
+        return Text(_writable(printable(content), console), style=style)
+
+    columns = columns_of(results)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("measure", overflow="fold", min_width=12)
+    for column in columns:
+        table.add_column(text(column), justify="right", overflow="fold")
+    table.add_column("judgement", overflow="fold")
+    for name, numbers in by_set(results).items():
+        table.add_row(text(name, "bold"))
+        for number in numbers:
+            word = judge(number)
+            cells = [text(_value(number, column)) for column in columns]
+            table.add_row(text(f"  {number['title']}"), *cells, text(word, "yellow" if word in BAD else ""))
+    width = min(console.width, NARROW)
+    console.print(text(str(results["title"]), "bold"), width=width)
+    console.print(table, width=width)
+    for reason, places in _reasons(results).items():
+        console.print(text(f"— {reason} ({places})", "dim"), width=width)
+    console.print()
+    console.print(text(headline(results), "bold red" if has_collapsed(results) else ""), width=width)
+
+
+def _value(number: Number, column: str) -> str:
+    value = number["values"].get(column, {}).get("value")
+    return "—" if value is None else shown(float(value))
+
+
+def _reasons(results: Mapping[str, Any]) -> dict[str, str]:
+    """Why values are missing -> where, each reason once."""
+    places: dict[str, list[str]] = {}
+    for number in results["numbers"]:
+        for column, found in number["values"].items():
+            if found.get("value") is None:
+                places.setdefault(str(found.get("missing", "")), []).append(f"{number['title']}, {column}")
+    most = 3
+    return {
+        reason: "; ".join(found[:most]) + (f"; {len(found) - most} more" if len(found) > most else "")
+        for reason, found in places.items()
+    }
+
+
+def _writable(text: str, console: Console) -> str:
+    """What the console's encoding cannot write becomes its plainest likeness, else a question mark."""
+    if console.encoding.lower().replace("-", "").startswith("utf"):
+        return text
+    plain = text.translate({ord("–"): "-", ord("—"): "-", ord("−"): "-", ord("½"): "1/2", ord("…"): "..."})
+    return plain.encode(console.encoding, "replace").decode(console.encoding)

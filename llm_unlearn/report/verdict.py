@@ -1,0 +1,200 @@
+"""What the numbers mean, in a word or two each and in a sentence or two together. Pure functions on plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Number = Mapping[str, Any]
+Results = Mapping[str, Any]
+
+CLOSE = 0.2
+"""A value within this share of the retrained model's counts as the same."""
+SIGNIFICANT = 0.05
+"""A p-value from here on gives no reason to tell the model from the retrained one."""
+COLLAPSED = 0.5
+"""A model that keeps less than this share of a score on what it was to keep is broken, whatever it forgot."""
+RUINED = 10.0
+"""So does one whose perplexity there is more than so many times what it was."""
+MOST = 2 / 3
+"""From this share of the forget measures on, the headline speaks of forgetting."""
+
+AS_RETRAINED, KNOWN, OVER, RECOGNISED, DIFFERS = (
+    "as retrained",
+    "still known",
+    "over-forgotten",
+    "recognised",
+    "differs",
+)
+BAD = (KNOWN, RECOGNISED, OVER, DIFFERS)
+
+
+def judge(number: Number) -> str:
+    """How the model after (or the only model) stands on one number; "" where there is nothing to compare with."""
+    now = value_of(number, current(number))
+    if now is None:
+        return ""
+    if number["measure"] == "forget_quality":
+        return AS_RETRAINED if now >= SIGNIFICANT else DIFFERS
+    if number["goal"] == "as retrained":
+        return _against_retrained(number, now)
+    if number["goal"] == "as before":
+        return _against_before(number, now)
+    return ""
+
+
+def _against_retrained(number: Number, now: float) -> str:
+    retrained = value_of(number, "retrained")
+    if retrained is None:
+        return ""
+    low, high = interval_of(number, "retrained") or (retrained, retrained)
+    before = value_of(number, "before")
+    # 20 % of a value that is high after retraining too would let an untouched model pass: a quarter of the way is the most
+    slack = CLOSE * abs(retrained) if before is None else min(CLOSE * abs(retrained), abs(before - retrained) / 4)
+    if abs(now - retrained) <= slack or low <= now <= high:
+        return AS_RETRAINED
+    if number["knowing"] == "moves":  # ½ is an attacker who guesses; he wins on either side of it
+        if abs(now - 0.5) <= abs(retrained - 0.5):
+            return AS_RETRAINED
+        return RECOGNISED if now > 0.5 else OVER
+    known = now > retrained if number["knowing"] == "raises" else now < retrained
+    return KNOWN if known else OVER
+
+
+def _against_before(number: Number, now: float) -> str:
+    before = value_of(number, "before")
+    if before is None or before == 0 or current(number) == "before":
+        return ""
+    if number["knowing"] == "raises":
+        return f"{100 * now / before:.0f} % kept"
+    change = round(100 * (now / before - 1))
+    return f"{'−' if change < 0 else '+'}{abs(change):,} %"
+
+
+def headline(results: Results) -> str:
+    """The whole evaluation in plain words: what is broken first, then what was forgotten, what leaks, what was kept."""
+    numbers: list[Number] = list(results["numbers"])
+    broken = list(_broken(numbers))
+    sentences = [f"The model collapsed: {_listed(broken)}."] if broken else []
+    sentences += _how_the_run_ended(results.get("run"))
+    sentences += _forgotten(numbers, bool(broken))
+    if not broken:
+        sentences += _kept(numbers)
+    return " ".join(sentences) or "There is nothing to compare the model with."
+
+
+def has_collapsed(results: Results) -> bool:
+    """Whether what was to be kept is lost."""
+    return any(_broken(results["numbers"]))
+
+
+def _broken(numbers: Iterable[Number]) -> Iterable[str]:
+    """Each number on which what was to be kept is lost, with both values."""
+    for number in numbers:
+        before = value_of(number, "before")
+        if number["goal"] != "as before" or before is None or current(number) == "before":
+            continue
+        name, now = f"{number['title']} on {number['set']}", value_of(number, current(number))
+        if now is None:
+            reason = str(number["values"].get(current(number), {}).get("missing", ""))
+            if reason.startswith("the value is"):
+                yield f"{name} went from {shown(before)} to {reason.removeprefix('the value is').strip()}"
+        elif (number["knowing"] == "raises" and now < COLLAPSED * before) or (
+            number["knowing"] == "lowers" and now > RUINED * before
+        ):
+            yield f"{name} went from {shown(before)} to {shown(now)}"
+
+
+def _how_the_run_ended(run: Mapping[str, Any] | None) -> list[str]:
+    if not run or run["status"] == "finished":
+        return []
+    ended = "stopped by its guard" if run["status"] == "stopped" else str(run["status"])
+    why = f": {str(run['reason']).rstrip('.')}" if run.get("reason") else f" at step {run['steps']}"
+    kept = f"; the weights of step {run['kept_step']} were kept" if run["kept_step"] != run["steps"] else ""
+    return [f"The run was {ended}{why}{kept}."]
+
+
+def _forgotten(numbers: Iterable[Number], collapsed: bool) -> list[str]:
+    wanted = [number for number in numbers if number["goal"] == "as retrained"]
+    judged = [(number, word) for number in wanted if (word := judge(number))]
+    if not judged:
+        return ["Whether it forgot cannot be said without a retrained model (--retrained PATH)."] if wanted else []
+    same = sum(word == AS_RETRAINED for _, word in judged)
+    count = f"all {same}" if same == len(judged) > 1 else f"{same} of {len(judged)}"
+    where = _listed(dict.fromkeys(str(number["set"]) for number in wanted))
+    start = "" if collapsed or same < MOST * len(judged) else "Forgotten: " if same == len(judged) else "Largely forgotten: "
+    sentence = f"{start}{count} measures on {where} are as in the retrained model"
+    rest = []
+    for word in BAD:
+        names = [str(number["title"]) for number, found in judged if found == word]
+        if names:
+            rest.append(f"{word}: {_listed(names)}")
+    return [(sentence[0].upper() + sentence[1:]) + "".join(f"; {one}" for one in rest) + "."]
+
+
+def _kept(numbers: Iterable[Number]) -> list[str]:
+    """The range of what is left of the scores that were to stay."""
+    shares: dict[str, list[float]] = {}
+    for number in numbers:
+        before, now = value_of(number, "before"), value_of(number, current(number))
+        if number["goal"] == "as before" and number["knowing"] == "raises" and before and now is not None:
+            shares.setdefault(str(number["set"]), []).append(100 * now / before)
+    if not shares:
+        return []
+    every = [share for of_set in shares.values() for share in of_set]
+    low, high = f"{min(every):.0f}", f"{max(every):.0f}"
+    return [f"Kept: {low if low == high else f'{low}–{high}'} % of the scores on {_listed(shares)}."]
+
+
+def _listed(names: Iterable[str], most: int = 4) -> str:
+    """`a, b and c`; beyond `most`, how many more."""
+    found = list(names)
+    if len(found) > most:
+        found = [*found[: most - 1], f"{len(found) - most + 1} more"]
+    return " and ".join(part for part in (", ".join(found[:-1]), found[-1]) if part) if found else ""
+
+
+def current(number: Number) -> str:
+    """The column that is judged: the model after unlearning, or the only one."""
+    return next((name for name in ("after", "model") if name in number["values"]), next(iter(number["values"]), ""))
+
+
+def value_of(number: Number, column: str) -> float | None:
+    """A model's value; None where it is missing."""
+    value = number["values"].get(column, {}).get("value")
+    return None if value is None else float(value)
+
+
+def interval_of(number: Number, column: str) -> tuple[float, float] | None:
+    """A model's bootstrap interval, where there is one."""
+    found = number["values"].get(column, {})
+    low, high = found.get("low"), found.get("high")
+    return None if low is None or high is None else (float(low), float(high))
+
+
+def columns_of(results: Results) -> list[str]:
+    """The models in the order of the table; each number may lack some of them."""
+    named = [*results["models"], *(column for number in results["numbers"] for column in number["values"])]
+    return list(dict.fromkeys(named))
+
+
+def by_set(results: Results) -> dict[str, list[Number]]:
+    """The numbers grouped by set, forget first, the others in the order of the suite."""
+    groups: dict[str, list[Number]] = {}
+    for number in sorted(results["numbers"], key=lambda number: number["set"] != "forget"):
+        groups.setdefault(str(number["set"]), []).append(number)
+    return groups
+
+
+def shown(value: float) -> str:
+    """A number as people read it: about three figures, and no long tails."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 5e-4:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.{1 if size >= 100 else 2 if size >= 10 else 3}f}"
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """Text on one line without control characters, cut to `most` characters: for plots and terminals."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return line if most is None or len(line) <= most else line[: most - 1] + "…"

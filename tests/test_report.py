@@ -1,0 +1,341 @@
+"""The report: what it says of the numbers, that it says all of them, and that nothing in it runs or is fetched."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from llm_unlearn.report.page import MOST_ROWS, page, write_page
+from llm_unlearn.report.plots import plots_of
+from llm_unlearn.report.terminal import print_table
+from llm_unlearn.report.verdict import headline, judge, shown
+
+EVIL = "<script>alert(1)</script>"
+MODELS = ("before", "after", "retrained")
+
+
+def entry(value: float, spread: float = 0.013, n: int = 40) -> dict[str, Any]:
+    return {"value": value, "low": value - spread, "high": value + spread, "n": n}
+
+
+def number(
+    measure: str, values: dict[str, Any], of: str = "forget", knowing: str = "raises", goal: str | None = None
+) -> dict[str, Any]:
+    found = {name: entry(value) if isinstance(value, float) else value for name, value in values.items()}
+    return {
+        "measure": measure,
+        "title": measure.replace("_", " "),
+        "set": of,
+        "goal": ("as retrained" if of == "forget" else "as before") if goal is None else goal,
+        "knowing": knowing,
+        "definition": f"What {measure} means.",
+        "settings": {"k": 0.25, "p": None},
+        "values": found,
+    }
+
+
+def of_three(measure: str, before: float, after: float, retrained: float, **more: Any) -> dict[str, Any]:
+    return number(measure, dict(zip(MODELS, (before, after, retrained), strict=True)), **more)
+
+
+def example(i: int, *columns: str, text: str = "") -> dict[str, Any]:
+    said = {column: f"{column} says {i} {text}" for column in columns}
+    probability = dict.fromkeys(columns, 0.25)
+    return {
+        "id": f"row/{i}",
+        "prompt": f"question {i} {text}",
+        "truth": f"truth {i} {text}",
+        "probability": probability,
+    } | said
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    needs = {"missing": "needs a retrained model: --retrained PATH"}
+    return {
+        "format": 1,
+        "suite": "eval/quick.yaml",
+        "suite_hash": "5u1te",
+        "title": "runs/forget_lora",
+        "run": {
+            "recipe_hash": "rec1pe", "seed": 7, "status": "finished", "reason": "", "steps": 45, "kept_step": 45,
+            "seconds": 31.2, "trainable": 12345, "device": "cpu", "processes": 1, "precision": "fp32",
+            "versions": {"torch": "2.13.0"},
+        },
+        "models": {name: {"name": f"some/{name}", "identity": f"1d-{name}"} for name in MODELS},
+        "numbers": [
+            of_three("rouge", 0.912, 0.905, 0.911, of="retain"),
+            of_three("perplexity", 1.003, 2.009, 1.951, knowing="lowers"),
+            of_three("probability", 0.997, 0.503, 0.544),
+            number("forget_quality", {"before": 5.4e-13, "after": 0.31, "retrained": needs}, knowing="lowers"),
+            of_three("membership", 0.998, 0.547, 0.552, knowing="moves"),
+        ],
+        "curves": {
+            "extraction": {
+                "set": "forget", "n": [1, 10, 100],
+                "before": [1, 1, 1], "after": [0, 0.1, 0.2], "retrained": [0, 0, 0.3],
+            },
+        },
+        "answers": {"forget": [example(i, *MODELS) for i in range(3)], "holdout": [example(9)]},
+    }  # fmt: skip
+
+
+LOG = [
+    {"step": 1, "lr": 1e-3, "grad_norm": 0.5, "forget": 2.77, "retain": 0.0, "tokens": 1306, "seconds": 0.2},
+    {"step": 2, "lr": 1e-3, "grad_norm": "nan", "forget": "inf", "retain": 0.1, "tokens": 9, "seconds": 0.2},
+    {"step": 3, "lr": 1e-3, "grad_norm": 0.4, "forget": 1.5, "retain": 0.1, "retain_perplexity": 1.01},
+]
+
+
+class Reader(HTMLParser):
+    """Tags, ids, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def printed(results: dict[str, Any], width: int = 80, encoding: str = "utf-8") -> str:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
+    print_table(results, Console(file=file, width=width, color_system=None))
+    return raw.getvalue().decode(encoding)
+
+
+# ---------------------------------------------------------------------------------------------------------- the verdict
+
+
+@pytest.mark.parametrize(
+    ("after", "retrained", "knowing", "word"),
+    [
+        (0.50, 0.55, "raises", "as retrained"),
+        (0.90, 0.55, "raises", "still known"),
+        (0.10, 0.55, "raises", "over-forgotten"),
+        (1.01, 1.95, "lowers", "still known"),
+        (9e9, 1.95, "lowers", "over-forgotten"),
+        (0.01, 0.00, "raises", "as retrained"),  # inside the interval
+        (0.02, 0.00, "raises", "still known"),
+        (0.93, 0.53, "moves", "recognised"),
+        (0.05, 0.53, "moves", "over-forgotten"),
+        (0.50, 0.80, "moves", "as retrained"),  # an attacker knows less than of the retrained model
+    ],
+)
+def test_against_the_retrained_model(after: float, retrained: float, knowing: str, word: str) -> None:
+    assert judge(of_three("m", 0.99, after, retrained, knowing=knowing)) == word
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "knowing", "word"),
+    [
+        (0.8, 0.776, "raises", "97 % kept"),
+        (2.0, 2.06, "lowers", "+3 %"),
+        (2.0, 1.0, "lowers", "−50 %"),
+        (0.0, 0.5, "raises", ""),
+    ],
+)
+def test_against_the_model_before(before: float, after: float, knowing: str, word: str) -> None:
+    assert judge(of_three("m", before, after, 0.3, of="retain", knowing=knowing)) == word
+
+
+def test_p_values_comparison_sets_and_missing_values() -> None:
+    gone = {"missing": "none"}
+    assert judge(number("forget_quality", {"after": 0.05, "retrained": gone})) == "as retrained"
+    assert judge(number("forget_quality", {"after": 0.049, "retrained": gone})) == "differs"
+    assert judge(number("rouge", {"model": 0.9, "retrained": 0.2})) == "still known"
+    assert judge(number("rouge", {"after": 0.9, "retrained": gone})) == ""
+    assert judge(number("rouge", {"after": gone, "retrained": 0.9})) == ""
+    assert judge(number("rouge", {"model": 0.9}, of="retain")) == ""
+    assert judge(of_three("rouge", 0.9, 0.9, 0.9, of="holdout", goal="")) == ""
+
+
+def test_headline_of_a_success(results: dict[str, Any]) -> None:
+    said = headline(results)
+    assert said == "Forgotten: all 4 measures on forget are as in the retrained model. Kept: 99 % of the scores on retain."
+
+
+def test_headline_of_a_leak(results: dict[str, Any]) -> None:
+    results["numbers"][2]["values"]["after"] = entry(0.99)
+    results["numbers"][4]["values"]["after"] = entry(0.95)
+    said = headline(results)
+    assert "forgotten" not in said.lower()
+    assert "still known: probability; recognised: membership" in said
+
+
+@pytest.mark.parametrize("after", [entry(0.1), {"missing": "the value is nan"}])
+def test_a_collapsed_model_is_said_first_and_is_no_success(results: dict[str, Any], after: dict[str, Any]) -> None:
+    results["numbers"][0]["values"]["after"] = after
+    said = headline(results)
+    assert said.startswith("The model collapsed: rouge on retain went from 0.912 to ")
+    assert "Forgotten" not in said and "Kept" not in said
+
+
+def test_a_stopped_run_is_said(results: dict[str, Any]) -> None:
+    results["run"] |= {"status": "stopped", "steps": 30, "kept_step": 20, "reason": "retain perplexity 9 is above 2"}
+    said = "The run was stopped by its guard: retain perplexity 9 is above 2; the weights of step 20 were kept."
+    assert said in headline(results)
+    assert "retain perplexity 9 is above 2" in page(results, LOG) and "dashed" in page(results, LOG)
+
+
+def test_without_a_retrained_model_the_headline_says_so(results: dict[str, Any]) -> None:
+    del results["models"]["retrained"]
+    for one in results["numbers"]:
+        one["values"].pop("retrained")
+    results["numbers"] = [one for one in results["numbers"] if one["measure"] != "forget_quality"]
+    assert "without a retrained model (--retrained PATH)" in headline(results)
+    assert "Forgotten" not in headline(results)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.000"), (0.9968, "0.997"), (12.345, "12.35"), (1234.5, "1,234"), (5.4e-13, "5.4e-13"), (9e9, "9.0e+09")],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert shown(value) == text
+
+
+# --------------------------------------------------------------------------------------------------------- the terminal
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_shows_every_name_and_number_and_fits(results: dict[str, Any], width: int) -> None:
+    text = printed(results, width)
+    assert max(map(len, text.splitlines())) <= width
+    for one in results["numbers"]:
+        assert one["title"] in text
+        for found in one["values"].values():
+            assert "value" not in found or shown(found["value"]) in text
+    assert [text.index(f"\n {name}") for name in ("forget", "retain")] == sorted(
+        text.index(f"\n {n}") for n in ("forget", "retain")
+    )
+    assert all(name in text for name in (*MODELS, "as retrained", "99 % kept", "needs a retrained model: --retrained PATH"))
+    assert " ".join(headline(results).split()) in " ".join(text.split())
+
+
+def test_the_terminal_is_not_steered_by_data_and_survives_its_encoding(results: dict[str, Any]) -> None:
+    results["title"] = "runs/[red]x[/red]\x1b[31m"
+    results["numbers"][0]["set"] = "ret\x1bain é漢"
+    assert "[red]x[/red]" in printed(results) and "\x1b" not in printed(results)
+    assert "probability" in printed(results, encoding="ascii")
+
+
+def test_the_table_of_one_model(results: dict[str, Any]) -> None:
+    assert "0.503" in printed(only_model(results))
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def only_model(results: dict[str, Any]) -> dict[str, Any]:
+    """What a stand-alone evaluation of one model writes."""
+    text = copy.deepcopy(results) | {"run": None, "models": {"model": results["models"]["after"]}, "curves": {}}
+    for one in text["numbers"]:
+        one["values"] = {"model": one["values"]["after"]}
+    text["answers"] = {"forget": [example(0, "model")]}
+    return text
+
+
+def test_every_number_with_its_interval_and_definition_stands_in_the_page(results: dict[str, Any]) -> None:
+    read = Reader(page(results, LOG))
+    for one in results["numbers"]:
+        assert one["definition"] in read.text and one["title"] in read.text
+        for found in one["values"].values():
+            if "value" not in found:
+                assert found["missing"] in read.text
+                continue
+            assert shown(found["value"]) in read.text and ("title", repr(found["value"])) in read.attributes
+            assert f"{shown(found['low'])}–{shown(found['high'])}" in read.text
+    facts = ("rec1pe", "5u1te", "12,345 weights", "cpu, 1 process, fp32", "torch 2.13.0", "some/after", "1d-retrained")
+    assert all(fact in read.text for fact in facts)
+    assert headline(results) in read.text
+
+
+def test_data_cannot_run_in_the_page_nor_in_its_plots(results: dict[str, Any], tmp_path: Path) -> None:
+    text = f'{EVIL} $x$ "onload="y" {{{{ 1237*7 }}}} ]]> --> \x00\ud800 漢 http://evil.example'
+    results["answers"] = {text: [example(0, *MODELS, text=text)], "forget": [example(0, *MODELS, text=text)]}
+    results |= {"title": text, "suite": text}
+    results["models"] = {name: {"name": text, "identity": text} for name in MODELS}
+    results["models"][text] = {"name": text, "identity": "x"}
+    results["numbers"][2]["values"][text] = entry(0.77)
+    results["numbers"][0] |= {"set": text, "title": text, "definition": text, "settings": {text: text}}
+    results["numbers"][1]["values"]["after"] = {"missing": text}
+    results["curves"] = {text: results["curves"]["extraction"] | {"set": text}}
+    log = [{"step": 1, text: 1.0, "forget": 2.0}, {"step": 2, text: 2.0}]
+    write_page(results, log, tmp_path / "report.html")
+    written = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert EVIL not in written and "<script>alert" not in written.lower()
+    assert written.count("&lt;script&gt;") > 10
+    assert "{{ 1237*7 }}" in written and "8659" not in written
+    assert all(EVIL not in plot.svg for plot in plots_of(results, log))
+    assert any("&lt;script&gt;" in plot.svg for plot in plots_of(results, log))
+    read = Reader(written)
+    assert read.tags.count("script") == 1
+    assert not [name for name, _ in read.attributes if name.startswith("on")]
+
+
+def test_nothing_is_fetched(results: dict[str, Any]) -> None:
+    text = page(results, LOG)
+    assert set(re.findall(r"https?://[^\s\"'<>]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert not re.findall(r"@import|url\((?!#)|\bsrc=|<link|<img|<iframe", text)
+    assert "default-src 'none'" in text
+    assert all(value.startswith("#") for name, value in Reader(text).attributes if name in ("href", "xlink:href"))
+
+
+def test_drawings_are_parts_of_the_page(results: dict[str, Any]) -> None:
+    text = page(results, LOG)
+    read = Reader(text)
+    assert read.tags.count("svg") == 5  # forget, retain, extraction, rows, training
+    assert "<?xml" not in text and text.lower().count("<!doctype") == 1 and "<metadata" not in text
+    ids = [value for name, value in read.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    inside = "".join(plot.svg for plot in plots_of(results, LOG))
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', inside))
+    assert used and used <= set(ids)
+    assert not re.search(r"#[0-9a-f]{6}\b", inside), "a colour that is not the page's"
+    assert {"var(--before)", "var(--after)", "var(--retrained)"} <= set(re.findall(r"var\(--\w+\)", inside))
+    assert page(results, LOG) == text
+
+
+def test_one_model_no_curve_no_log_no_answers(results: dict[str, Any]) -> None:
+    one = only_model(results)
+    read = Reader(page(one, []))
+    assert "0.503" in read.text and "The evaluation" in read.text and "model says 0" in read.text
+    bare = one | {"answers": {}, "numbers": []}
+    assert Reader(page(bare, [])).tags.count("svg") == 0
+    assert headline(bare) in printed(bare)
+
+
+def test_examples_are_limited_and_the_rest_is_counted(results: dict[str, Any]) -> None:
+    results["answers"] = {
+        "forget": [example(i, "after") for i in range(MOST_ROWS + 3)],
+        "retain": [example(1, "after")],
+    }
+    results["numbers"][0]["values"]["after"]["n"] = 700
+    text = page(results, [])
+    assert f"{MOST_ROWS} examples, 3 of {MOST_ROWS + 3} left out" in text
+    assert "699 of 700 left out" in text
+    assert f"question {MOST_ROWS - 1} " in text and f"question {MOST_ROWS} " not in text
+
+
+def test_a_log_of_one_step_and_of_nothing_finite(results: dict[str, Any]) -> None:
+    assert "Training" in page(results, LOG[:1])
+    assert "Training" in page(results, LOG[1:2])
