@@ -24,7 +24,7 @@ from llm_unlearn.evaluation.suite import Suite, answers, curves, numbers
 from llm_unlearn.evaluation.tables import Tables
 from llm_unlearn.models.load import Loaded, add_adapter, dtype_of, load, trainable
 from llm_unlearn.recipe import Model, Recipe
-from llm_unlearn.spec import fingerprint, plain, to_yaml
+from llm_unlearn.spec import Refused, fingerprint, plain, to_yaml
 from llm_unlearn.training.loop import Job, Outcome, train
 
 PACKAGES = ("llm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
@@ -115,7 +115,9 @@ def evaluate(
 
 def start(model: Model) -> Accelerator:
     """The processes that `accelerate launch` started, or this one; bf16 where the hardware computes in it."""
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # unasked, Accelerate runs every process alone on a CPU
+    if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
+        raise Refused("the processes that were launched did not find each other; start them with one of the files in launch/.")
     return Accelerator(mixed_precision="bf16" if dtype_of(model, state.device) == torch.bfloat16 else "no")
 
 

@@ -160,10 +160,8 @@ def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[st
         assert (a["step"], a["lr"], a["tokens"]) == (b["step"], b["lr"], b["tokens"])
         assert a["forget"] == pytest.approx(b["forget"], rel=1e-3) and a["retain"] == pytest.approx(b["retain"], rel=2e-2, abs=1e-4)
     for key, row in values(one).items():
-        other = values(two)[key]
-        assert row["before"] == pytest.approx(other["before"], rel=1e-4) and row["retrained"] == pytest.approx(
-            other["retrained"], rel=1e-4
-        )
+        for model in ("before", "retrained"):
+            assert values(two)[key][model] == pytest.approx(row[model], rel=1e-4), (key, model)
 
 
 @pytest.mark.parametrize("config", ["launch/single.yaml", "launch/cpu.yaml"])
@@ -188,7 +186,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, environment: Mapp
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
     assert list((cut / "checkpoints").glob("step-*")) and not (cut / "adapter").exists(), "it was killed in the middle"
-    again = call([*launch, f"output={cut}"], environment, status=2 if config == "launch/single.yaml" else 1)
+    again = call([*launch, f"output={cut}"], environment, status=1)  # the launcher's own status
     assert "add --resume to go on" in again.stderr
     call([*launch, f"output={cut}", "--resume"], environment)
     straight = adapter(tmp_path / "straight")
