@@ -24,7 +24,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0 done · 1 the run was stopped by its guard · 2 refused, with the reason on standard error · 130 interrupted.
+        0 done, or ended by the recipe's own bound · 1 a loss was not finite · 2 refused, with the reason on standard error ·
+        130 interrupted.
     """
     parser = _parser()
     options, more = parser.parse_known_args(words)
@@ -112,8 +113,7 @@ def run(options: argparse.Namespace) -> int:
         return 130
     if outcome.status == "stopped":
         print(f"stopped: {outcome.reason}; the weights after step {outcome.kept} were kept.", file=sys.stderr)
-        return 1
-    return 0
+    return int(outcome.broken)
 
 
 def plan(options: argparse.Namespace) -> int:

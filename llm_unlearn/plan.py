@@ -20,8 +20,7 @@ GIB = 1 << 30
 
 
 def plan(recipe: Recipe) -> str:
-    """The plan as text. The model is built without weights; of a hub id, only its small files are read where they are there
-    already."""
+    """The plan as text. The model is built without weights; of a hub id, only its small files are read."""
     if recipe.model.base.startswith("embedded:"):
         tokenizer = target.make_tokenizer()
         net: Any = target.make_model(len(tokenizer))

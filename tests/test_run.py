@@ -229,6 +229,20 @@ def test_every_shipped_recipe_takes_a_real_step(recipe: Path, environment: Mappi
     assert moved or (tmp_path / "a" / "model").is_dir()
 
 
+def test_looks_along_the_way_and_ends_at_its_bound(environment: Mapping[str, str], tmp_path: Path) -> None:
+    """Ascent without anything to hold it: evaluated every four steps, and ended by the stop rule with the last good weights."""
+    words = ["evaluation={suite: eval/quick.yaml, every: 4}", "objective.forget.loss={name: ascent}", "objective.retain.weight=0.0"]
+    stop = ["train.stop={retain_perplexity: 1.1, every: 2}", "train.lr=3e-3"]
+    done = call(["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'a'}", *words, *stop], environment)
+    assert "stopped: retain perplexity" in done.stderr
+    results = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    assert results["run"]["status"] == "stopped" and results["run"]["kept_step"] < results["run"]["steps"] < 45
+    rows = [json.loads(line) for line in (tmp_path / "a" / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(4, results["run"]["steps"], 4)]
+    kept = {(row["set"], row["title"]): row["values"]["after"]["value"] for row in results["numbers"]}
+    assert kept["retain", "perplexity"] < 1.5
+
+
 def test_qlora_from_recipe_to_report(environment: Mapping[str, str], tmp_path: Path) -> None:
     call(["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'a'}", "model.quantize=nf4", "train.epochs=2"], environment)
     found = values(tmp_path / "a")

@@ -25,7 +25,8 @@ from llm_unlearn.spec import Refused, fingerprint
 
 transformers_logging.disable_progress_bar()  # weights load in a moment; the bars here are those of our own long work
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+MODEL_FILES = ("*.safetensors", *SMALL_FILES)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def causal(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
-def folder_of(name: str, revision: str | None = None) -> Path:
-    """The local folder of a model or adapter; a hub id is downloaded into the hub's own cache.
+def folder_of(name: str, revision: str | None = None, files: tuple[str, ...] = MODEL_FILES) -> Path:
+    """The local folder of a model or adapter; of a hub id, the files of these kinds are downloaded into the hub's own cache.
 
     Raises:
         Refused: no such folder, and no such id on the hub.
@@ -71,7 +72,7 @@ def folder_of(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise Refused(f"{name}: neither a folder here (looked from {Path.cwd()}) nor readable from the hub ({reason}).") from error
@@ -79,7 +80,7 @@ def folder_of(name: str, revision: str | None = None) -> Path:
 
 def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a chat template in every case: the recipe's, its own, or the plain layout."""
-    folder = folder_of(model.base, model.revision)
+    folder = folder_of(model.base, model.revision, SMALL_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -96,7 +97,7 @@ def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def read_config(model: Model) -> Any:
     """The architecture of a model. Dropout is off everywhere: its masks would be drawn per process, and runs would depend on
     their number."""
-    folder = folder_of(model.base, model.revision)
+    folder = folder_of(model.base, model.revision, SMALL_FILES)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -86,6 +86,8 @@ class Outcome:
     kept: int
     """The step whose weights the model now has."""
     reason: str = ""
+    broken: bool = False
+    """It ended because a loss or gradient was not finite, not by the recipe's own bound."""
 
 
 def train(
@@ -199,7 +201,7 @@ def _unfit(row: Mapping[str, float], progress: Progress) -> Outcome | None:
     broken = [name for name, value in row.items() if not np.isfinite(value)]
     if broken:
         kept = progress.good_step if progress.good else progress.step
-        return Outcome("stopped", progress.step, kept, f"{', '.join(broken)} not finite at step {progress.step + 1}")
+        return Outcome("stopped", progress.step, kept, f"{', '.join(broken)} not finite at step {progress.step + 1}", True)
     if progress.step == 0 and row["grad_norm"] == 0:
         raise Refused(
             "objective: not one trainable weight received a gradient in the first step, so nothing would be learnt or forgotten."
