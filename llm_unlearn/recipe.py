@@ -291,10 +291,7 @@ def source_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
             f"found {'prompt' if source.prompt else 'answer'} alone; expected both prompt and answer, the names of two columns.",
         )
     if source.text and source.alternate:
-        yield (
-            ("alternate",),
-            "running text has no prompt that could have another answer; take it out, or name prompt and answer.",
-        )
+        yield ("alternate",), "running text has no prompt that could have another answer; take it out, or name prompt and answer."
     for path, name in (
         (("source",), source.source),
         (("alternate", "source"), source.alternate.source if source.alternate else None),

@@ -66,8 +66,8 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     }
     results = json.loads((finished / "evaluation.json").read_text())
     assert list(results["models"]) == ["before", "after", "retrained"]
-    assert results["run"]["status"] == "finished" and results["run"]["steps"] == 45
-    assert len((finished / "log.jsonl").read_text().splitlines()) == 45
+    assert results["run"]["status"] == "finished" and results["run"]["steps"] == 84
+    assert len((finished / "log.jsonl").read_text().splitlines()) == 84
     page = (finished / "report.html").read_text()
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 
@@ -236,7 +236,7 @@ def test_looks_along_the_way_and_ends_at_its_bound(environment: Mapping[str, str
     done = call(["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'a'}", *words, *stop], environment)
     assert "stopped: retain perplexity" in done.stderr
     results = json.loads((tmp_path / "a" / "evaluation.json").read_text())
-    assert results["run"]["status"] == "stopped" and results["run"]["kept_step"] < results["run"]["steps"] < 45
+    assert results["run"]["status"] == "stopped" and results["run"]["kept_step"] < results["run"]["steps"] < 84
     rows = [json.loads(line) for line in (tmp_path / "a" / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [*range(4, results["run"]["steps"], 4)]
     kept = {(row["set"], row["title"]): row["values"]["after"]["value"] for row in results["numbers"]}
