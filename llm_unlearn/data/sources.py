@@ -37,6 +37,8 @@ def read(name: str, config: str | None = None, split: str | None = None) -> list
         return _embedded(name.removeprefix("embedded:"))
     import datasets
 
+    datasets.disable_progress_bars()  # reading is short; the bars here are those of our own long work
+
     path = Path(name).expanduser()
     try:
         if path.is_file():
