@@ -1,6 +1,6 @@
 """One optimizer step of NPO + KL on a LoRA adapter: this project's window against the plain way, in one run.
 
-The plain way keeps a second copy of the model as the reference, pads every sequence to the longest with an attention mask, and puts all
+The plain way keeps a second copy of the model as the reference, pads every sequence to the longest with a mask, and puts all
 positions through the output head. Both see the same examples; their gradients are compared before anything is timed.
 
     python benchmarks/step.py [--vocabulary 32000] [--rounds 5]

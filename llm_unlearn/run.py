@@ -7,7 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from llm_unlearn import folder as run_folder
 from llm_unlearn.data.examples import Examples, read_examples
 from llm_unlearn.data.schedule import Schedule, build
 from llm_unlearn.embedded import target
-from llm_unlearn.evaluation.passes import EncodedSet, encode_set, tables_of
+from llm_unlearn.evaluation.passes import encode_set, tables_of
 from llm_unlearn.evaluation.suite import Suite, answers, curves, numbers
 from llm_unlearn.evaluation.tables import Tables
 from llm_unlearn.models.load import Loaded, add_adapter, dtype_of, load, trainable
@@ -42,47 +42,35 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
     """
     began, folder = time.perf_counter(), Path(recipe.output)
     accelerator = start(recipe.model)
-    spec = embedded(recipe.model, cache)
-    loaded = load(spec, accelerator.device, train=True)
+    seen: dict[str, Seen] = {}
+    if suite and (control := (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
+        # first of all, so that a control that cannot be loaded is said before hours of training
+        seen["retrained"] = see(suite, replace(recipe.model, base=control, start=None), None, control, accelerator, cache)
+    loaded = load(embedded(recipe.model, cache), accelerator.device, train=True)
     examples = read_examples(recipe.data, loaded.tokenizer, recipe.seed)
-    sets = encode(suite, loaded) if suite else {}
+    look = Look(suite, loaded, accelerator, cache) if suite else None
     if accelerator.is_main_process:
         if overwrite:
             run_folder.clear(folder)
         run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
         _say_what_was_read(examples)
     accelerator.wait_for_everyone()
+    if look:
+        seen["before"] = Seen(look(loaded, "the model before"), recipe.model.base, loaded.identity)
 
-    look = Look(suite, sets, accelerator, cache) if suite else None
-    models = {"before": look(loaded, "the model before")} if look else {}
     model = add_adapter(loaded.model, recipe.model.adapter, recipe.seed) if recipe.model.adapter else loaded.model
-    job = make_job(recipe, examples)
     along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
-    outcome = train(job, model, accelerator, folder, resume=resume, look=along)
+    outcome = train(make_job(recipe, examples), model, accelerator, folder, resume=resume, look=along)
     if outcome.status == "interrupted":
         return outcome
     saved = save(model, loaded, folder, whole=recipe.model.adapter is None, accelerator=accelerator)
     facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
 
-    if look and suite:
+    if look and suite and recipe.evaluation:
         after = loaded.become(model, saved, whole=recipe.model.adapter is None)
-        models["after"] = look(after, "the model after")
-        names = {"before": (recipe.model.base, loaded.identity), "after": (str(folder), after.identity)}
-        retrained = (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained
-        del loaded, model, after, job, along
-        if retrained:
-            control = load(embedded(replace(recipe.model, base=retrained, start=None), cache), accelerator.device)
-            models["retrained"] = look(control, "the retrained model")
-            names["retrained"] = (retrained, control.identity)
+        seen["after"] = Seen(look(after, "the model after"), str(folder), after.identity)
         if accelerator.is_main_process:
-            results = results_of(
-                suite,
-                models,
-                names,
-                title=str(folder),
-                suite_name=recipe.evaluation.suite if recipe.evaluation else "",
-                run=facts,
-            )
+            results = results_of(suite, seen, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
             publish(results, folder, folder / run_folder.LOG)
     if accelerator.is_main_process:
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
@@ -99,17 +87,12 @@ def evaluate(
         asked: "before" | "after" | "model" | "retrained" -> model and adapter, in the order of the table.
         output: folder for `evaluation.json` and `report.html`; None prints the table only.
     """
-    first = next(iter(asked.values()))[0]
-    accelerator = start(first)
-    models: dict[str, Tables] = {}
-    names: dict[str, tuple[str, str]] = {}
-    for column, (model, adapter) in asked.items():
-        loaded = load(embedded(model, cache), accelerator.device, adapter=adapter)
-        models[column] = Look(suite, encode(suite, loaded), accelerator, cache)(loaded, column)
-        names[column] = (adapter or model.base, loaded.identity)
-        del loaded
+    accelerator = start(next(iter(asked.values()))[0])
+    seen = {
+        column: see(suite, model, adapter, adapter or model.base, accelerator, cache) for column, (model, adapter) in asked.items()
+    }
     if accelerator.is_main_process:
-        publish(results_of(suite, models, names, title=suite_name, suite_name=suite_name, run=None), output, None)
+        publish(results_of(suite, seen, title=suite_name, suite_name=suite_name, run=None), output, None)
     accelerator.wait_for_everyone()
 
 
@@ -126,22 +109,34 @@ def embedded(model: Model, cache: Path) -> Model:
     return replace(model, base=target.folder_of(model.base, cache))
 
 
-def encode(suite: Suite, loaded: Loaded) -> dict[str, EncodedSet]:
-    """The suite's sets as this model's tokenizer sees them."""
-    return {name: encode_set(name, source, suite.needs(name), loaded.tokenizer) for name, source in suite.sets.items()}
+@dataclass(frozen=True)
+class Seen:
+    """What one model said, and which model that was."""
+
+    tables: Tables
+    name: str
+    identity: str
 
 
 class Look:
-    """One look at a model: the suite's passes, from the cache where this model was asked before."""
+    """One look at a model: the suite's passes over its sets, from the cache where this model was asked before."""
 
-    def __init__(self, suite: Suite, sets: Mapping[str, EncodedSet], accelerator: Accelerator, cache: Path) -> None:
-        self.suite, self.sets, self.accelerator, self.cache = suite, sets, accelerator, cache / "tables"
+    def __init__(self, suite: Suite, loaded: Loaded, accelerator: Accelerator, cache: Path) -> None:
+        self.suite, self.accelerator, self.cache = suite, accelerator, cache / "tables"
+        self.sets = {name: encode_set(name, source, suite.needs(name), loaded.tokenizer) for name, source in suite.sets.items()}
 
     def __call__(self, loaded: Loaded, title: str, keep: bool = True) -> Tables:
+        suite = self.suite
         return tables_of(
-            loaded, self.sets, self.accelerator, batch_tokens=self.suite.batch_tokens, max_new_tokens=self.suite.max_new_tokens,
+            loaded, self.sets, self.accelerator, batch_tokens=suite.batch_tokens, max_new_tokens=suite.max_new_tokens,
             cache=self.cache if keep else None, title=title,
         )  # fmt: skip
+
+
+def see(suite: Suite, model: Model, adapter: str | None, name: str, accelerator: Accelerator, cache: Path) -> Seen:
+    """Load a model, look at it, and let it go."""
+    loaded = load(embedded(model, cache), accelerator.device, adapter=adapter)
+    return Seen(Look(suite, loaded, accelerator, cache)(loaded, name), name, loaded.identity)
 
 
 def make_job(recipe: Recipe, examples: Examples) -> Job:
@@ -189,23 +184,22 @@ def save(model: Any, loaded: Loaded, folder: Path, *, whole: bool, accelerator: 
     return final
 
 
+COLUMNS = ("model", "before", "after", "retrained")
+
+
 def results_of(
-    suite: Suite,
-    models: Mapping[str, Tables],
-    names: Mapping[str, tuple[str, str]],
-    *,
-    title: str,
-    suite_name: str,
-    run: dict[str, Any] | None,
+    suite: Suite, seen: Mapping[str, Seen], *, title: str, suite_name: str, run: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Everything that `evaluation.json` says."""
+    columns = [column for column in COLUMNS if column in seen]
+    models = {column: seen[column].tables for column in columns}
     return {
         "format": 1,
         "title": title,
         "suite": suite_name,
         "suite_hash": fingerprint(suite),
         "run": run,
-        "models": {column: {"name": name, "identity": identity} for column, (name, identity) in names.items()},
+        "models": {column: {"name": seen[column].name, "identity": seen[column].identity} for column in columns},
         "numbers": numbers(suite, models),
         "curves": curves(suite, models),
         "answers": answers(models),

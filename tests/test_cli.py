@@ -50,7 +50,7 @@ class Asked:
     def __init__(self) -> None:
         self.runs: list[tuple[recipe.Recipe, Any, dict[str, Any]]] = []
         self.evaluations: list[tuple[Any, str, dict[str, Any], dict[str, Any]]] = []
-        self.outcome: Any = SimpleNamespace(status="finished", step=3, kept=3, reason="")
+        self.outcome: Any = SimpleNamespace(status="finished", step=3, kept=3, reason="", broken=False)
 
     def run(self, wanted: recipe.Recipe, suite: Any, **how: Any) -> Any:
         self.runs.append((wanted, suite, how))
@@ -235,11 +235,16 @@ def test_a_shipped_recipe_is_found_from_anywhere(asked: Asked) -> None:
 @pytest.mark.parametrize(
     ("outcome", "status", "said"),
     [
-        (SimpleNamespace(status="finished"), 0, ""),
+        (SimpleNamespace(status="finished", broken=False), 0, ""),
         (
-            SimpleNamespace(status="stopped", step=7, kept=4, reason="forget not finite"),
+            SimpleNamespace(status="stopped", step=7, kept=4, reason="forget not finite", broken=True),
             1,
             "stopped: forget not finite; the weights after step 4 were kept.",
+        ),
+        (
+            SimpleNamespace(status="stopped", step=7, kept=4, reason="retain perplexity 9 is above 8", broken=False),
+            0,
+            "stopped: retain perplexity 9 is above 8; the weights after step 4 were kept.",
         ),
         (
             SimpleNamespace(status="interrupted", step=7),
@@ -249,7 +254,7 @@ def test_a_shipped_recipe_is_found_from_anywhere(asked: Asked) -> None:
         (KeyboardInterrupt(), 130, "interrupted"),
         (Refused("a: one\nb: two"), 2, "error: a: one\nerror: b: two"),
     ],
-    ids=["finished", "stopped", "interrupted", "Ctrl-C", "refused"],
+    ids=["finished", "not finite", "its own bound", "interrupted", "Ctrl-C", "refused"],
 )
 def test_each_way_to_end_has_its_exit_code(
     outcome: Any, status: int, said: str, path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
