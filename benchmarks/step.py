@@ -83,7 +83,7 @@ def plain(model: Any, reference: Any, job: Job, device: torch.device) -> Callabl
 def ours(model: Any, job: Job, accelerator: Accelerator) -> Callable[[], object]:
     scorer, head = Scorer(model), head_of(model)
     reference = reference_of(scorer, head, job.needs, [], 2048, accelerator.device)
-    return lambda: Window(job, 0, accelerator).backward(scorer, scorer, head, reference, False)
+    return lambda: Window(job, 0, accelerator).backward(scorer, head, reference, False)
 
 
 def gradient(model: Any, step: Callable[[], object]) -> Tensor:

@@ -133,7 +133,7 @@ def in_windows(job: Job, step: int, model: Any, before: Any, ranks: int) -> tupl
     sums: Any = 0
     for rank in range(ranks):
         window = Window(job, step, Rank(rank))  # type: ignore[arg-type]
-        sums = sums + window.backward(scorer, scorer, head, reference, False)
+        sums = sums + window.backward(scorer, head, reference, False)
     gradients = [weight.grad.flatten() / ranks for weight in trainable(model).values() if weight.grad is not None]
     return torch.cat(gradients), window.means(sums)
 

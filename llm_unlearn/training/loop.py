@@ -140,7 +140,7 @@ class Training:
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
         self.job, self.model, self.accelerator, self.progress = job, model, accelerator, Progress()
-        self.scorer, self.head = Scorer(model), head_of(model)
+        self.scorer, self.head, self.probe = Scorer(model), head_of(model), job.probe
         optimizer = make_optimizer(settings, trainable(model).values(), accelerator.device)
         self.scheduler = _make_scheduler(settings, optimizer, schedule.steps)
         seen = [job.examples[stream][i] for stream in schedule.streams for i in schedule.seen(stream)]
@@ -150,8 +150,8 @@ class Training:
 
     def look_before(self) -> None:
         """The probe's value that the stop rule compares with."""
-        if self.job.probe and self.progress.before is None:
-            self.progress.before = self.job.probe.perplexity(self.scorer, self.head, self.accelerator)
+        if self.probe and self.progress.before is None:
+            self.progress.before = self.probe.perplexity(self.scorer, self.head, self.accelerator)
             self.progress.good = snapshot(self.model)
 
     def step(self, asked: bool) -> tuple[dict[str, float], Outcome | None]:
@@ -165,7 +165,7 @@ class Training:
         """
         progress, settings = self.progress, self.job.settings
         window = Window(self.job, progress.step, self.accelerator)
-        sums = window.backward(self.wrapped, self.scorer, self.head, self.reference, asked)
+        sums = window.backward(self.wrapped, self.head, self.reference, asked)
         norm = float(self.accelerator.clip_grad_norm_(list(trainable(self.model).values()), settings.clip or float("inf")))
         row = {"step": progress.step + 1, "lr": self.scheduler.get_last_lr()[0], "grad_norm": norm, **window.means(sums)}
         row["tokens"] = window.tokens
@@ -237,7 +237,7 @@ class Window:
         term = self.job.terms[name]
         return self.units.get((streams_read(term, name)[0], term.loss.unit), 0)
 
-    def backward(self, wrapped: nn.Module, scorer: Scorer, head: Head, reference: Reference, asked: bool) -> Tensor:
+    def backward(self, wrapped: nn.Module, head: Head, reference: Reference, asked: bool) -> Tensor:
         """Accumulate the gradient of Σ weight · Σ values / units.
 
         Returns:
