@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -167,24 +168,19 @@ def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[st
 
 @pytest.mark.parametrize("config", ["launch/single.yaml", "launch/cpu.yaml"])
 def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, environment: Mapping[str, str], tmp_path: Path, config: str) -> None:
-    short = ["train.steps=24", "train.checkpoint_every=4", "evaluation=null"]
+    short = ["train.steps=40", "train.checkpoint_every=4", "evaluation=null"]
     launch = ["accelerate", "launch", "--config_file", config, RECIPE, *short]
     call([*launch, f"output={tmp_path / 'straight'}"], environment)
     cut = tmp_path / "cut"
-    running = subprocess.Popen(
-        [*launch, f"output={cut}"],
-        cwd=ROOT,
-        env=dict(environment),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    running = psutil.Popen([*launch, f"output={cut}"], cwd=ROOT, env=dict(environment), **quiet)
     try:
         deadline = time.monotonic() + 200
         while not list((cut / "checkpoints").glob("step-0000*[0-9]")) and time.monotonic() < deadline and running.poll() is None:
             time.sleep(0.02)
     finally:
-        os.killpg(running.pid, signal.SIGKILL)
+        for process in [*running.children(recursive=True), running]:  # workers outlive a launcher that is killed alone
+            process.kill()
         running.wait()
     assert list((cut / "checkpoints").glob("step-*")) and not (cut / "adapter").exists(), "it was killed in the middle"
     again = call([*launch, f"output={cut}"], environment, status=1)  # the launcher's own status

@@ -117,7 +117,7 @@ def test_an_unfinished_checkpoint_is_not_used(make_model: Callable[..., Any], tm
 
 
 def test_ctrl_c_keeps_a_checkpoint(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    job = a_job(steps=8)
+    job, handler = a_job(steps=8), signal.getsignal(signal.SIGINT)
 
     def press(step: int) -> None:
         if step == 3:
@@ -126,7 +126,7 @@ def test_ctrl_c_keeps_a_checkpoint(make_model: Callable[..., Any], tmp_path: Pat
     outcome = train(job, adapted(make_model), Accelerator(cpu=True), tmp_path, look=press)
     assert (outcome.status, outcome.step) == ("interrupted", 4)  # the step that was under way is finished first
     assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-000004"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     straight, resumed = adapted(make_model), adapted(make_model)
     train(job, straight, Accelerator(cpu=True), tmp_path / "straight")
     train(job, resumed, Accelerator(cpu=True), tmp_path, resume=True)
