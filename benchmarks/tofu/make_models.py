@@ -136,6 +136,7 @@ def train_both(options: argparse.Namespace) -> None:
     if failed:
         raise SystemExit(f"training failed; see {options.output / f'tofu-{failed[0]}.unfinished' / 'errors.txt'}")
     for name in children:
+        (options.output / f"tofu-{name}" / "errors.txt").unlink()
         print(f"{options.output / f'tofu-{name}'}: trained in {(time.time() - began) / 60:.0f} minutes")
 
 
