@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +41,9 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return verb(options)
     except Refused as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        if int(os.environ.get("RANK", "0")):
+            time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -278,12 +278,17 @@ def test_a_wrong_call_ends_with_usage(words: list[str], capsys: pytest.CaptureFi
     assert "usage: llm-unlearn" in capsys.readouterr().err
 
 
-def test_one_process_of_many_says_what_was_refused(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_of_many_speaks_first(
+    rank: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    """The launcher ends all when one ends: the others wait for that, so that the first one's words are not lost."""
+    slept: list[float] = []
+    monkeypatch.setattr("llm_unlearn.cli.time.sleep", slept.append)
+    monkeypatch.setenv("RANK", rank)
     assert main(["run", "none.yaml"]) == 2
-    assert capsys.readouterr().err == ""
+    assert bool(slept) == (rank == "1")
+    assert "none.yaml: no such file" in capsys.readouterr().err
 
 
 def test_launch_does_nothing_where_there_is_a_parent_process(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

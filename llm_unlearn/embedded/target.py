@@ -176,7 +176,9 @@ def _train_one(name: str, folder: Path) -> None:
     facts = [example for example in encode(turns, tokenizer, "facts", 256) if example]
     schedule = build({"facts": len(facts)}, SETTINGS.window, SEED, SETTINGS.epochs)
     model = make_model(len(tokenizer))
-    train(Job({"facts": Term(loss=NLL())}, {"facts": facts}, schedule, SETTINGS), model, Accelerator(cpu=True), folder)
+    outcome = train(Job({"facts": Term(loss=NLL())}, {"facts": facts}, schedule, SETTINGS), model, Accelerator(cpu=True), folder)
+    if outcome.status != "finished":
+        sys.exit(f"training ended early: {outcome.reason}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
