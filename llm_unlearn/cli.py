@@ -35,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if more:  # settings may stand before and after options
         options.overrides = [*options.overrides, *more]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels whenever peft imports it
-    # Threads that wait for each other spin by default: beside any other load, a small model then runs ten times slower on a CPU.
+    # Threads that wait for each other spin by default: beside any other load, a small model then runs many times slower on a CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     verb: Callable[[argparse.Namespace], int] = options.verb
     try:
