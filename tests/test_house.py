@@ -49,7 +49,8 @@ ROOMS = (
 """In the order in which they are built: a room imports only itself and rooms that stand before it."""
 
 MEASURES = {
-    f"evaluation/{name}.py" for name in ("memorization", "membership", "extraction", "utility", "text", "distribution", "tables")
+    f"evaluation/{name}.py"
+    for name in ("memorization", "membership", "membership_attacks", "extraction", "utility", "text", "distribution", "tables")
 }
 LINES, LINES_OF_A_FUNCTION = 320, 65
 LONG_FILES = {"embedded/population.py"}  # mostly names, towns and sentences

@@ -15,7 +15,8 @@ import numpy as np
 from llm_unlearn.attacks.registry import AnyAttack
 from llm_unlearn.evaluation.distribution import Entropy, KnowledgeGap
 from llm_unlearn.evaluation.extraction import DiscoverableExtraction, LeakAtK, PrefixExtraction, extraction_curve
-from llm_unlearn.evaluation.membership import Membership, MembershipSecrecy, MembershipTPR, PrivLeak
+from llm_unlearn.evaluation.membership import Membership, PrivLeak
+from llm_unlearn.evaluation.membership_attacks import Reference
 from llm_unlearn.evaluation.memorization import (
     ExactMemorization,
     ExtractionStrength,
@@ -39,8 +40,6 @@ AnyMeasure = Annotated[
     | TruthRatio
     | ForgetQuality
     | Membership
-    | MembershipTPR
-    | MembershipSecrecy
     | PrivLeak
     | PrefixExtraction
     | DiscoverableExtraction
@@ -86,7 +85,7 @@ class Suite:
 def sets_of(measure: AnyMeasure) -> tuple[str, ...]:
     """The sets that a measure reads, its own first."""
     match measure:
-        case Membership() | MembershipTPR() | MembershipSecrecy() | PrivLeak():
+        case Membership() | PrivLeak():
             return measure.set, measure.against
         case ModelUtility():
             return measure.set, *measure.others
@@ -187,7 +186,7 @@ def goal_of(measure: AnyMeasure) -> str:
     kind = measure.set.partition("_")[0]
     if kind == "forget":
         return "as retrained"
-    says_nothing_of_loss = isinstance(measure, (KnowledgeGap, Entropy, PrivLeak, Membership, MembershipTPR, MembershipSecrecy))
+    says_nothing_of_loss = isinstance(measure, (KnowledgeGap, Entropy, PrivLeak, Membership))
     return "" if kind == "holdout" or says_nothing_of_loss else "as before"
 
 
@@ -196,8 +195,8 @@ def compares(measure: AnyMeasure) -> bool:
     match measure:
         case ForgetQuality() | PrivLeak() | KnowledgeGap():
             return True
-        case Membership() | MembershipTPR() | MembershipSecrecy():
-            return measure.attack == "reference"
+        case Membership():
+            return isinstance(measure.attack, Reference)
         case _:
             return False
 
@@ -245,8 +244,12 @@ def title(measure: AnyMeasure) -> str:
     """The name of a measure with the setting that makes it another one: `membership min_k`, `truth ratio`, `leak@10 keyword`."""
     name = measure.name.replace("_", " ")
     match measure:
-        case Membership() | MembershipTPR() | MembershipSecrecy():
-            return f"{name} {measure.attack}"
+        case Membership():
+            return (
+                f"{name} {measure.attack.name}"
+                if measure.statistic == "auc"
+                else f"{name} {measure.statistic} {measure.attack.name}"
+            )
         case KnowledgeGap():
             return f"{name} {measure.distance}"
         case Fluency():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_unlearn.report.verdict import Number, Results, printable
+from llm_unlearn.report.verdict import Number, Results, printable, settings_text
 from llm_unlearn.spec import Refused, dotted
 
 MOST = 12
@@ -90,7 +90,7 @@ def differing(one: Run, other: Run) -> list[str]:
 
 
 def _settings(number: Number) -> str:
-    found = ", ".join(f"{key} {value}" for key, value in number["settings"].items() if value is not None)
+    found = settings_text(number["settings"])
     return f"({found}) " if found else ""
 
 
@@ -106,11 +106,15 @@ def _leaves(value: object, path: tuple[str | int, ...] = ()) -> Iterable[tuple[s
     elif isinstance(value, (list, tuple)) and all(isinstance(one, Mapping) and "name" in one for one in value):
         count: dict[str, int] = {}
         for one in value:
-            name = " ".join(str(one[key]) for key in ("name", "attack", "set") if one.get(key))
+            name = " ".join(_named(one[key]) for key in ("name", "attack", "set") if one.get(key))
             count[name] = count.get(name, 0) + 1
             yield from _leaves(one, (*path, name if count[name] == 1 else f"{name} ({count[name]})"))
     else:
         yield dotted(path), value
+
+
+def _named(value: object) -> str:
+    return str(value["name"] if isinstance(value, Mapping) else value)
 
 
 def shared_keys(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
