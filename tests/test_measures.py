@@ -952,7 +952,7 @@ def test_extraction_strength_gives_a_collapsed_and_a_never_trained_model_nothing
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (lambda: MinK(k=0.0), "k above 0"),
+        (lambda: MinK(k=0.0), r"k\n.*greater than 0"),
         (lambda: Membership(attack=Loss(), set="forget", against="forget"), "two different sets"),
         (lambda: Membership(attack=Loss(), statistic="tpr", fpr=1.0, **PAIR), r"fpr\n.*less than 1"),
         (lambda: PrefixExtraction(set="forget", prefix=-1), "prefix of 0 or more"),

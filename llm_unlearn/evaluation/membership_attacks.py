@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from llm_unlearn.evaluation.tables import Floats, Likelihood, Need, Neighbours, PerRow, SetTable, Shots, Unavailable
-from llm_unlearn.spec import PositiveInt, by_name, spec
+from llm_unlearn.spec import Portion, PositiveInt, by_name, spec
 
 LOSS_FLOOR = 1e-9  # nats a token, below which a loss is no more than rounding: what is certain keeps its ratio finite
 STD_FLOOR = 1e-3  # where the model is certain there is no spread to divide by; OpenUnlearning's floor, 1e-6 in variance
@@ -69,22 +69,13 @@ class Zlib:
         return loss_of(answers) / size
 
 
-def check_share(k: float) -> None:
-    """Refuse a share of nothing, or of more than all."""
-    if not 0 < k <= 1:
-        raise ValueError(f"k above 0 and at most 1, a share of the tokens, not {k}")
-
-
 @spec
 class MinK:
     """−mean of the lowest share k of log p (Shi et al. 2024, 2310.16789)."""
 
     name: Literal["min_k"] = "min_k"
-    k: float = 0.2
+    k: Portion = 0.2
     """The share of an answer's tokens, the least likely ones, that count."""
-
-    def __post_init__(self) -> None:
-        check_share(self.k)
 
     def needs(self, against: str) -> tuple[Need, ...]:
         """As in `loss`."""
@@ -101,11 +92,8 @@ class MinKPlusPlus:
     2404.02936)."""
 
     name: Literal["min_k++"] = "min_k++"
-    k: float = 0.2
+    k: Portion = 0.2
     """The share of an answer's tokens, the least likely ones, that count."""
-
-    def __post_init__(self) -> None:
-        check_share(self.k)
 
     def needs(self, against: str) -> tuple[Need, ...]:
         """As in `loss`."""

@@ -128,11 +128,11 @@ def shared_keys(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 def _same_set(one: Run, other: Run, key: tuple[str, str, str]) -> bool:
     name, of, settings = key
     sets = [of, *([against] if (against := json.loads(settings).get("against")) else [])]
-    suites = [run.results.get("suite_settings") for run in (one, other)]
+    first, second = suites = [run.results.get("suite_settings") for run in (one, other)]
     for each in sets:
         if _rows(one, each) != _rows(other, each):
             return False
-        if all(suites) and suites[0]["sets"].get(each) != suites[1]["sets"].get(each):  # type: ignore[index]
+        if first and second and first["sets"].get(each) != second["sets"].get(each):
             return False
     lengths = [suite and suite.get("max_new_tokens") for suite in suites]  # a file that does not say it may have any
     return name not in ("rouge", "exact_match") or (lengths[0] is not None and lengths[0] == lengths[1])
