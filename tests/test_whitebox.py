@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llm_unlearn.attacks import gcg as searching
 from llm_unlearn.attacks import soft_prompt as softly
+from llm_unlearn.attacks.control import beyond, other_answers
 from llm_unlearn.attacks.finding import Curve, Subject
 from llm_unlearn.attacks.gcg import GCG, ends_of_prompts, losses_of, token_gradient
 from llm_unlearn.attacks.layers import ActivationPatching, LayerProbe, LogitLens, patch, probe
@@ -383,18 +384,38 @@ def test_the_soft_prompts_gradient_is_the_slope(attacked: Callable[..., Subject]
         assert np.isclose(loss, -softly._read(subject, subject.load(), examples, prompts, 0).logp.mean(), rtol=1e-5)
 
 
-def test_the_control_never_asks_for_a_rows_own_answer(attacked: Callable[..., Subject]) -> None:
+PARTS = ([0, 2, 4, 6, 8], [1, 3, 5, 7])
+
+
+@pytest.mark.parametrize("control", ["shuffled", "random"])
+def test_the_control_never_asks_for_a_rows_own_answer(control: Any, attacked: Callable[..., Subject]) -> None:
+    """Nor, when it is shuffled, for an answer of the other part; rows of no part keep their own."""
     subject = attacked()
-    examples = answers_of(subject, "test", "forget")
-    for control in ("shuffled", "random"):
-        others = SoftPrompt(control=control)._others(subject, subject.load(), examples)
-        for own, other in zip(examples, others, strict=True):
+    examples, loaded = answers_of(subject, "test", "forget"), subject.load()
+    others = other_answers(subject, "test", loaded, examples, PARTS, control)
+    assert others[9:] == examples[9:]
+    for part in PARTS:
+        own_answers = {examples[i].ids[examples[i].answer :] for i in part}
+        for own, other in ((examples[i], others[i]) for i in part):
             assert own.ids[: own.answer] == other.ids[: other.answer] and own.ids[own.answer :] != other.ids[other.answer :]
-            assert control == "shuffled" or (len(own.ids) == len(other.ids) and own.ids[-1] == other.ids[-1])
-    answers = {one.ids[one.answer :] for one in examples}
-    assert {one.ids[one.answer :] for one in SoftPrompt()._others(subject, subject.load(), examples)} <= answers
-    with pytest.raises(Refused, match="different answers"):
-        SoftPrompt()._others(subject, subject.load(), [examples[0], examples[0]])
+            if control == "shuffled":
+                assert other.ids[other.answer :] in own_answers
+            else:
+                assert len(own.ids) == len(other.ids) and own.ids[-1] == other.ids[-1]
+    assert others == other_answers(subject, "test", loaded, examples, PARTS, control)
+    assert others != other_answers(replace(subject, seed=6), "test", loaded, examples, PARTS, control)
+    if control == "shuffled":
+        with pytest.raises(Refused, match="test: the control needs rows with different answers, and 1 have one"):
+            other_answers(subject, "test", loaded, examples, [[0]], control)
+
+
+def test_what_goes_beyond_the_control_by_hand() -> None:
+    true, control = ([np.array(rows) for rows in values] for values in (([0.1, 0.3], [0.5, 0.9]), ([0.0, 0.1], [0.6, 0.3])))
+    curve = beyond([0, 10], true, control, {"more": 1.0})
+    assert curve.x == (0, 10) and np.allclose(curve.y, (0.15, 0.25)) and np.allclose(curve.rows, (-0.1, 0.6))
+    expected = {"true, before": 0.2, "true, after": 0.7, "control, before": 0.05, "control, after": 0.45,
+                "gained beyond the control": 0.1, "true, steps to ½": 10, "more": 1}  # fmt: skip
+    assert curve.notes == pytest.approx(expected)
 
 
 def test_a_soft_prompt_stands_behind_the_beginning_of_text(attacked: Callable[..., Subject]) -> None:
@@ -472,11 +493,31 @@ def test_the_search_never_rises_and_can_be_repeated(per_row: bool, attacked: Cal
     losses = [curve.notes[f"loss at step {step}"] for step in range(6)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-2
     assert curve.x == (0, 1, 2, 3, 4, 5) and len(curve.rows) == (3 if per_row else 9)
-    if per_row:  # measured where it is searched: log-probabilities rise as the losses fall
-        assert np.log(curve.rows).mean() == pytest.approx(-losses[-1], abs=1e-5)
+    difference = curve.notes["true, after"] - curve.notes["control, after"]
+    assert curve.y[-1] == pytest.approx(difference) == pytest.approx(np.mean(curve.rows)) and difference != 0
     assert wanted(attacked()) == curve
     assert np.allclose(wanted(attacked(batch_tokens=90)).y, curve.y, atol=1e-5)
     assert wanted(attacked(seed=6)) != curve
+
+
+@pytest.mark.parametrize("control", ["shuffled", "random"])
+def test_the_controls_search_is_the_same_search_for_other_answers(control: Any, attacked: Callable[..., Subject]) -> None:
+    """By hand: the search on the rows with the answers that the control gives them; measured where it is searched, the values are
+    exp of the negative losses. It finds strings that belong to nothing, as it does the true ones."""
+    wanted = GCG(tokens=3, candidates=16, swaps=12, steps=5, every=5, rows=3, per_row=True, control=control)
+    subject = attacked()
+    curve, loaded, examples = wanted(subject), subject.load(), answers_of(subject, "test", "forget")
+    chosen = sorted(np.random.default_rng([5, 21]).permutation(12)[:3].tolist())
+    places = ends_of_prompts(loaded, examples, subject.sets["forget"].prompts)
+    by_hand = []
+    for asked in (examples, other_answers(subject, "gcg", loaded, examples, [range(12)], control)):
+        found = [wanted._search(subject, loaded, asked, places, [i], [i]) for i in chosen]
+        for values, losses in found:
+            assert np.allclose([float(value[0]) for value in values], np.exp(-np.array(losses)), rtol=1e-5)
+        by_hand.append(found)
+    assert np.allclose(curve.rows, [true[0][-1][0] - other[0][-1][0] for true, other in zip(*by_hand, strict=True)])
+    assert curve.notes["control loss, after"] == pytest.approx(np.mean([other[1][-1] for other in by_hand[1]]))
+    assert all(other[1][-1] < other[1][0] - 1e-3 for other in by_hand[1])
 
 
 def test_a_suffix_for_all_needs_rows_that_it_was_not_searched_on(attacked: Callable[..., Subject]) -> None:

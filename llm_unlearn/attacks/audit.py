@@ -20,7 +20,7 @@ from llm_unlearn.models.forms import Again
 from llm_unlearn.recipe import Model
 from llm_unlearn.spec import Refused, fingerprint, plain
 
-FORMAT = 1  # of what is kept; raise it when an attack means something else than before
+FORMAT = 2  # of what is kept; raise it when an attack means something else than before
 ORIGINAL = "before"
 
 
