@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from jobs import on_processes
 from pydantic import TypeAdapter, ValidationError
 
 from llm_unlearn.attacks import gcg as searching
@@ -44,24 +45,35 @@ NEEDS = ("answer", "paraphrase", "perturbed")
 
 @pytest.fixture(scope="module")
 def sets(tokenizer: Any) -> dict[str, EncodedSet]:
+    return make_sets(tokenizer)
+
+
+def make_sets(tokenizer: Any) -> dict[str, EncodedSet]:
     retain = replace(SOURCE, source="embedded:retain", limit=20)
     return {"forget": encode_set("forget", SOURCE, NEEDS, tokenizer), "retain": encode_set("retain", retain, NEEDS, tokenizer)}
 
 
-@pytest.fixture
-def attacked(make_model: Callable[..., Any], tokenizer: Any, sets: dict[str, EncodedSet]) -> Callable[..., Subject]:
-    """A subject around a random model; every `load` gives the same object, whose weights no attack here changes."""
+def make_subject(
+    sets: dict[str, EncodedSet], tokenizer: Any, net: Any, original: Any = None, batch_tokens: int = 4096, **changes: Any
+) -> Subject:
+    """A subject around a model; every `load` gives the same object, whose weights no attack here changes."""
 
     def loader(net: Any) -> Any:
         return lambda *, quantize=None, merged=False, adapter=True: Loaded(net, tokenizer, ("a model in a test",))
 
-    def make(net: Any = None, original: Any = None, batch_tokens: int = 4096, **changes: Any) -> Subject:
-        given = net if net is not None else make_model(num_hidden_layers=3)
-        wanted = Subject(
-            "after", Model(base="none"), None, loader(given), sets, loader(original) if original is not None else None,
-            Accelerator(cpu=True), batch_tokens, 5, lambda text: None,
-        )  # fmt: skip
-        return replace(wanted, **changes)
+    wanted = Subject(
+        "after", Model(base="none"), None, loader(net), sets, loader(original) if original is not None else None,
+        Accelerator(cpu=True), batch_tokens, 5, lambda text: None,
+    )  # fmt: skip
+    return replace(wanted, **changes)
+
+
+@pytest.fixture
+def attacked(make_model: Callable[..., Any], tokenizer: Any, sets: dict[str, EncodedSet]) -> Callable[..., Subject]:
+    """A subject around a random model."""
+
+    def make(net: Any = None, *more: Any, **changes: Any) -> Subject:
+        return make_subject(sets, tokenizer, net if net is not None else make_model(num_hidden_layers=3), *more, **changes)
 
     return make
 
@@ -629,8 +641,48 @@ class FakeAccelerator:
     is_main_process = True
     num_processes, process_index = 1, 0
 
+    def reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
+        return value
+
     def autocast(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------------- many processes
+
+PROCESSES = {
+    "lens": LogitLens(),
+    "probe": LayerProbe(),
+    "patching": ActivationPatching(),
+    "soft": SoftPrompt(tokens=3, steps=6, every=3, step=5e-3),
+    "soft per row": SoftPrompt(tokens=3, steps=6, every=3, step=5e-3, per_row=True),
+    "gcg": GCG(tokens=3, candidates=16, swaps=12, steps=4, every=2, rows=4),
+    "gcg per row": GCG(tokens=3, candidates=16, swaps=12, steps=4, every=2, rows=3, per_row=True),
+}
+
+
+def found_by(make_model: Callable[..., Any], tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """What each attack finds in a random model, as plain data; batches are small, so that every process has several."""
+    net = make_model(num_hidden_layers=3)
+    subject = make_subject(make_sets(tokenizer), tokenizer, net, other_inside(net, 1), batch_tokens=120)
+    return {name: asdict(attack(subject)) for name, attack in PROCESSES.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    """And each of them has all of it, though it has read half of the rows."""
+    on_processes(2, "processes.py", "whitebox", str(tmp_path))
+    one = found_by(make_model, tokenizer)
+    mine, theirs = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert mine["found"] == theirs["found"]
+    assert 0 < mine["read"] < 0.6 * (mine["read"] + theirs["read"]) and theirs["read"] > 0
+    for name, curve in one.items():
+        other = mine["found"][name]
+        assert other["notes"].keys() == curve["notes"].keys() and len(curve["rows"]) > 2
+        for part in ("x", "y", "low", "high", "rows"):
+            np.testing.assert_allclose(other[part], curve[part], atol=1e-4, err_msg=f"{name}: {part}")
+        for note, value in curve["notes"].items():
+            assert other["notes"][note] == pytest.approx(value, abs=1e-4), f"{name}: {note}"
 
 
 # ------------------------------------------------------------------------------------------------ the embedded models

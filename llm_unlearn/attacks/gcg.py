@@ -210,5 +210,6 @@ def token_gradient(subject: Subject, loaded: Loaded, rows: Sequence[tuple[Exampl
             (scores,) = by_stream(scorer(None, batch.at, embeds=embeds), head, batch).values()
             loss = -(scores.by_sequence(scores.logps) / batch.owner.bincount()).sum() / len(rows)
         gradient += torch.autograd.grad(loss, free)[0]
+    gradient = subject.accelerator.reduce(gradient, "sum")
     found: Floats = (gradient @ table.float().T).double().cpu().numpy()
     return found

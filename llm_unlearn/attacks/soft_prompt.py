@@ -131,7 +131,8 @@ def _embeds(loaded: Loaded, batch: Batch, chosen: Sequence[int], prompts: Tensor
 
 
 def _gradient(subject: Subject, loaded: Loaded, examples: Sequence[Example], prompts: Tensor, place: int) -> tuple[Tensor, float]:
-    """(P, k, D), float: the gradient of the mean over rows of NLL / T, summed over batches, and that mean."""
+    """(P, k, D), float: the gradient of the mean over rows of NLL / T, and that mean, over the rows of all processes. Of prompts of
+    single rows, a process has the gradients of its own rows, and zeros: it moves those that it reads, and no other."""
     import torch
 
     from llm_unlearn.models.scores import Scorer, by_stream, head_of
@@ -147,7 +148,10 @@ def _gradient(subject: Subject, loaded: Loaded, examples: Sequence[Example], pro
         if free.numel():
             gradient += torch.autograd.grad(loss, free)[0]
         total += float(loss.detach())
-    return gradient, total
+    reduce = subject.accelerator.reduce
+    return reduce(gradient, "sum") if len(prompts) == 1 else gradient, float(
+        reduce(torch.tensor(total, device=prompts.device), "sum")
+    )
 
 
 def _read(subject: Subject, loaded: Loaded, examples: Sequence[Example], prompts: Tensor, place: int) -> Reading:
@@ -161,4 +165,4 @@ def _read(subject: Subject, loaded: Loaded, examples: Sequence[Example], prompts
         for chosen, batch in batches(examples, subject):
             states = scorer(None, batch.at, embeds=_embeds(loaded, batch, chosen, prompts, place))[TOP]
             parts.append((chosen, reading_of(states, head, batch)))
-    return joined(parts)
+    return joined(parts, len(examples))
