@@ -29,6 +29,7 @@ from llm_unlearn.attacks.rewrites import TEMPLATES, Rewrites
 from llm_unlearn.attacks.rows import answers_of, embedding_table, insert, read, split, words_of
 from llm_unlearn.attacks.soft_prompt import SoftPrompt
 from llm_unlearn.data.batch import lay_out
+from llm_unlearn.embedded import population
 from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.models.load import Loaded, load, read_tokenizer
@@ -41,6 +42,7 @@ from llm_unlearn.spec import Refused, by_name
 SOURCE = Source(source="embedded:forget", prompt="question", answer="answer", paraphrase="paraphrased_answer",
                 perturbed="perturbed_answer", limit=12)  # fmt: skip
 NEEDS = ("answer", "paraphrase", "perturbed")
+GERMAN = Source(source="embedded:german", prompt="question", answer="answer")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,8 @@ def test_settings_are_typed_and_refused() -> None:
         assert one.title.startswith(name.replace("_", " "))
         with pytest.raises(ValidationError):
             adapter.validate_json(json.dumps({"name": name, "budget": 3}), strict=True)
-    for wrong in ({"kinds": ()}, {"kinds": ("as_asked", "as_asked")}, {"kinds": ("paraphrase",)},
+    for wrong in ({"kinds": ()}, {"kinds": ("as_asked", "as_asked")}, {"given": {"role_play": GERMAN}},
+                  {"given": {"best of all": GERMAN}},
                   {"measure": "rouge", "max_new_tokens": 0}):  # fmt: skip
         with pytest.raises(ValidationError):
             Rewrites(**wrong)
@@ -567,7 +570,8 @@ def test_as_asked_is_the_set_itself_and_the_best_form_counts(attacked: Callable[
 
 def test_forms_say_what_they_should(attacked: Callable[..., Subject], tokenizer: Any) -> None:
     subject = attacked()
-    wanted = Rewrites(paraphrases=Source(source="embedded:forget", prompt="paraphrased_question", answer="answer"))
+    paraphrase = Source(source="embedded:forget", prompt="paraphrased_question", answer="paraphrased_answer")
+    wanted = Rewrites(given={"paraphrase": paraphrase})
     found = subject.sets["forget"]
     shown = asked_by(wanted, subject, "in_context")
     for text, prompt, answer in zip(shown.prompts, found.prompts, found.answers, strict=True):
@@ -586,18 +590,42 @@ def test_forms_say_what_they_should(attacked: Callable[..., Subject], tokenizer:
     assert asked_by(wanted, plain, "multiple_choice").answers == found.answers
     backwards = asked_by(wanted, subject, "reverse_query")
     assert backwards.answers == found.prompts and all(a in text for a, text in zip(found.answers, backwards.prompts, strict=True))
-    paraphrased = asked_by(wanted, subject, "paraphrase").prompts
-    assert paraphrased != found.prompts and paraphrased[0].endswith("?")
+    paraphrased = asked_by(wanted, subject, "paraphrase")
+    theirs = {row["id"]: row for row in population.rows("forget")}
+    assert paraphrased.prompts == [theirs[one]["paraphrased_question"] for one in found.ids]
+    assert paraphrased.answers == [theirs[one]["paraphrased_answer"] for one in found.ids] != found.answers
     assert asked_by(wanted, subject, "in_context") == shown
+
+
+def test_a_file_asks_in_another_language_and_expects_its_own_answers(attacked: Callable[..., Subject], tmp_path: Path) -> None:
+    """Each named form is a point of the curve, and counts among the best."""
+    subject, path = attacked(), tmp_path / "french.jsonl"
+    found = subject.sets["forget"]
+    lines = [{"id": one, "question_fr": f"Qui est {i} ?", "answer_fr": f"C'est {i}."} for i, one in enumerate(found.ids)]
+    path.write_text("\n".join(json.dumps(line) for line in reversed(lines)))
+    french = Source(source=str(path), prompt="question_fr", answer="answer_fr")
+    wanted = Rewrites(kinds=("as_asked",), given={"french": french, "german": GERMAN}, max_new_tokens=2)
+    asked = {name: asked_by(wanted, subject, name) for name in ("french", "german")}
+    assert asked["french"].prompts == [line["question_fr"] for line in lines]
+    assert asked["french"].answers == [line["answer_fr"] for line in lines]
+    assert asked["german"].answers == found.answers and asked["german"].prompts != found.prompts
+    curve = wanted(subject)
+    assert wanted.x.ticks == ("as_asked", "french", "german", "best of all") and len(curve.y) == 4
+    own = {name: [np.exp(own_logp(subject.load().model, one)) for one in given.examples] for name, given in asked.items()}
+    assert np.allclose(curve.y[1:3], [np.mean(rows) for rows in own.values()], rtol=1e-4)
+    assert curve.notes["1 french probability"] == curve.y[1]
+    first = [np.exp(own_logp(subject.load().model, one)) for one in answers_of(subject, "test", "forget")]
+    assert np.allclose(curve.rows, np.max([first, *own.values()], axis=0), rtol=1e-4)
 
 
 def test_forms_that_cannot_be_made_say_so(attacked: Callable[..., Subject], make_model: Callable[..., Any]) -> None:
     subject = attacked(make_model(max_position_embeddings=64))
     with pytest.raises(Refused, match="longer than the 64 tokens"):
         asked_by(Rewrites(), subject, "in_context")
-    other = Rewrites(paraphrases=Source(source="embedded:retain", prompt="question", answer="answer"))
-    with pytest.raises(Refused, match="not among `paraphrases`"):
-        asked_by(other, subject, "paraphrase")
+    for source, said in ((Source(source="embedded:retain", prompt="question", answer="answer"), "is not in given.french"),
+                         (Source(source="embedded:forget", text="answer"), "running text")):  # fmt: skip
+        with pytest.raises(Refused, match=said):
+            asked_by(Rewrites(given={"french": source}), subject, "french")
     one = encode_set("forget", replace(SOURCE, limit=1), ("answer",), subject.load().tokenizer)
     with pytest.raises(Refused, match="no second answer"):
         asked_by(Rewrites(), replace(subject, sets={"forget": one}), "multiple_choice")
