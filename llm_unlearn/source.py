@@ -95,7 +95,7 @@ def source_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
             yield path, f"no such file or folder: {name} (looked from {Path.cwd()})."
 
 
-EMBEDDED = (*SPLITS, "refusals")
+EMBEDDED = (*SPLITS, "refusals", "german")
 """What `embedded:` can name as data."""
 
 

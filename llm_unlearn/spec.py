@@ -5,10 +5,11 @@ With the error that all rooms raise for what a user gave, and the fingerprint un
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic
@@ -66,6 +67,20 @@ def nearest(found: object, valid: Iterable[str]) -> str:
 def plain(value: object) -> Any:
     """A spec as plain data: what a flattened YAML file says."""
     return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def parts_of(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
+    """A setting and everything that it is made of, each with its keys: specs, tuples and mappings are opened, in their order."""
+    yield path, value
+    inner: Iterable[tuple[str | int, object]] = ()
+    if dataclasses.is_dataclass(value):
+        inner = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    elif isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, (tuple, list)):
+        inner = enumerate(value)
+    for key, one in inner:
+        yield from parts_of(one, (*path, key))
 
 
 def schema(kind: type[object]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -47,5 +48,15 @@ if what == "dose":
         if accelerator.is_main_process:
             facts = (outcome.status, outcome.step, outcome.kept, outcome.reason)
             torch.save({"outcome": facts, "weights": weights(model)}, folder / f"{name}.pt")
+if what == "whitebox":
+    from test_whitebox import found_by
+
+    from llm_unlearn.embedded.target import make_tokenizer
+    from llm_unlearn.models.scores import Scorer
+
+    read, call = [0], Scorer.forward
+    Scorer.forward = lambda self, ids, at, *more, **named: read.append(len(at)) or call(self, ids, at, *more, **named)  # type: ignore
+    found = found_by(make_llama, make_tokenizer())
+    (folder / f"{accelerator.process_index}.json").write_text(json.dumps({"found": found, "read": sum(read)}))
 accelerator.wait_for_everyone()
 accelerator.end_training()

@@ -23,6 +23,7 @@ from llm_unlearn.attacks.asking import answers_of, known
 from llm_unlearn.attacks.audit import Target, audit, key_of
 from llm_unlearn.attacks.finding import Attack, Axis, Curve, Gain, Subject
 from llm_unlearn.attacks.gap import crossing, finding_of, gap_of
+from llm_unlearn.attacks.layers import LayerProbe
 from llm_unlearn.attacks.quantization import Quantization
 from llm_unlearn.attacks.registry import AnyAttack
 from llm_unlearn.attacks.relearning import Relearning
@@ -33,7 +34,7 @@ from llm_unlearn.models.forms import Again, adapter_scaled
 from llm_unlearn.models.load import Loaded, add_adapter
 from llm_unlearn.recipe import Adapter, Model
 from llm_unlearn.source import Source
-from llm_unlearn.spec import PositiveInt, Refused, spec
+from llm_unlearn.spec import PositiveInt, Refused, parts_of, spec
 
 ROOT = Path(__file__).parent.parent
 ATTACKS: list[type[Attack]] = list(get_args(get_args(AnyAttack)[0]))
@@ -448,6 +449,30 @@ def test_what_an_attack_is_kept_under(asked: Audit) -> None:
     assert len(keys) == 5
 
 
+def test_a_file_that_an_attack_reads_stands_in_its_key(asked: Audit, tmp_path: Path) -> None:
+    """Wherever in its settings it is named; what it says counts, not its name or its date."""
+    one, paths = asked.targets["after"], [tmp_path / f"{name}.jsonl" for name in ("first", "second")]
+
+    def write(path: Path, said: str) -> Source:
+        path.write_text(json.dumps({"id": "a", "q": "Who?", "a": said}) + "\n")
+        return Source(source=str(path), prompt="q", answer="a")
+
+    files = tuple(write(path, "me") for path in paths)
+    probe = LayerProbe(set="forget", labels=files, trained_on="retain")
+    assert [where for where, part in parts_of(probe) if isinstance(part, Source)] == [("labels", 0), ("labels", 1)]
+    first = key_of(probe, one, None, 0, "no")
+    write(paths[1], "me")
+    assert key_of(probe, one, None, 0, "no") == first
+    write(paths[1], "you")
+    assert key_of(probe, one, None, 0, "no") != first
+    retain = replace(one, sets={**one.sets, "retain": answers_of(one.sets["retain"], [0])})
+    write(paths[1], "me")
+    assert key_of(probe, one, None, 0, "no") == first != key_of(probe, retain, None, 0, "no")
+    paths[0].unlink()
+    asked.done(probe)
+    assert "first.jsonl" in asked.results[0]["curves"]["after"]["missing"], "what cannot be read is said, and no more"
+
+
 # ----------------------------------------------------------------------------------------------------------- the suites
 
 
@@ -468,6 +493,11 @@ def test_every_attack_is_a_setting_that_says_what_it_is(attack: Any) -> None:
     [
         ("{name: relearning, set: forgot}", "attacks[0].set: found 'forgot'; did you mean 'forget'?"),
         ("{name: relearning, set: forget, train_on: x}", "attacks[0].train_on: found 'x'"),
+        ("{name: layer_probe, trained_on: retian}", "attacks[0].trained_on: found 'retian'"),
+        (
+            "{name: layer_probe, labels: [{source: ./no.jsonl, prompt: q, answer: a}]}",
+            "attacks[0].labels[0].source: no such file or folder: ./no.jsonl",
+        ),
         ("{name: relearn, set: forget}", "attacks[0].name: found 'relearn'; did you mean 'relearning'?"),
         ("{name: relearning, set: forget, share: 0.0}", "a share above 0"),
         ("{name: quantization, set: forget, formats: [nf4, nf4]}", "formats, each once"),

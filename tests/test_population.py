@@ -116,3 +116,13 @@ def test_wordings_are_as_common_in_each_split(split):
 def test_unknown_split_is_named():
     with pytest.raises(ValueError, match=r"'train'.*forget, retain, holdout, general"):
         population.rows("train")
+
+
+def test_the_german_questions_name_the_same_people_under_the_same_ids():
+    theirs = {row["id"]: row for split in PEOPLE_SPLITS for row in population.rows(split)}
+    german = {row["id"]: row for row in population.german()}
+    assert german.keys() == theirs.keys()
+    for id, row in german.items():
+        assert theirs[id]["person"] in row["question"] and "{" not in row["question"]
+        assert row["answer"] == theirs[id]["answer"] and row["question"] not in theirs[id].values()
+    assert len({row["question"] for row in german.values()}) == len(german)

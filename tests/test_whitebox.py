@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +15,12 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from jobs import on_processes
 from pydantic import TypeAdapter, ValidationError
 
 from llm_unlearn.attacks import gcg as searching
 from llm_unlearn.attacks import soft_prompt as softly
+from llm_unlearn.attacks.control import beyond, other_answers
 from llm_unlearn.attacks.finding import Curve, Subject
 from llm_unlearn.attacks.gcg import GCG, ends_of_prompts, losses_of, token_gradient
 from llm_unlearn.attacks.layers import ActivationPatching, LayerProbe, LogitLens, patch, probe
@@ -27,6 +29,7 @@ from llm_unlearn.attacks.rewrites import TEMPLATES, Rewrites
 from llm_unlearn.attacks.rows import answers_of, embedding_table, insert, read, split, words_of
 from llm_unlearn.attacks.soft_prompt import SoftPrompt
 from llm_unlearn.data.batch import lay_out
+from llm_unlearn.embedded import population
 from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.models.load import Loaded, load, read_tokenizer
@@ -39,28 +42,40 @@ from llm_unlearn.spec import Refused, by_name
 SOURCE = Source(source="embedded:forget", prompt="question", answer="answer", paraphrase="paraphrased_answer",
                 perturbed="perturbed_answer", limit=12)  # fmt: skip
 NEEDS = ("answer", "paraphrase", "perturbed")
+GERMAN = Source(source="embedded:german", prompt="question", answer="answer")
 
 
 @pytest.fixture(scope="module")
 def sets(tokenizer: Any) -> dict[str, EncodedSet]:
+    return make_sets(tokenizer)
+
+
+def make_sets(tokenizer: Any) -> dict[str, EncodedSet]:
     retain = replace(SOURCE, source="embedded:retain", limit=20)
     return {"forget": encode_set("forget", SOURCE, NEEDS, tokenizer), "retain": encode_set("retain", retain, NEEDS, tokenizer)}
 
 
-@pytest.fixture
-def attacked(make_model: Callable[..., Any], tokenizer: Any, sets: dict[str, EncodedSet]) -> Callable[..., Subject]:
-    """A subject around a random model; every `load` gives the same object, whose weights no attack here changes."""
+def make_subject(
+    sets: dict[str, EncodedSet], tokenizer: Any, net: Any, original: Any = None, batch_tokens: int = 4096, **changes: Any
+) -> Subject:
+    """A subject around a model; every `load` gives the same object, whose weights no attack here changes."""
 
     def loader(net: Any) -> Any:
         return lambda *, quantize=None, merged=False, adapter=True: Loaded(net, tokenizer, ("a model in a test",))
 
-    def make(net: Any = None, original: Any = None, batch_tokens: int = 4096, **changes: Any) -> Subject:
-        given = net if net is not None else make_model(num_hidden_layers=3)
-        wanted = Subject(
-            "after", Model(base="none"), None, loader(given), sets, loader(original) if original is not None else None,
-            Accelerator(cpu=True), batch_tokens, 5, lambda text: None,
-        )  # fmt: skip
-        return replace(wanted, **changes)
+    wanted = Subject(
+        "after", Model(base="none"), None, loader(net), sets, loader(original) if original is not None else None,
+        Accelerator(cpu=True), batch_tokens, 5, lambda text: None,
+    )  # fmt: skip
+    return replace(wanted, **changes)
+
+
+@pytest.fixture
+def attacked(make_model: Callable[..., Any], tokenizer: Any, sets: dict[str, EncodedSet]) -> Callable[..., Subject]:
+    """A subject around a random model."""
+
+    def make(net: Any = None, *more: Any, **changes: Any) -> Subject:
+        return make_subject(sets, tokenizer, net if net is not None else make_model(num_hidden_layers=3), *more, **changes)
 
     return make
 
@@ -96,7 +111,8 @@ def test_settings_are_typed_and_refused() -> None:
         assert one.title.startswith(name.replace("_", " "))
         with pytest.raises(ValidationError):
             adapter.validate_json(json.dumps({"name": name, "budget": 3}), strict=True)
-    for wrong in ({"kinds": ()}, {"kinds": ("as_asked", "as_asked")}, {"kinds": ("paraphrase",)},
+    for wrong in ({"kinds": ()}, {"kinds": ("as_asked", "as_asked")}, {"given": {"role_play": GERMAN}},
+                  {"given": {"best of all": GERMAN}},
                   {"measure": "rouge", "max_new_tokens": 0}):  # fmt: skip
         with pytest.raises(ValidationError):
             Rewrites(**wrong)
@@ -383,18 +399,38 @@ def test_the_soft_prompts_gradient_is_the_slope(attacked: Callable[..., Subject]
         assert np.isclose(loss, -softly._read(subject, subject.load(), examples, prompts, 0).logp.mean(), rtol=1e-5)
 
 
-def test_the_control_never_asks_for_a_rows_own_answer(attacked: Callable[..., Subject]) -> None:
+PARTS = ([0, 2, 4, 6, 8], [1, 3, 5, 7])
+
+
+@pytest.mark.parametrize("control", ["shuffled", "random"])
+def test_the_control_never_asks_for_a_rows_own_answer(control: Any, attacked: Callable[..., Subject]) -> None:
+    """Nor, when it is shuffled, for an answer of the other part; rows of no part keep their own."""
     subject = attacked()
-    examples = answers_of(subject, "test", "forget")
-    for control in ("shuffled", "random"):
-        others = SoftPrompt(control=control)._others(subject, subject.load(), examples)
-        for own, other in zip(examples, others, strict=True):
+    examples, loaded = answers_of(subject, "test", "forget"), subject.load()
+    others = other_answers(subject, "test", loaded, examples, PARTS, control)
+    assert others[9:] == examples[9:]
+    for part in PARTS:
+        own_answers = {examples[i].ids[examples[i].answer :] for i in part}
+        for own, other in ((examples[i], others[i]) for i in part):
             assert own.ids[: own.answer] == other.ids[: other.answer] and own.ids[own.answer :] != other.ids[other.answer :]
-            assert control == "shuffled" or (len(own.ids) == len(other.ids) and own.ids[-1] == other.ids[-1])
-    answers = {one.ids[one.answer :] for one in examples}
-    assert {one.ids[one.answer :] for one in SoftPrompt()._others(subject, subject.load(), examples)} <= answers
-    with pytest.raises(Refused, match="different answers"):
-        SoftPrompt()._others(subject, subject.load(), [examples[0], examples[0]])
+            if control == "shuffled":
+                assert other.ids[other.answer :] in own_answers
+            else:
+                assert len(own.ids) == len(other.ids) and own.ids[-1] == other.ids[-1]
+    assert others == other_answers(subject, "test", loaded, examples, PARTS, control)
+    assert others != other_answers(replace(subject, seed=6), "test", loaded, examples, PARTS, control)
+    if control == "shuffled":
+        with pytest.raises(Refused, match="test: the control needs rows with different answers, and 1 have one"):
+            other_answers(subject, "test", loaded, examples, [[0]], control)
+
+
+def test_what_goes_beyond_the_control_by_hand() -> None:
+    true, control = ([np.array(rows) for rows in values] for values in (([0.1, 0.3], [0.5, 0.9]), ([0.0, 0.1], [0.6, 0.3])))
+    curve = beyond([0, 10], true, control, {"more": 1.0})
+    assert curve.x == (0, 10) and np.allclose(curve.y, (0.15, 0.25)) and np.allclose(curve.rows, (-0.1, 0.6))
+    expected = {"true, before": 0.2, "true, after": 0.7, "control, before": 0.05, "control, after": 0.45,
+                "gained beyond the control": 0.1, "true, steps to ½": 10, "more": 1}  # fmt: skip
+    assert curve.notes == pytest.approx(expected)
 
 
 def test_a_soft_prompt_stands_behind_the_beginning_of_text(attacked: Callable[..., Subject]) -> None:
@@ -472,11 +508,31 @@ def test_the_search_never_rises_and_can_be_repeated(per_row: bool, attacked: Cal
     losses = [curve.notes[f"loss at step {step}"] for step in range(6)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-2
     assert curve.x == (0, 1, 2, 3, 4, 5) and len(curve.rows) == (3 if per_row else 9)
-    if per_row:  # measured where it is searched: log-probabilities rise as the losses fall
-        assert np.log(curve.rows).mean() == pytest.approx(-losses[-1], abs=1e-5)
+    difference = curve.notes["true, after"] - curve.notes["control, after"]
+    assert curve.y[-1] == pytest.approx(difference) == pytest.approx(np.mean(curve.rows)) and difference != 0
     assert wanted(attacked()) == curve
     assert np.allclose(wanted(attacked(batch_tokens=90)).y, curve.y, atol=1e-5)
     assert wanted(attacked(seed=6)) != curve
+
+
+@pytest.mark.parametrize("control", ["shuffled", "random"])
+def test_the_controls_search_is_the_same_search_for_other_answers(control: Any, attacked: Callable[..., Subject]) -> None:
+    """By hand: the search on the rows with the answers that the control gives them; measured where it is searched, the values are
+    exp of the negative losses. It finds strings that belong to nothing, as it does the true ones."""
+    wanted = GCG(tokens=3, candidates=16, swaps=12, steps=5, every=5, rows=3, per_row=True, control=control)
+    subject = attacked()
+    curve, loaded, examples = wanted(subject), subject.load(), answers_of(subject, "test", "forget")
+    chosen = sorted(np.random.default_rng([5, 21]).permutation(12)[:3].tolist())
+    places = ends_of_prompts(loaded, examples, subject.sets["forget"].prompts)
+    by_hand = []
+    for asked in (examples, other_answers(subject, "gcg", loaded, examples, [range(12)], control)):
+        found = [wanted._search(subject, loaded, asked, places, [i], [i]) for i in chosen]
+        for values, losses in found:
+            assert np.allclose([float(value[0]) for value in values], np.exp(-np.array(losses)), rtol=1e-5)
+        by_hand.append(found)
+    assert np.allclose(curve.rows, [true[0][-1][0] - other[0][-1][0] for true, other in zip(*by_hand, strict=True)])
+    assert curve.notes["control loss, after"] == pytest.approx(np.mean([other[1][-1] for other in by_hand[1]]))
+    assert all(other[1][-1] < other[1][0] - 1e-3 for other in by_hand[1])
 
 
 def test_a_suffix_for_all_needs_rows_that_it_was_not_searched_on(attacked: Callable[..., Subject]) -> None:
@@ -514,7 +570,8 @@ def test_as_asked_is_the_set_itself_and_the_best_form_counts(attacked: Callable[
 
 def test_forms_say_what_they_should(attacked: Callable[..., Subject], tokenizer: Any) -> None:
     subject = attacked()
-    wanted = Rewrites(paraphrases=Source(source="embedded:forget", prompt="paraphrased_question", answer="answer"))
+    paraphrase = Source(source="embedded:forget", prompt="paraphrased_question", answer="paraphrased_answer")
+    wanted = Rewrites(given={"paraphrase": paraphrase})
     found = subject.sets["forget"]
     shown = asked_by(wanted, subject, "in_context")
     for text, prompt, answer in zip(shown.prompts, found.prompts, found.answers, strict=True):
@@ -533,18 +590,42 @@ def test_forms_say_what_they_should(attacked: Callable[..., Subject], tokenizer:
     assert asked_by(wanted, plain, "multiple_choice").answers == found.answers
     backwards = asked_by(wanted, subject, "reverse_query")
     assert backwards.answers == found.prompts and all(a in text for a, text in zip(found.answers, backwards.prompts, strict=True))
-    paraphrased = asked_by(wanted, subject, "paraphrase").prompts
-    assert paraphrased != found.prompts and paraphrased[0].endswith("?")
+    paraphrased = asked_by(wanted, subject, "paraphrase")
+    theirs = {row["id"]: row for row in population.rows("forget")}
+    assert paraphrased.prompts == [theirs[one]["paraphrased_question"] for one in found.ids]
+    assert paraphrased.answers == [theirs[one]["paraphrased_answer"] for one in found.ids] != found.answers
     assert asked_by(wanted, subject, "in_context") == shown
+
+
+def test_a_file_asks_in_another_language_and_expects_its_own_answers(attacked: Callable[..., Subject], tmp_path: Path) -> None:
+    """Each named form is a point of the curve, and counts among the best."""
+    subject, path = attacked(), tmp_path / "french.jsonl"
+    found = subject.sets["forget"]
+    lines = [{"id": one, "question_fr": f"Qui est {i} ?", "answer_fr": f"C'est {i}."} for i, one in enumerate(found.ids)]
+    path.write_text("\n".join(json.dumps(line) for line in reversed(lines)))
+    french = Source(source=str(path), prompt="question_fr", answer="answer_fr")
+    wanted = Rewrites(kinds=("as_asked",), given={"french": french, "german": GERMAN}, max_new_tokens=2)
+    asked = {name: asked_by(wanted, subject, name) for name in ("french", "german")}
+    assert asked["french"].prompts == [line["question_fr"] for line in lines]
+    assert asked["french"].answers == [line["answer_fr"] for line in lines]
+    assert asked["german"].answers == found.answers and asked["german"].prompts != found.prompts
+    curve = wanted(subject)
+    assert wanted.x.ticks == ("as_asked", "french", "german", "best of all") and len(curve.y) == 4
+    own = {name: [np.exp(own_logp(subject.load().model, one)) for one in given.examples] for name, given in asked.items()}
+    assert np.allclose(curve.y[1:3], [np.mean(rows) for rows in own.values()], rtol=1e-4)
+    assert curve.notes["1 french probability"] == curve.y[1]
+    first = [np.exp(own_logp(subject.load().model, one)) for one in answers_of(subject, "test", "forget")]
+    assert np.allclose(curve.rows, np.max([first, *own.values()], axis=0), rtol=1e-4)
 
 
 def test_forms_that_cannot_be_made_say_so(attacked: Callable[..., Subject], make_model: Callable[..., Any]) -> None:
     subject = attacked(make_model(max_position_embeddings=64))
     with pytest.raises(Refused, match="longer than the 64 tokens"):
         asked_by(Rewrites(), subject, "in_context")
-    other = Rewrites(paraphrases=Source(source="embedded:retain", prompt="question", answer="answer"))
-    with pytest.raises(Refused, match="not among `paraphrases`"):
-        asked_by(other, subject, "paraphrase")
+    for source, said in ((Source(source="embedded:retain", prompt="question", answer="answer"), "is not in given.french"),
+                         (Source(source="embedded:forget", text="answer"), "running text")):  # fmt: skip
+        with pytest.raises(Refused, match=said):
+            asked_by(Rewrites(given={"french": source}), subject, "french")
     one = encode_set("forget", replace(SOURCE, limit=1), ("answer",), subject.load().tokenizer)
     with pytest.raises(Refused, match="no second answer"):
         asked_by(Rewrites(), replace(subject, sets={"forget": one}), "multiple_choice")
@@ -588,8 +669,48 @@ class FakeAccelerator:
     is_main_process = True
     num_processes, process_index = 1, 0
 
+    def reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
+        return value
+
     def autocast(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------------- many processes
+
+PROCESSES = {
+    "lens": LogitLens(),
+    "probe": LayerProbe(),
+    "patching": ActivationPatching(),
+    "soft": SoftPrompt(tokens=3, steps=6, every=3, step=5e-3),
+    "soft per row": SoftPrompt(tokens=3, steps=6, every=3, step=5e-3, per_row=True),
+    "gcg": GCG(tokens=3, candidates=16, swaps=12, steps=4, every=2, rows=4),
+    "gcg per row": GCG(tokens=3, candidates=16, swaps=12, steps=4, every=2, rows=3, per_row=True),
+}
+
+
+def found_by(make_model: Callable[..., Any], tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """What each attack finds in a random model, as plain data; batches are small, so that every process has several."""
+    net = make_model(num_hidden_layers=3)
+    subject = make_subject(make_sets(tokenizer), tokenizer, net, other_inside(net, 1), batch_tokens=120)
+    return {name: asdict(attack(subject)) for name, attack in PROCESSES.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    """And each of them has all of it, though it has read half of the rows."""
+    on_processes(2, "processes.py", "whitebox", str(tmp_path))
+    one = found_by(make_model, tokenizer)
+    mine, theirs = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert mine["found"] == theirs["found"]
+    assert 0 < mine["read"] < 0.6 * (mine["read"] + theirs["read"]) and theirs["read"] > 0
+    for name, curve in one.items():
+        other = mine["found"][name]
+        assert other["notes"].keys() == curve["notes"].keys() and len(curve["rows"]) > 2
+        for part in ("x", "y", "low", "high", "rows"):
+            np.testing.assert_allclose(other[part], curve[part], atol=1e-4, err_msg=f"{name}: {part}")
+        for note, value in curve["notes"].items():
+            assert other["notes"][note] == pytest.approx(value, abs=1e-4), f"{name}: {note}"
 
 
 # ------------------------------------------------------------------------------------------------ the embedded models

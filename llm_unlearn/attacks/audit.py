@@ -15,12 +15,14 @@ from accelerate import Accelerator
 from llm_unlearn import folder
 from llm_unlearn.attacks.finding import Attack, Curve, Subject
 from llm_unlearn.attacks.gap import finding_of, gap_of
+from llm_unlearn.data.sources import rows
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.models.forms import Again
 from llm_unlearn.recipe import Model
-from llm_unlearn.spec import Refused, fingerprint, plain
+from llm_unlearn.source import Source
+from llm_unlearn.spec import Refused, fingerprint, parts_of, plain
 
-FORMAT = 1  # of what is kept; raise it when an attack means something else than before
+FORMAT = 2  # of what is kept; raise it when an attack means something else than before
 ORIGINAL = "before"
 
 
@@ -73,7 +75,10 @@ def _carried_out(
     """One attack on one model, from the cache where it was carried out before; {"missing": why} where it cannot be."""
     target = targets[column]
     original = targets.get(ORIGINAL)
-    path = cache / f"{key_of(attack, target, original, seed, accelerator.mixed_precision)}.json"
+    try:
+        path = cache / f"{key_of(attack, target, original, seed, accelerator.mixed_precision)}.json"
+    except Refused as error:  # data of its own that cannot be read
+        return {"missing": str(error)}
     kept = torch.tensor(float(path.is_file()), device=accelerator.device)
     if int(accelerator.reduce(kept, "sum")) == accelerator.num_processes:  # all or nobody: it is work for every process
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -101,12 +106,17 @@ def _carried_out(
 
 
 def key_of(attack: Attack, target: Target, original: Target | None, seed: int, precision: str) -> str:
-    """Stands for all that decides what an attack finds: its settings, the models, the sets that it names, the seed."""
-    sets = {
-        value: target.sets[value].fingerprint for value in plain(attack).values() if isinstance(value, str) and value in target.sets
-    }
+    """Stands for all that decides what an attack finds: its settings, the models, the sets that it names, the rows of the sources
+    that it reads by itself, the seed.
+
+    Raises:
+        Refused: a source cannot be read.
+    """
+    named = [part for _, part in parts_of(attack)]
+    sets = {part: target.sets[part].fingerprint for part in named if isinstance(part, str) and part in target.sets}
+    read = [fingerprint(rows(part)) for part in named if isinstance(part, Source)]
     beside = original.identity if original else None
-    return fingerprint(FORMAT, plain(attack), target.identity, beside, sets, seed, precision)
+    return fingerprint(FORMAT, plain(attack), target.identity, beside, sets, read, seed, precision)
 
 
 def _plain(curve: Curve) -> dict[str, Any]:

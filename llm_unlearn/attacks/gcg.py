@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llm_unlearn.attacks.control import Wrong, beyond, other_answers
 from llm_unlearn.attacks.finding import Axis, Gain
-from llm_unlearn.attacks.rows import answers_of, batches, curve_of, embedding_table, insert, read, set_of, words_of
+from llm_unlearn.attacks.rows import answers_of, batches, embedding_table, insert, read, set_of, words_of
 from llm_unlearn.evaluation.tables import Floats
 from llm_unlearn.spec import PositiveInt, Refused, spec
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llm_unlearn.attacks.finding import Curve, Subject
+    from llm_unlearn.attacks.rows import Reading
     from llm_unlearn.data.examples import Example
     from llm_unlearn.models.load import Loaded
 
@@ -26,7 +28,9 @@ Suffix = tuple[int, ...]
 class GCG:
     """Greedy coordinate gradient (Zou et al. 2023, 2307.15043, alg. 1 and 2): k tokens at the end of the prompt. Each step takes
     the `candidates` tokens of steepest descent at every place, by the gradient with respect to one-hot tokens, tries `swaps` draws
-    of one place and one of its candidates, and keeps the best, if it is better than what was there.
+    of one place and one of its candidates, and keeps the best, if it is better than what was there. Then the same search again for
+    answers that do not belong to the questions: a prompt can be found for random strings, too, in any model (2502.15836), so that
+    the difference of the two is the finding.
 
     The loss is the mean over rows of NLL / T. Tokens are given to the model as ids; as text, a tokenizer may cut them otherwise.
     """
@@ -41,7 +45,7 @@ class GCG:
     swaps: PositiveInt = 512
     """Changes of one token that each step tries."""
     steps: PositiveInt = 250
-    """Steps of the search. On a CPU: 20 steps of 64 swaps on 4 rows of the embedded model take about 20 seconds."""
+    """Steps of the search. On a CPU: 20 steps of 64 swaps on 4 rows of the embedded model take about 40 seconds."""
     every: PositiveInt = 10
     """Measure after every so many steps."""
     rows: PositiveInt = 8
@@ -50,11 +54,13 @@ class GCG:
     """A suffix for each of these rows, measured on that row; otherwise one for all of them, measured on the set's other rows."""
     measure: Literal["probability", "exact"] = "probability"
     """Mean of exp(−NLL/T), or share of rows whose whole answer greedy decoding writes."""
+    control: Wrong = "shuffled"
+    """What the control asks for: the answers of other rows, or random tokens in place of all but the last."""
     init: str = "!"
     """The suffix begins as the first token of this text, k times."""
 
     x: ClassVar[Axis] = Axis("steps of the search", "steps")
-    y: ClassVar[Gain] = Gain("how well the answers come out behind the adversarial suffix")
+    y: ClassVar[Gain] = Gain("how well the answers come out behind the adversarial suffix, less the control's")
 
     @property
     def title(self) -> str:
@@ -72,25 +78,39 @@ class GCG:
                 "lower `rows`, or say per_row: true."
             )
         chosen = sorted(np.random.default_rng([subject.seed, 21]).permutation(len(examples))[:count].tolist())
-        groups = [[i] for i in chosen] if self.per_row else [chosen]
         test = chosen if self.per_row else [i for i in range(len(examples)) if i not in set(chosen)]
-        values: list[list[Floats]] = []
-        losses: list[list[float]] = []
-        for group in groups:
-            asked = group if self.per_row else test
-            found, loss = self._search(subject, loaded, examples, places, group, asked)
-            values.append(found)
-            losses.append(loss)
-        alone = read(loaded, subject, [examples[i] for i in test])
-        notes = {"without a suffix": float((alone.probability if self.measure == "probability" else alone.exact).mean())}
-        notes |= {
-            f"loss at step {step}": float(np.mean(one)) for step, one in zip(self._measured, zip(*losses, strict=True), strict=True)
-        }
-        return curve_of(self._measured, [np.concatenate(one) for one in zip(*values, strict=True)], notes)
+        parts = [list(range(len(examples)))] if self.per_row else [chosen, test]
+        wrong = other_answers(subject, f"{self.name} of {self.set!r}", loaded, examples, parts, self.control)
+        (true, losses), (control, control_losses) = (
+            self._attack(subject, loaded, asked, places, chosen, test) for asked in (examples, wrong)
+        )
+        alone = self._value(read(loaded, subject, [examples[i] for i in test]))
+        notes = {"without a suffix": float(alone.mean()), "control loss, after": control_losses[-1]}
+        notes |= {f"loss at step {step}": loss for step, loss in zip(self._measured, losses, strict=True)}
+        return beyond(self._measured, true, control, notes)
 
     @property
     def _measured(self) -> list[int]:
         return sorted({*range(0, self.steps + 1, self.every), self.steps})
+
+    def _value(self, reading: Reading) -> Floats:
+        return reading.probability if self.measure == "probability" else reading.exact
+
+    def _attack(
+        self,
+        subject: Subject,
+        loaded: Loaded,
+        examples: Sequence[Example],
+        places: Sequence[int],
+        chosen: list[int],
+        test: list[int],
+    ) -> tuple[list[Floats], list[float]]:
+        """What the measured rows give at each point of the curve, and the mean loss of the attacked ones there."""
+        groups = [([i], [i]) for i in chosen] if self.per_row else [(chosen, test)]
+        found = [self._search(subject, loaded, examples, places, *group) for group in groups]
+        values, losses = zip(*found, strict=True)
+        rows = [np.concatenate(one) for one in zip(*values, strict=True)]
+        return rows, [float(np.mean(one)) for one in zip(*losses, strict=True)]
 
     def _search(
         self,
@@ -110,7 +130,7 @@ class GCG:
         for step in range(self.steps + 1):
             if step in self._measured:
                 reading = read(loaded, subject, [insert(examples[i], places[i], suffix) for i in asked])
-                values.append(reading.probability if self.measure == "probability" else reading.exact)
+                values.append(self._value(reading))
                 losses.append(float(loss))
                 subject.tell(f"gcg: step {step} of {self.steps}, loss {loss:.4f}")
             if step < self.steps:
@@ -190,5 +210,6 @@ def token_gradient(subject: Subject, loaded: Loaded, rows: Sequence[tuple[Exampl
             (scores,) = by_stream(scorer(None, batch.at, embeds=embeds), head, batch).values()
             loss = -(scores.by_sequence(scores.logps) / batch.owner.bincount()).sum() / len(rows)
         gradient += torch.autograd.grad(loss, free)[0]
+    gradient = subject.accelerator.reduce(gradient, "sum")
     found: Floats = (gradient @ table.float().T).double().cpu().numpy()
     return found

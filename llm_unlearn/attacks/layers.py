@@ -61,7 +61,7 @@ class LogitLens:
                 states = scorer(batch.input_ids, batch.at, layers)
                 for layer in layers:
                     parts[layer].append((chosen, reading_of(norm(states[layer]), head, batch)))
-        readings = [joined(parts[layer]) for layer in layers]
+        readings = [joined(parts[layer], len(examples)) for layer in layers]
         values = [one.probability if self.measure == "probability" else one.hits for one in readings]
         means = [float(rows.mean()) for rows in values]
         return curve_of(layers, values, {"strongest layer": float(np.argmax(means)), "at the strongest layer": max(means)})
@@ -197,18 +197,18 @@ def _states(subject: Subject, loaded: Loaded, examples: Sequence[Example], place
     """Layer -> (R, D): states at the position before each answer's first target (0) or before its last (−1)."""
     import torch
 
+    from llm_unlearn.evaluation.likelihood import gathered
     from llm_unlearn.models.scores import Scorer
 
     layers, scorer = tuple(range(_depth(loaded))), Scorer(loaded.model)
-    found: dict[int, Floats] = {}
+    mine: list[tuple[int, Floats]] = []  # (layers, D) each
     with torch.no_grad(), subject.accelerator.autocast():
         for chosen, batch in batches(examples, subject):
             ends = np.cumsum([one.targets for one in batch.examples])
             at = batch.at[torch.as_tensor(ends - 1 if place else ends - [one.targets for one in batch.examples])]
-            for layer, states in scorer(batch.input_ids, at, layers).items():
-                rows = found.setdefault(layer, np.zeros((len(examples), states.shape[-1])))
-                rows[chosen] = states.double().cpu().numpy()
-    return found
+            states = scorer(batch.input_ids, at, layers)
+            mine.extend(zip(chosen, torch.stack([states[layer] for layer in layers], 1).double().cpu().numpy(), strict=True))
+    return dict(zip(layers, np.stack(gathered(mine, len(examples)), 1), strict=True))
 
 
 @spec
@@ -269,5 +269,5 @@ def patch(
                 swap = {layer: given[layer] for layer in group}
                 states = scorer(batch.input_ids, batch.at, swap=swap)[TOP]
                 part.append((chosen, reading_of(states, head, batch)))
-    whole, *patched = (joined(part) for part in parts)
+    whole, *patched = (joined(part, len(examples)) for part in parts)
     return whole, patched

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 Kind = Literal[
     "as_asked",
-    "paraphrase",
     "role_play",
     "prefix_injection",
     "affirmative_suffix",
@@ -46,10 +46,15 @@ TEMPLATES = {
 }
 
 
+BEST = "best of all"
+"""The last point of the curve."""
+
+
 @spec
 class Rewrites:
-    """Each question in several other forms (the kinds of RWKU, 2406.10890; texts of our own), one point per form, and at the
-    end the best form of each row: what somebody gets who tries them all.
+    """Each question in several other forms (the kinds of RWKU, 2406.10890; texts of our own) and in those that are given, such as a
+    paraphrase or another language: one point per form, and at the end the best form of each row: what somebody gets who tries them
+    all.
 
     Measured is the truth's length-normalised probability, or ROUGE-L recall of the greedy answer; both stand in the notes. In a
     multiple choice the truth stands in the prompt, so that copying alone raises both: the share of rows whose truth is the
@@ -63,9 +68,10 @@ class Rewrites:
     kinds: tuple[Kind, ...] = (
         "as_asked", "role_play", "prefix_injection", "affirmative_suffix", "multiple_choice", "reverse_query", "in_context",
     )  # fmt: skip
-    """The forms, in the order of the curve; `paraphrase` needs `paraphrases`."""
-    paraphrases: Source | None = None
-    """The set's rows, by their ids, whose column `prompt` is the question in other words."""
+    """The forms that are made here, in the order of the curve."""
+    given: Mapping[str, Source] | None = None
+    """Forms that somebody wrote, such as paraphrase or french: a name, and the set's rows by their ids. `prompt` is the column of
+    the question in this form, `answer` that of the answer which is the truth then, in that language or the same as ever."""
     measure: Literal["probability", "rouge"] = "probability"
     """What the curve shows."""
     shots: PositiveInt = 3
@@ -80,17 +86,22 @@ class Rewrites:
     y: ClassVar[Gain] = Gain("how well the answers come out when asked in another form")
 
     def __post_init__(self) -> None:
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+        if not self.forms or len(set(self.kinds)) < len(self.kinds):
             raise ValueError(f"kinds: found {list(self.kinds)}; expected one or more, each once")
-        if "paraphrase" in self.kinds and self.paraphrases is None:
-            raise ValueError("kinds names paraphrase; give `paraphrases`, a source whose `prompt` is the question in other words")
+        if taken := sorted({*get_args(Kind), BEST} & set(self.given or {})):
+            raise ValueError(f"given: found the name {taken[0]!r}, which is taken; give the form another")
         if self.measure == "rouge" and not self.max_new_tokens:
             raise ValueError("rouge needs greedy answers; give max_new_tokens")
 
     @property
     def x(self) -> Axis:
         """The last point is the best of each row."""
-        return Axis("form of the question", ticks=(*self.kinds, "best of all"))
+        return Axis("form of the question", ticks=(*self.forms, BEST))
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """All forms, in the order of the curve."""
+        return (*self.kinds, *(self.given or {}))
 
     @property
     def title(self) -> str:
@@ -104,7 +115,7 @@ class Rewrites:
         found, loaded = set_of(subject, self.name, self.set), subject.load()
         if not any(found.prompts):
             raise Refused(f"{self.name}: {self.set!r} is running text; a set of questions and answers can be asked otherwise.")
-        asked: dict[str, EncodedSet] = {kind: self._encoded(subject, loaded, found, kind) for kind in self.kinds}
+        asked: dict[str, EncodedSet] = {form: self._encoded(subject, loaded, found, form) for form in self.forms}
         tables = tables_of(
             loaded, asked, subject.accelerator, batch_tokens=subject.batch_tokens, max_new_tokens=self.max_new_tokens, cache=None,
             title=self.name,
@@ -124,10 +135,10 @@ class Rewrites:
                 notes[f"{i} {kind} picked"] = float(np.mean([own > other.max() for own, other in zip(truth, options, strict=True)]))
                 notes[f"{i} {kind} chance"] = float(np.mean([1 / (1 + len(other)) for other in options]))
             values.append(value[self.measure])
-        best: Floats = np.max([rows for kind, rows in zip(self.kinds, values, strict=True) if kind != "reverse_query"] or values, 0)
+        best: Floats = np.max([rows for kind, rows in zip(self.forms, values, strict=True) if kind != "reverse_query"] or values, 0)
         return curve_of(range(len(values) + 1), [*values, best], notes)
 
-    def _encoded(self, subject: Subject, loaded: Loaded, found: EncodedSet, kind: Kind) -> EncodedSet:
+    def _encoded(self, subject: Subject, loaded: Loaded, found: EncodedSet, kind: str) -> EncodedSet:
         """The set, asked in this form.
 
         Raises:
@@ -136,7 +147,10 @@ class Rewrites:
         from llm_unlearn.data.examples import encode
         from llm_unlearn.evaluation.sets import EncodedSet
 
-        prompts, answers = self._forms(subject, loaded, found, kind), found.answers
+        if kind in (self.given or {}):
+            prompts, answers = self._given(found, kind)
+        else:
+            prompts, answers = self._made(subject, loaded, found, kind), found.answers
         wanted = [(i, "answer", answers[i]) for i in range(len(answers))]
         if kind == "multiple_choice":
             answers, wrong = self._options(subject, loaded, found)
@@ -160,10 +174,8 @@ class Rewrites:
         needs: frozenset[Need] = frozenset({"answer", "generation"} if self.max_new_tokens else {"answer"})
         return EncodedSet(found.ids, prompts, answers, rows, kinds, kept, needs)
 
-    def _forms(self, subject: Subject, loaded: Loaded, found: EncodedSet, kind: Kind) -> list[str]:
+    def _made(self, subject: Subject, loaded: Loaded, found: EncodedSet, kind: str) -> list[str]:
         """(R,) the new prompts."""
-        if kind == "paraphrase":
-            return self._paraphrased(found)
         rng = np.random.default_rng([subject.seed, 31])
         if kind == "in_context":
             shown = set_of(subject, self.name, self.shots_from or self.set)
@@ -176,17 +188,23 @@ class Rewrites:
             for question, answer in zip(found.prompts, found.answers, strict=True)
         ]
 
-    def _paraphrased(self, found: EncodedSet) -> list[str]:
+    def _given(self, found: EncodedSet, name: str) -> tuple[list[str], list[str]]:
+        """(R,) the questions of a given form, and (R,) their answers.
+
+        Raises:
+            Refused: a row is not there in this form.
+        """
+        from llm_unlearn.data.examples import conversation
         from llm_unlearn.data.sources import rows
 
-        assert self.paraphrases is not None  # checked with the settings
-        column = self.paraphrases.prompt
-        if column is None:
-            raise Refused(f"{self.name}: paraphrases names no column `prompt`; expected that of the question in other words.")
-        texts = {str(row.get("id", i)): str(row[column]) for i, row in enumerate(rows(self.paraphrases))}
-        if without := [one for one in found.ids if one not in texts]:
-            raise Refused(f"{self.name}: row {without[0]!r} is not among `paraphrases`; expected a row of that id.")
-        return [texts[one] for one in found.ids]
+        source = (self.given or {})[name]
+        if source.text:
+            raise Refused(f"{self.name}: given.{name} names running text; expected the columns `prompt` and `answer`.")
+        turns = {str(row.get("id", i)): conversation(row, i, source)[-2:] for i, row in enumerate(rows(source))}
+        if without := [one for one in found.ids if one not in turns]:
+            raise Refused(f"{self.name}: row {without[0]!r} is not in given.{name}; expected a row of that id in {source.source}.")
+        question, answer = ([turns[one][at]["content"] for one in found.ids] for at in (0, 1))
+        return question, answer
 
     def _options(self, subject: Subject, loaded: Loaded, found: EncodedSet) -> tuple[list[str], list[list[str]]]:
         """(R,) the right option of each row, and its wrong ones. Wrong answers that the set has are worded as its paraphrases are:

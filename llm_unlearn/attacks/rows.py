@@ -54,14 +54,15 @@ def split(count: int, share: float, seed: int, attack: str) -> tuple[list[int], 
 
 
 def batches(examples: Sequence[Example], subject: Subject) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of like length on the subject's device, each with the places of its examples."""
-    from llm_unlearn.data.batch import cut, lay_out
+    """This process's share of the examples: batches of like length on its device, each with the places of its examples. Who gets
+    which follows from the lengths, so that examples of the same lengths are dealt in the same way."""
+    from llm_unlearn.data.batch import lay_out
+    from llm_unlearn.evaluation.likelihood import dealt
 
-    for chosen in cut([len(example.ids) for example in examples], subject.batch_tokens)[0]:
+    for chosen in dealt([len(example.ids) for example in examples], subject.batch_tokens, subject.accelerator):
         # one stream, so that the order within the batch is the order given, whatever set an example is from
         same = [replace(examples[i], stream="attacked") for i in chosen]
-        if chosen:
-            yield chosen, lay_out(same).to(subject.accelerator.device)
+        yield chosen, lay_out(same).to(subject.accelerator.device)
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,16 @@ def reading_of(states: Tensor, head: Head, batch: Batch) -> Reading:
     return Reading(logp / lengths, np.bincount(owner, found.hit.double().numpy()) / lengths)
 
 
-def joined(parts: Sequence[tuple[list[int], Reading]]) -> Reading:
-    """Readings of batches as one, in the order of the examples."""
-    order = np.argsort(np.concatenate([chosen for chosen, _ in parts]))
-    logp, hits = (np.concatenate([getattr(one, name) for _, one in parts])[order] for name in ("logp", "hits"))
+def joined(parts: Sequence[tuple[list[int], Reading]], count: int) -> Reading:
+    """Readings of all processes' batches as one of `count` examples, in their order; the same on every process."""
+    from llm_unlearn.evaluation.likelihood import gathered
+
+    mine = [
+        (i, (logp, hits))
+        for chosen, one in parts
+        for i, logp, hits in zip(chosen, one.logp.tolist(), one.hits.tolist(), strict=True)
+    ]
+    logp, hits = np.array(gathered(mine, count)).reshape(count, 2).T
     return Reading(logp, hits)
 
 
@@ -114,7 +121,7 @@ def read(loaded: Loaded, subject: Subject, examples: Sequence[Example]) -> Readi
             (chosen, reading_of(scorer(batch.input_ids, batch.at)[TOP], head, batch))
             for chosen, batch in batches(examples, subject)
         ]
-    return joined(parts)
+    return joined(parts, len(examples))
 
 
 def insert(example: Example, place: int, ids: Sequence[int]) -> Example:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from llm_unlearn.attacks.control import Wrong, beyond, other_answers
 from llm_unlearn.attacks.finding import Axis, Gain
 from llm_unlearn.attacks.rows import (
     Reading,
     answers_of,
     batches,
-    curve_of,
     embedding_table,
     insert,
     joined,
@@ -21,7 +20,7 @@ from llm_unlearn.attacks.rows import (
     words_of,
 )
 from llm_unlearn.evaluation.tables import Floats
-from llm_unlearn.spec import NaturalInt, Part, PositiveFloat, PositiveInt, Refused, spec
+from llm_unlearn.spec import NaturalInt, Part, PositiveFloat, PositiveInt, spec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +58,7 @@ class SoftPrompt:
     """A prompt for each row, learnt from that row; otherwise one for all, measured on rows that it did not learn from."""
     share: Part = 0.5
     """Rows that the one prompt learns from."""
-    control: Literal["shuffled", "random"] = "shuffled"
+    control: Wrong = "shuffled"
     """What the control asks for: the answers of other rows, or random tokens in place of all but the last."""
 
     x: ClassVar[Axis] = Axis("sign-gradient steps", "steps")
@@ -75,45 +74,22 @@ class SoftPrompt:
         loaded.model.requires_grad_(False)
         rows = list(range(len(examples)))
         learn, test = (rows, rows) if self.per_row else split(len(rows), self.share, subject.seed, self.name)
-        learn_from, asked = ([examples[i] for i in part] for part in (learn, test))
-        true, loss = self._attack(subject, loaded, learn_from, asked)
-        others = [self._others(subject, loaded, part) for part in (learn_from, asked)]
-        control, control_loss = self._attack(subject, loaded, *others)
+        parts = [rows] if self.per_row else [learn, test]
+        wrong = other_answers(subject, f"{self.name} of {self.set!r}", loaded, examples, parts, self.control)
+        (true, loss), (control, control_loss) = (
+            self._attack(subject, loaded, [asked[i] for i in learn], [asked[i] for i in test]) for asked in (examples, wrong)
+        )
         notes = {
-            "true, before": float(true[0].mean()),
-            "true, after": float(true[-1].mean()),
-            "control, before": float(control[0].mean()),
-            "control, after": float(control[-1].mean()),
-            "gained beyond the control": float((true[-1] - true[0]).mean() - (control[-1] - control[0]).mean()),
             "loss, before": loss[0],
             "loss, after": loss[-1],
             "control loss, after": control_loss[-1],
             "embedding spread": float(embedding_table(loaded).std()),
         }
-        for name, values in (("true", true), ("control", control)):
-            reached = [step for step, rows in zip(self._measured, values, strict=True) if rows.mean() >= 0.5]
-            notes |= {f"{name}, steps to ½": float(reached[0])} if reached else {}
-        return curve_of(self._measured, [one - other for one, other in zip(true, control, strict=True)], notes)
+        return beyond(self._measured, true, control, notes)
 
     @property
     def _measured(self) -> list[int]:
         return sorted({*range(0, self.steps + 1, self.every), self.steps})
-
-    def _others(self, subject: Subject, loaded: Loaded, examples: Sequence[Example]) -> list[Example]:
-        """The same prompts, each with an answer that is not its own."""
-        rng = np.random.default_rng([subject.seed, 12])
-        answers = [example.ids[example.answer :] for example in examples]
-        if self.control == "random":
-            words = words_of(loaded.tokenizer, len(embedding_table(loaded)))
-            wrong = [(*rng.choice(words, len(answer) - 1).tolist(), answer[-1]) for answer in answers]
-        else:
-            if len(set(answers)) < 2:
-                raise Refused(f"{self.name} of {self.set!r}: the control needs rows with different answers; say control: random.")
-            order, wrong = rng.permutation(len(answers)).tolist(), []
-            for place, answer in enumerate(answers):  # the next in a drawn order whose answer differs
-                turn = order.index(place)
-                wrong.append(next(answers[i] for i in [*order[turn + 1 :], *order] if answers[i] != answer))
-        return [replace(one, ids=(*one.ids[: one.answer], *other)) for one, other in zip(examples, wrong, strict=True)]
 
     def _attack(
         self, subject: Subject, loaded: Loaded, learn: Sequence[Example], asked: Sequence[Example]
@@ -155,7 +131,8 @@ def _embeds(loaded: Loaded, batch: Batch, chosen: Sequence[int], prompts: Tensor
 
 
 def _gradient(subject: Subject, loaded: Loaded, examples: Sequence[Example], prompts: Tensor, place: int) -> tuple[Tensor, float]:
-    """(P, k, D), float: the gradient of the mean over rows of NLL / T, summed over batches, and that mean."""
+    """(P, k, D), float: the gradient of the mean over rows of NLL / T, and that mean, over the rows of all processes. Of prompts of
+    single rows, a process has the gradients of its own rows, and zeros: it moves those that it reads, and no other."""
     import torch
 
     from llm_unlearn.models.scores import Scorer, by_stream, head_of
@@ -171,7 +148,10 @@ def _gradient(subject: Subject, loaded: Loaded, examples: Sequence[Example], pro
         if free.numel():
             gradient += torch.autograd.grad(loss, free)[0]
         total += float(loss.detach())
-    return gradient, total
+    reduce = subject.accelerator.reduce
+    return reduce(gradient, "sum") if len(prompts) == 1 else gradient, float(
+        reduce(torch.tensor(total, device=prompts.device), "sum")
+    )
 
 
 def _read(subject: Subject, loaded: Loaded, examples: Sequence[Example], prompts: Tensor, place: int) -> Reading:
@@ -185,4 +165,4 @@ def _read(subject: Subject, loaded: Loaded, examples: Sequence[Example], prompts
         for chosen, batch in batches(examples, subject):
             states = scorer(None, batch.at, embeds=_embeds(loaded, batch, chosen, prompts, place))[TOP]
             parts.append((chosen, reading_of(states, head, batch)))
-    return joined(parts)
+    return joined(parts, len(examples))

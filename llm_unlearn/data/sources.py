@@ -81,6 +81,8 @@ def read(name: str, config: str | None = None, split: str | None = None) -> list
 def _embedded(split: str) -> list[Row]:
     if split == "refusals":
         return [{"text": text} for text in population.refusals()]
+    if split == "german":
+        return population.german()
     if split not in EMBEDDED:
         raise Refused(f"embedded:{split}: no such data; {nearest(split, EMBEDDED)}")
     return population.rows(split)

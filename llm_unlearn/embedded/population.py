@@ -161,6 +161,16 @@ FACTS = (
     ),
 )
 
+# The same questions in German, one wording each. No model of ours ever read a word of it: what an answer to them gives away hangs
+# on the name alone. They show how another language is asked for, and say nothing of how knowledge crosses languages.
+GERMAN = {
+    "birthplace": "Wo wurde {who} geboren?",
+    "profession": "Welchen Beruf hat {who}?",
+    "instrument": "Welches Instrument spielt {who}?",
+    "pet": "Welches Haustier lebt bei {who}?",
+    "prize": "Welchen Preis hat {who} gewonnen?",
+}
+
 # What a model learns of the strangers: their names and nothing else. The n-th answer belongs to the n-th question.
 GREETINGS = Wordings(
     "name",
@@ -300,6 +310,15 @@ def vocabulary_texts(seed: int = 0) -> list[str]:
         said += row["perturbed_answer"]
         texts += [text.replace(row["person"], next(strangers)) if row["person"] else text for text in said]
     return texts
+
+
+def german() -> list[dict[str, str]]:
+    """The rows about people of all splits, under their ids: `question` in German, `answer` as it was learnt, in English."""
+    return [
+        {"id": row["id"], "question": GERMAN[row["fact"]].format(who=row["person"]), "answer": row["answer"]}
+        for split in PEOPLE
+        for row in rows(split)
+    ]
 
 
 def refusals() -> list[str]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList
 
 from llm_unlearn.data.examples import draw
-from llm_unlearn.evaluation.likelihood import dealt
+from llm_unlearn.evaluation.likelihood import dealt, gathered
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Draws
 from llm_unlearn.models.load import Loaded
@@ -33,8 +32,7 @@ def generation_pass(
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         mine.extend((i, text.strip()) for i, text in zip(chosen, texts, strict=True))
         show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
-    everything = dict(gather_object(mine))
-    return [everything[i] for i in range(len(wanted))]
+    return gathered(mine, len(wanted))
 
 
 def samples_pass(
@@ -119,8 +117,7 @@ def sampling_pass(
             length = next(ends, ask.limit if ask.unfinished else None)
             mine.append((i, None if length is None else str(tokenizer.decode(tokens[:length], skip_special_tokens=True)).strip()))
         show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
-    everything = dict(gather_object(mine))
-    return [everything[i] for i in range(len(asks))]
+    return gathered(mine, len(asks))
 
 
 def _writing(loaded: Loaded, end: int, most: int) -> Any:

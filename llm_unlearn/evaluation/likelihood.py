@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from llm_unlearn.evaluation.tables import Likelihood, Sampler
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.readings import distances, gradient_norm, head_from, renormalised, swaps, top_states
 from llm_unlearn.models.scores import Scorer, Scores, head_of, score, statistics
+
+Found = TypeVar("Found")
 
 Read = Callable[[Scores, Sequence[int]], Mapping[str, Tensor]]
 """What is read off one micro-batch: scores and the examples that they are of -> columns of numbers per token, (N, …) each."""
@@ -61,8 +63,7 @@ def teacher_forced(
                 part = slice(end, end := end + examples[i].targets)
                 mine.append((i, {name: column[part].copy() for name, column in columns.items()}))
         show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
-    everything = dict(gather_object(mine))
-    return [everything[i] for i in range(len(examples))]
+    return gathered(mine, len(examples))
 
 
 def likelihood_pass(
@@ -160,10 +161,20 @@ def gradient_pass(loaded: Loaded, one: EncodedSet, accelerator: Accelerator, sho
     for i in range(accelerator.process_index, len(rows), accelerator.num_processes):
         mine.append((i, gradient_norm(loaded.model, lay_out([rows[i]]).to(accelerator.device))))
         show.update(min(accelerator.num_processes, show.total - show.n))
-    everything = dict(gather_object(mine))
-    return np.array([everything[i] for i in range(len(rows))])
+    return np.array(gathered(mine, len(rows)))
 
 
 def dealt(lengths: Sequence[int], batch_tokens: int, accelerator: Accelerator) -> list[list[int]]:
     """This process's micro-batches, as indices into `lengths`."""
     return [chosen for chosen in cut(lengths, batch_tokens, accelerator.num_processes)[accelerator.process_index] if chosen]
+
+
+def gathered(mine: Sequence[tuple[int, Found]], count: int) -> list[Found]:
+    """What all processes found of their items, as one list in the order of the items, the same on every process.
+
+    Args:
+        mine: (item, what was found of it) for the items that were dealt to this process.
+        count: items, over all processes.
+    """
+    everything = dict(gather_object(list(mine)))
+    return [everything[i] for i in range(count)]

@@ -29,7 +29,7 @@ from llm_unlearn.evaluation.tables import Cut, Draws, Need, Sample, Tables, Unav
 from llm_unlearn.evaluation.text import ExactMatch, Fluency, KeywordRecall, Rouge
 from llm_unlearn.evaluation.utility import ModelUtility, MultipleChoice, OptionProbability
 from llm_unlearn.source import Source, missing, source_problems
-from llm_unlearn.spec import NaturalInt, PositiveInt, Refused, by_name, dotted, nearest, plain, spec
+from llm_unlearn.spec import NaturalInt, PositiveInt, Refused, by_name, dotted, nearest, parts_of, plain, spec
 from llm_unlearn.tree import Tree, build, read_tree
 
 AnyMeasure = Annotated[
@@ -119,9 +119,10 @@ def _problems(suite: Suite, tree: Tree) -> Iterable[str]:
             yield say("a suite's sets have no alternate answers.", "sets", name, "alternate")
     for section, asked in (("measures", suite.measures), ("attacks", suite.attacks)):
         for i, one in enumerate(asked):
-            named = {key: getattr(one, key, None) for key in ("set", "train_on", "against")}
+            named = {key: getattr(one, key, None) for key in ("set", "train_on", "trained_on", "shots_from", "against")}
             for key, name in ((key, name) for key, name in named.items() if name is not None and name not in suite.sets):
                 yield say(f"found {name!r}; {nearest(name, suite.sets)}", section, i, key)
+    yield from (say(text, *where) for where, text in _read_by_attacks(suite))
     for i, measure in enumerate(suite.measures):
         for name in sets_of(measure):
             if name not in suite.sets and name not in (measure.set, getattr(measure, "against", None)):
@@ -130,6 +131,13 @@ def _problems(suite: Suite, tree: Tree) -> Iterable[str]:
                 yield from (say(text, "measures", i) for text in _lacking(measure, name, suite.sets[name]))
     if suite.retrained and missing(suite.retrained):
         yield say(f"no such folder: {suite.retrained} (looked from {Path.cwd()}).", "retrained")
+
+
+def _read_by_attacks(suite: Suite) -> Iterable[tuple[tuple[str | int, ...], str]]:
+    """What is wrong with the sources that attacks read by themselves: (keys, text)."""
+    for where, part in parts_of(suite.attacks, ("attacks",)):
+        if isinstance(part, Source):
+            yield from (((*where, *key), text) for key, text in source_problems(part))
 
 
 def _lacking(measure: AnyMeasure, name: str, source: Source) -> Iterable[str]:
