@@ -23,6 +23,7 @@ from llm_unlearn.embedded import target
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.rows import records
 from llm_unlearn.evaluation.suite import Suite, answers, curves, numbers
+from llm_unlearn.evaluation.tasks import task_numbers
 from llm_unlearn.look import COLUMNS, Look, Seen, attacked, see
 from llm_unlearn.models import fila
 from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, read_tokenizer, trainable
@@ -93,7 +94,7 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
         attacks = attacked(suite, seen, accelerator, cache)
         if accelerator.is_main_process:
             results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
-            write_columns(records(suite, {column: one.tables for column, one in seen.items()}), folder / run_folder.ROWS)
+            write_columns(rows_of(suite, seen), folder / run_folder.ROWS)
             publish(results, folder, folder / run_folder.LOG)
     if accelerator.is_main_process:
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
@@ -120,7 +121,7 @@ def evaluate(
     attacks = attacked(suite, seen, accelerator, cache)
     if accelerator.is_main_process:
         if output:
-            write_columns(records(suite, {column: one.tables for column, one in seen.items()}), output / run_folder.ROWS)
+            write_columns(rows_of(suite, seen), output / run_folder.ROWS)
         publish(results_of(suite, seen, attacks, title=suite_name, suite_name=suite_name, run=None), output, None)
     accelerator.wait_for_everyone()
 
@@ -234,7 +235,7 @@ def results_of(
     """Everything that `evaluation.json` says."""
     columns = [column for column in COLUMNS if column in seen]
     models = {column: seen[column].tables for column in columns}
-    found = numbers(suite, models)
+    found = numbers(suite, models) + task_numbers(suite.tasks, {column: seen[column].answered for column in columns})
     return {
         "format": 1,
         "title": title,
@@ -249,6 +250,12 @@ def results_of(
         "curves": curves(suite, models),
         "answers": answers(models),
     }
+
+
+def rows_of(suite: Suite, seen: Mapping[str, Seen]) -> list[dict[str, Any]]:
+    """Everything that `evaluation.parquet` says."""
+    answered = {column: one.answered for column, one in seen.items()}
+    return records(suite, {column: one.tables for column, one in seen.items()}, answered)
 
 
 def run_facts(recipe: Recipe, outcome: Outcome, accelerator: Accelerator, began: float, weights: int) -> dict[str, Any]:
