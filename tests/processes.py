@@ -47,5 +47,14 @@ if what == "dose":
         if accelerator.is_main_process:
             facts = (outcome.status, outcome.step, outcome.kept, outcome.reason)
             torch.save({"outcome": facts, "weights": weights(model)}, folder / f"{name}.pt")
+if what == "harness":
+    from test_harness import ask, make_tokenizer, of_each_kind, written
+    from test_harness import loaded as as_loaded
+
+    if accelerator.is_main_process:
+        written(folder)
+    accelerator.wait_for_everyone()
+    answered = ask(as_loaded(make_llama, make_tokenizer()), *of_each_kind(folder))
+    torch.save(answered, folder / f"found-{accelerator.process_index}.pt")
 accelerator.wait_for_everyone()
 accelerator.end_training()

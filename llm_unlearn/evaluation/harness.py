@@ -122,7 +122,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
             logp, first = alternatives(scores, tokens)
             return {"logp": logp, "first": first}
 
-        self._expect(len(examples))
+        self._expect(len(requests), len(examples))
         found = teacher_forced(self.loaded, examples, self.accelerator, self.batch_tokens, self.show, read)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for members, one in zip(alike.values(), found, strict=True):
@@ -156,7 +156,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
                 raise Refused(f"tasks: {request.task_name} draws its answers by chance; only greedy answers are written here.")
             until = handle_stop_sequences(given.get("until"), eos=end)
             alike.setdefault((int(given["max_gen_toks"]), tuple(until)), []).append(i)
-        self._expect(len(requests))
+        self._expect(len(requests), len(requests))
         texts = [""] * len(requests)
         for (most, until), members in alike.items():
             room = self.max_length - most
@@ -175,10 +175,10 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
                 texts[i] = postprocess_generated_text(text, list(until), None)
         return texts
 
-    def _expect(self, more: int) -> None:
+    def _expect(self, texts: int, passes: int) -> None:
         """Requests are known only now: let the bar say so."""
-        self.asked += more
-        self.show.total += more
+        self.asked += texts
+        self.show.total += passes
         self.show.refresh()
 
 

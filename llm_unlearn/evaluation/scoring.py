@@ -155,7 +155,8 @@ def _array(items: Sequence[Any]) -> NDArray[Any]:
     ):
         return np.array(items, dtype=np.float64)
     array = np.empty(len(items), dtype=object)
-    array[:] = [tuple(item) if isinstance(item, list) else item for item in items]
+    for i, item in enumerate(items):  # numpy would take a list of tuples for a table
+        array[i] = item
     return array
 
 
