@@ -14,6 +14,7 @@ from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import encode_set
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tables import Tables
+from llm_unlearn.evaluation.tasks import Answered
 from llm_unlearn.models.load import Loaded, load
 from llm_unlearn.recipe import Model
 from llm_unlearn.spec import fingerprint
@@ -31,6 +32,8 @@ class Seen:
     tables: Tables
     name: str
     target: Target
+    answered: tuple[Answered, ...] = ()
+    """What it scored on the suite's tasks."""
 
 
 class Look:
@@ -49,7 +52,17 @@ class Look:
 
     def seen(self, loaded: Loaded, title: str, name: str, model: Model, adapter: str | None = None) -> Seen:
         """What it said, and how to load it again."""
-        return Seen(self(loaded, title), name, Target(model, adapter, loaded.identity, self.sets))
+        answered = self._answered(loaded, title)  # first: a task that cannot be had is said before the long passes
+        return Seen(self(loaded, title), name, Target(model, adapter, loaded.identity, self.sets), answered)
+
+    def _answered(self, loaded: Loaded, title: str) -> tuple[Answered, ...]:
+        if not self.suite.tasks:
+            return ()
+        from llm_unlearn.evaluation.harness import answers_of  # an extra that only suites with tasks need
+
+        return answers_of(
+            self.suite.tasks, loaded, self.accelerator, batch_tokens=self.suite.batch_tokens, cache=self.cache, title=title
+        )
 
     def __call__(self, loaded: Loaded, title: str, keep: bool = True) -> Tables:
         suite = self.suite

@@ -23,6 +23,7 @@ from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.rows import records
 from llm_unlearn.evaluation.suite import Suite, answers, curves, numbers
+from llm_unlearn.evaluation.tasks import task_numbers
 from llm_unlearn.look import COLUMNS, Look, Looks, Seen, attacked
 from llm_unlearn.models import fila
 from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, read_tokenizer, trainable
@@ -222,7 +223,7 @@ def results_of(
     """Everything that `evaluation.json` says."""
     columns = [column for column in COLUMNS if column in seen]
     models = {column: seen[column].tables for column in columns}
-    found = numbers(suite, models)
+    found = numbers(suite, models) + task_numbers(suite.tasks, {column: seen[column].answered for column in columns})
     return {
         "format": 1,
         "title": title,
@@ -237,6 +238,12 @@ def results_of(
         "curves": curves(suite, models),
         "answers": answers(models),
     }
+
+
+def rows_of(suite: Suite, seen: Mapping[str, Seen]) -> list[dict[str, Any]]:
+    """Everything that `evaluation.parquet` says."""
+    answered = {column: one.answered for column, one in seen.items()}
+    return records(suite, {column: one.tables for column, one in seen.items()}, answered)
 
 
 def run_facts(recipe: Recipe, outcome: Outcome, accelerator: Accelerator, began: float, weights: int) -> dict[str, Any]:
@@ -284,7 +291,7 @@ def keep(results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], fol
     """Write the values of every row, the page, then the JSON file, which says that all are there."""
     from llm_unlearn.report.page import write_page
 
-    write_columns(records(suite, {column: one.tables for column, one in seen.items()}), folder / run_folder.ROWS)
+    write_columns(rows_of(suite, seen), folder / run_folder.ROWS)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log and log.is_file() else []
     write_page(results, rows, folder / run_folder.REPORT)
     run_folder.write(folder / run_folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))

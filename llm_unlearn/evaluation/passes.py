@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +35,7 @@ from llm_unlearn.models.readings import head_arrays
 from llm_unlearn.models.scores import head_of
 from llm_unlearn.spec import fingerprint
 
+At = TypeVar("At")
 FORMAT = 3  # of the kept parts; raise it when their content changes
 
 
@@ -139,6 +140,16 @@ def tables_of(
     }
     asking = Asking(loaded, sets, accelerator, batch_tokens, max_new_tokens, fitting, leave is not None)
     jobs = {(name, need): job for name in sets for need, job in asking.jobs(name).items()}
+    parts = made(jobs, loaded, accelerator, cache, title)
+    if leave is not None:
+        leave.update(_controls(asking, parts))
+    return {name: _table(one, {need: parts[of, need] for of, need in jobs if of == name}) for name, one in sets.items()}
+
+
+def made(
+    jobs: Mapping[At, Job], loaded: Loaded, accelerator: Accelerator, cache: Path | None, title: str
+) -> dict[At, Part]:  # fmt: skip
+    """The part of every job: from the cache where it was made before, else made now and kept as soon as it is there."""
     paths = {at: cache / f"{job.key}.npz" if cache else None for at, job in jobs.items()}
     parts = {at: read_part(path) for at, path in paths.items() if path and path.is_file()}
     if accelerator.num_processes > 1:  # all or nobody: a pass is work for every process
@@ -158,9 +169,7 @@ def tables_of(
                         write_part(parts[at], path)
         finally:
             loaded.model.train(was_training)
-    if leave is not None:
-        leave.update(_controls(asking, parts))
-    return {name: _table(one, {need: parts[of, need] for of, need in jobs if of == name}) for name, one in sets.items()}
+    return parts
 
 
 def _table(one: EncodedSet, parts: Mapping[Need, Part]) -> SetTable:

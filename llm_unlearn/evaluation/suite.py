@@ -26,6 +26,8 @@ from llm_unlearn.evaluation.memorization import (
     TruthRatio,
 )
 from llm_unlearn.evaluation.tables import Cut, Draws, Need, Sample, Tables, Unavailable
+from llm_unlearn.evaluation.task_files import task_problems
+from llm_unlearn.evaluation.tasks import Task
 from llm_unlearn.evaluation.text import ExactMatch, Fluency, KeywordRecall, Rouge
 from llm_unlearn.evaluation.utility import ModelUtility, MultipleChoice, OptionProbability
 from llm_unlearn.source import Source, missing, source_problems
@@ -68,6 +70,8 @@ class Suite:
     """What is computed, in the order of the table."""
     attacks: tuple[AnyAttack, ...] = ()
     """What an adversary tries, on each model in the same way; after the measures, and slower than they are."""
+    tasks: tuple[Task, ...] = ()
+    """Tasks of lm-evaluation-harness, by name; asked before the measures."""
     seed: NaturalInt = 0
     """Every draw of an attack follows from it."""
     retrained: str | None = None
@@ -129,6 +133,7 @@ def _problems(suite: Suite, tree: Tree) -> Iterable[str]:
                 yield say(f"found {name!r}; {nearest(name, suite.sets)}", "measures", i, "others")
             if name in suite.sets:
                 yield from (say(text, "measures", i) for text in _lacking(measure, name, suite.sets[name]))
+    yield from (say(text, "tasks", i, key) for i, key, text in _task_problems(suite))
     if suite.retrained and missing(suite.retrained):
         yield say(f"no such folder: {suite.retrained} (looked from {Path.cwd()}).", "retrained")
 
@@ -138,6 +143,16 @@ def _read_by_attacks(suite: Suite) -> Iterable[tuple[tuple[str | int, ...], str]
     for where, part in parts_of(suite.attacks, ("attacks",)):
         if isinstance(part, Source):
             yield from (((*where, *key), text) for key, text in source_problems(part))
+
+
+def _task_problems(suite: Suite) -> Iterable[tuple[int, str, str]]:
+    """What is wrong with the tasks. Yields (number, key, text)."""
+    for i, task in enumerate(suite.tasks):
+        if task.task in suite.sets:
+            yield i, "task", f"a set is called {task.task!r} too; give the set another name."
+        if task.asked in [other.asked for other in suite.tasks[:i]]:
+            yield i, "task", f"asks {task.task} as before; take one of the two out."
+        yield from ((i, key, text) for key, text in task_problems(task))
 
 
 def _lacking(measure: AnyMeasure, name: str, source: Source) -> Iterable[str]:

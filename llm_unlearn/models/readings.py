@@ -57,6 +57,22 @@ def swaps(scores: Scores, n: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def alternatives(scores: Scores, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What could stand at each answer position: (N, K) log p of the tokens given, (N,) the first choice.
+
+    Args:
+        tokens: (N, K)
+    """
+    logps, first = [], []
+    for start in range(0, len(scores.targets), scores.chunk):
+        part = slice(start, start + scores.chunk)
+        logits = scores.rows(part).logits  # (n, V)
+        logps.append(logits.log_softmax(-1).gather(-1, tokens[part]).cpu())
+        first.append(logits.argmax(-1).cpu())
+    return torch.cat(logps), torch.cat(first)
+
+
+@torch.no_grad()
 def distances(scores: Scores, other: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """(N,) KL(other ‖ model) and Jensen–Shannon divergence of the two, nats, over the whole vocabulary.
 
