@@ -21,8 +21,9 @@ from llm_unlearn.data.examples import Examples, read_examples
 from llm_unlearn.data.schedule import Schedule, build
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.likelihood import Control
+from llm_unlearn.evaluation.numbers import answers, curves, numbers
 from llm_unlearn.evaluation.rows import records
-from llm_unlearn.evaluation.suite import Suite, answers, curves, numbers
+from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tasks import task_numbers
 from llm_unlearn.look import COLUMNS, Look, Looks, Seen, attacked
 from llm_unlearn.models import fila
@@ -32,7 +33,7 @@ from llm_unlearn.recipe import Model, Recipe
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.spec import Refused, fingerprint, plain, to_yaml
 from llm_unlearn.training.fisher import fisher, some
-from llm_unlearn.training.guard import Outcome, Probe, ask
+from llm_unlearn.training.guard import Outcome, aim_of
 from llm_unlearn.training.loop import check, train
 from llm_unlearn.training.window import Job
 
@@ -60,7 +61,7 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
         without = embedded(replace(recipe.model, base=control, start=None), cache)
         other = load(without, accelerator.device)
         seen["retrained"] = Look(suite, other, accelerator, cache, leave=controls).seen(other, control, control, without)
-        job = replace(job, aim=aim_of(job, other, accelerator))
+        job = replace(job, aim=aim_of(job, other.model, accelerator))
         del other
     elif recipe.train.stop and recipe.train.stop.until == "retrained":
         raise Refused("train.stop.until: compares with the retrained model, and neither evaluation nor its suite names one.")
@@ -141,15 +142,6 @@ def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:
     companions = {name: [len(of_row) for of_row in found] for name, found in examples.companions.items()}
     sizes = {name: len(examples.streams[name]) for name in recipe.sources}
     return build(sizes, recipe.window, recipe.seed, recipe.train.epochs, recipe.train.steps, companions)
-
-
-def aim_of(job: Job, retrained: Loaded, accelerator: Accelerator) -> float | None:
-    """The perplexity at which the run is to end; that of the retrained model, where the recipe says so."""
-    stop = job.settings.stop
-    if not stop or stop.until != "retrained":
-        return job.aim
-    rows = Probe.of(stop, job.examples, job.seed, job.settings.batch_tokens, None).sets["forget"]
-    return ask(rows, job.settings.batch_tokens, Scorer(retrained.model), head_of(retrained.model), accelerator)[0]
 
 
 def prepare(net: Any, wanted: Model, job: Job, accelerator: Accelerator) -> Any:

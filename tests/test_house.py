@@ -33,6 +33,7 @@ ROOMS = (
     "evaluation",
     "attacks",
     "evaluation.suite",  # names attacks beside measures, and is read before anything heavy
+    "evaluation.numbers",
     "evaluation.rows",
     "look",
     "report",
@@ -266,6 +267,7 @@ LIGHT = {
     "children.py",
     "bench.py",
     "evaluation/suite.py",
+    "evaluation/numbers.py",
     "evaluation/tasks.py",
     "evaluation/task_files.py",
     "attacks/finding.py",
@@ -273,6 +275,7 @@ LIGHT = {
     "attacks/relearning.py",
     "attacks/quantization.py",
     "attacks/adapter_removal.py",
+    "attacks/shadows.py",
     "attacks/asking.py",
     "attacks/gap.py",
     "attacks/robustness.py",

@@ -40,7 +40,8 @@ from llm_unlearn.evaluation.memorization import (
     Probability,
     TruthRatio,
 )
-from llm_unlearn.evaluation.suite import AnyMeasure, sample_of
+from llm_unlearn.evaluation.numbers import sample_of
+from llm_unlearn.evaluation.suite import AnyMeasure
 from llm_unlearn.evaluation.tables import Cut, Draws, Likelihood, Neighbours, Sampler, SetTable, Shots, Unavailable
 from llm_unlearn.evaluation.text import ExactMatch, Fluency, KeywordRecall, Rouge, broken, gram_entropy, names, repetition, rouge_l
 from llm_unlearn.evaluation.utility import ModelUtility, MultipleChoice, OptionProbability

@@ -13,8 +13,8 @@ from llm_unlearn.data.sources import rows
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.membership import Membership
 from llm_unlearn.evaluation.membership_attacks import AnyMembershipAttack
+from llm_unlearn.evaluation.numbers import answers, curves, numbers, titles
 from llm_unlearn.evaluation.rows import records
-from llm_unlearn.evaluation.suite import numbers, titles
 from llm_unlearn.evaluation.tables import Cut, Draws, Likelihood, Sampler, SetTable, Shots
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.report.verdict import AS_RETRAINED, OVER, RECOGNISED, has_collapsed, judge
@@ -185,9 +185,9 @@ def test_a_few_broken_answers_are_no_collapse_and_many_are(before: float, now: f
 def test_a_curve_leaves_out_a_model_whose_logits_are_nan(tmp_path: Path) -> None:
     suite = read(tmp_path, "name: discoverable_extraction, set: forget, prefix: 1")
     models = {"before": {"forget": table(0.1, 2)}, "after": {"forget": table(1, 2, logp=np.nan)}}
-    curve = suites.curves(suite, models)["extraction"]
+    curve = curves(suite, models)["extraction"]
     assert set(curve) == {"set", "n", "before"} and curve["before"][-1] == 1
-    assert [row["probability"].keys() for row in suites.answers(models)["forget"]] == [{"before"}] * 2
+    assert [row["probability"].keys() for row in answers(models)["forget"]] == [{"before"}] * 2
 
 
 # ------------------------------------------------------------------------------------------------ choices

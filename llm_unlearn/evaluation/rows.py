@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_unlearn.evaluation.suite import Suite, compares, sample_of, sets_of, titles
+from llm_unlearn.evaluation.numbers import compares, sample_of, titles
+from llm_unlearn.evaluation.suite import Suite, sets_of
 from llm_unlearn.evaluation.tables import Floats, SetTable, Tables, Unavailable
 from llm_unlearn.evaluation.tasks import Answered, task_records
 
