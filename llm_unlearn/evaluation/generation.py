@@ -16,19 +16,50 @@ from llm_unlearn.evaluation.likelihood import dealt, gathered
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Draws
 from llm_unlearn.models.load import Loaded
+from llm_unlearn.models.readings import next_logits
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A second model beside the one that writes: tokens are chosen from log q = log p_other + scale · (log p − log p_other), among
+    those with p ≥ floor · max p. Scale 1 is the model that writes alone, 0 the other one.
+
+    The second model reads the whole text anew for every token, as it has no cache here: for short answers.
+    """
+
+    other: Loaded
+    scale: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """Puts log q in the place of the writing model's logits."""
+
+    guide: Guide
+    skip: torch.Tensor  # (B,) tokens of padding on the left
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        mine = scores.float().log_softmax(-1)  # (B, V)
+        theirs = next_logits(self.guide.other.model, ids, self.skip).log_softmax(-1)
+        likely = mine.exp() >= self.guide.floor * mine.amax(-1, keepdim=True).exp()
+        return (theirs + self.guide.scale * (mine - theirs)).masked_fill(~likely, -torch.inf)
 
 
 def generation_pass(
-    loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: tqdm[Any]
-) -> list[str]:
-    """(R,) let the model answer every prompt of a set greedily; prompts are padded on the left."""
+    loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: tqdm[Any],
+    guide: Guide | None = None,
+) -> list[str]:  # fmt: skip
+    """(R,) let the model answer every prompt of a set greedily, a second one guiding it or none; prompts are padded on the left."""
     wanted = one.asked
     tokenizer, device = loaded.tokenizer, accelerator.device
     settings = _writing(loaded, wanted[0].ids[-1], max_new_tokens)
     mine: list[tuple[int, str]] = []
     for chosen in dealt([example.answer + max_new_tokens for example in wanted], batch_tokens, accelerator):
         ids, mask = _padded([wanted[i].ids[: wanted[i].answer] for i in chosen], settings.pad_token_id, device)
-        written = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
+        guided = LogitsProcessorList([_Guided(guide, ids.shape[1] - mask.sum(1))] if guide else [])
+        written = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=guided)
+        written = written[:, ids.shape[1] :]
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         mine.extend((i, text.strip()) for i, text in zip(chosen, texts, strict=True))
         show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
