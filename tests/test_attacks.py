@@ -23,7 +23,7 @@ from llm_unlearn.attacks.asking import answers_of, known
 from llm_unlearn.attacks.audit import Target, audit, key_of
 from llm_unlearn.attacks.finding import Attack, Axis, Curve, Gain, Subject
 from llm_unlearn.attacks.gap import crossing, finding_of, gap_of
-from llm_unlearn.attacks.layers import LayerProbe
+from llm_unlearn.attacks.layers import ActivationPatching, LayerProbe
 from llm_unlearn.attacks.quantization import Quantization
 from llm_unlearn.attacks.registry import AnyAttack
 from llm_unlearn.attacks.relearning import Relearning
@@ -319,6 +319,17 @@ def test_a_measure_that_falls_with_knowledge() -> None:
     found = gap_of(Lower("lowers"), curves)
     assert found["gap"] == 2 and found["came_back"] == pytest.approx(2 / 4) and found["leaks"] and found["half"] == {}
     assert gap_of(Lower("moves"), curves)["came_back"] is None
+
+
+def test_what_has_no_control_has_no_share() -> None:
+    """An early layer of any model made from the original carries all that the original reads from it, and one trained apart never
+    does: patching says where the knowledge was cut, and nothing of how much came back."""
+    curves = three([0.0, 0.0, 0.0], [0.04, 0.4, 0.7], [0.3, 0.5, 0.6])
+    assert ActivationPatching(set="forget").y.knowing == "lowers"
+    found = gap_of(ActivationPatching(set="forget"), curves)
+    assert found["best"]["after"]["value"] == 0.04 and not found["leaks"]
+    assert found["gap"] is None and found["came_back"] is None and found["half"] == {}
+    assert "comes back" not in finding_of(ActivationPatching(set="forget"), curves, found)
 
 
 def test_crossing_lies_on_the_straight_line() -> None:

@@ -248,6 +248,7 @@ LIGHT = {
     "attacks/soft_prompt.py",
     "attacks/gcg.py",
     "attacks/control.py",
+    "attacks/two_model.py",
     "attacks/rewrites.py",
     "attacks/rows.py",
     "__init__.py",

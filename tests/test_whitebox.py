@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +18,11 @@ import transformers
 from accelerate import Accelerator
 from jobs import on_processes
 from pydantic import TypeAdapter, ValidationError
+from tqdm.auto import tqdm
 
 from llm_unlearn.attacks import gcg as searching
 from llm_unlearn.attacks import soft_prompt as softly
+from llm_unlearn.attacks.asking import answers_of as asked_of
 from llm_unlearn.attacks.control import beyond, other_answers
 from llm_unlearn.attacks.finding import Curve, Subject
 from llm_unlearn.attacks.gcg import GCG, ends_of_prompts, losses_of, token_gradient
@@ -28,8 +31,11 @@ from llm_unlearn.attacks.registry import OnPrompts, OnStates
 from llm_unlearn.attacks.rewrites import TEMPLATES, Rewrites
 from llm_unlearn.attacks.rows import answers_of, embedding_table, insert, read, split, words_of
 from llm_unlearn.attacks.soft_prompt import SoftPrompt
+from llm_unlearn.attacks.two_model import TwoModel
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.embedded import population
+from llm_unlearn.evaluation import generation as generating
+from llm_unlearn.evaluation.generation import Guide, generation_pass
 from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.models.load import Loaded, load, read_tokenizer
@@ -61,7 +67,7 @@ def make_subject(
     """A subject around a model; every `load` gives the same object, whose weights no attack here changes."""
 
     def loader(net: Any) -> Any:
-        return lambda *, quantize=None, merged=False, adapter=True: Loaded(net, tokenizer, ("a model in a test",))
+        return lambda *, quantize=None, merged=False, adapter=True: Loaded(net, tokenizer, (str(id(net)),))
 
     wanted = Subject(
         "after", Model(base="none"), None, loader(net), sets, loader(original) if original is not None else None,
@@ -105,7 +111,7 @@ def test_a_suite_can_name_them_without_torch() -> None:
 def test_settings_are_typed_and_refused() -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(Annotated[OnStates | OnPrompts, by_name])
     assert adapter.validate_json('{"name": "gcg", "steps": 3}', strict=True) == GCG(steps=3)
-    for name in ("logit_lens", "layer_probe", "activation_patching", "soft_prompt", "gcg", "rewrites"):
+    for name in ("logit_lens", "layer_probe", "activation_patching", "soft_prompt", "gcg", "rewrites", "two_model"):
         one = adapter.validate_json(json.dumps({"name": name}), strict=True)
         assert one.set == "forget" and one.x.name and one.y.name and one.y.knowing in ("raises", "lowers")
         assert one.title.startswith(name.replace("_", " "))
@@ -118,10 +124,11 @@ def test_settings_are_typed_and_refused() -> None:
             Rewrites(**wrong)
 
 
-@pytest.mark.parametrize("kind", [LogitLens, LayerProbe, SoftPrompt, GCG, Rewrites])
+@pytest.mark.parametrize("kind", [LogitLens, LayerProbe, SoftPrompt, GCG, Rewrites, TwoModel])
 def test_a_set_that_is_not_there_is_refused(kind: Any, attacked: Callable[..., Subject]) -> None:
     with pytest.raises(Refused, match="forget, retain"):
-        kind(set="no")(attacked())
+        net = attacked().load().model
+        kind(set="no")(attacked(net, net))
 
 
 # ------------------------------------------------------------------------------------------------------------ rows, places
@@ -643,6 +650,7 @@ def test_forms_that_cannot_be_made_say_so(attacked: Callable[..., Subject], make
         SoftPrompt(tokens=2, steps=2, every=1),
         GCG(tokens=2, candidates=8, swaps=4, steps=1, every=1, rows=2),
         Rewrites(kinds=("as_asked", "multiple_choice"), max_new_tokens=2),
+        TwoModel(),
     ],
     ids=lambda attack: attack.name,
 )
@@ -676,6 +684,93 @@ class FakeAccelerator:
         return torch.autocast("cpu", torch.bfloat16)
 
 
+# ------------------------------------------------------------------------------------------------------------ two models
+
+
+def own_next(net: Any, ids: list[int]) -> torch.Tensor:
+    """(V,) float64 log p of the next token, by the model's own forward pass on one row."""
+    with torch.no_grad():
+        logp: torch.Tensor = net(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+    return logp
+
+
+def by_hand(before: Any, after: Any, prompt: list[int], scale: float, floor: float, most: int) -> list[int]:
+    """Equations 3 to 5 of 2505.24379, token by token: log p' + w (log p − log p') over the tokens with p ≥ γ max p."""
+    ids = list(prompt)
+    for _ in range(most):
+        p, other = own_next(before, ids), own_next(after, ids)
+        q = other + scale * (p - other)
+        ids.append(int(torch.where(p.exp() >= floor * p.exp().max(), q, -torch.inf).argmax()))
+        if ids[-1] == 3:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("scale", "floor"), [(2.0, 1e-5), (2.0, 0.3), (0.0, 0.0), (-1.0, 0.1)])
+def test_two_models_write_what_the_equations_say(scale: float, floor: float, attacked: Callable[..., Subject]) -> None:
+    subject = attacked(batch_tokens=300)
+    before, after = subject.load(), attacked(other_inside(subject.load().model, 1)).load()
+    asked = replace(asked_of(subject.sets["forget"]), needs=frozenset({"answer", "generation"}))
+    assert len({one.answer for one in asked.examples}) > 3, "prompts of different length, so that there is padding"
+    show = tqdm(disable=True, total=len(asked.ids))
+    found = generation_pass(before, asked, subject.accelerator, 300, 5, show, Guide(after, scale, floor))
+    alone = generation_pass(before, asked, subject.accelerator, 300, 5, show)
+    expected = [by_hand(before.model, after.model, [*one.ids[: one.answer]], scale, floor, 5) for one in asked.examples]
+    assert found == [before.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected] != alone
+    if scale == floor == 0:
+        assert found == generation_pass(after, asked, subject.accelerator, 300, 5, show)
+    nothing = Guide(after, 1.0, floor)
+    assert alone == generation_pass(before, asked, subject.accelerator, 300, 5, show, nothing)
+
+
+def test_what_two_models_give_is_read_off_the_rest_of_each_answer(
+    attacked: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attacker has half of the tokens; exact, near and ROUGE-L of made-up texts by hand; 1 is the model before alone."""
+    net = attacked().load().model
+    subject = attacked(other_inside(net, 1), net)
+    examples, tokenizer = answers_of(subject, "test", "forget"), subject.load().tokenizer
+    rest = [tokenizer.decode(one.ids[one.answer + one.targets // 2 :], skip_special_tokens=True).strip() for one in examples]
+    said: list[tuple[float | None, Any]] = []
+    longest = max(range(2, 12), key=lambda row: len(rest[row].split()))
+
+    def written(loaded: Loaded, asked: EncodedSet, *more: Any) -> list[str]:
+        assert (
+            loaded.model is net and [one.ids for one in asked.examples] == [one.ids for one in examples] and asked.answers == rest
+        )
+        assert [one.answer for one in asked.asked] == [one.answer + one.targets // 2 for one in examples]
+        guide = more[-1]
+        said.append((guide.scale, guide.floor) if guide else (None, None))
+        if guide is None:
+            return ["?"] * 12
+        texts = [rest[0] + " and more", f"  {rest[1]}", *["?"] * 10]
+        texts[longest] = " ".join(rest[longest].split()[:-1])
+        return texts
+
+    monkeypatch.setattr(generating, "generation_pass", written)
+    curve = TwoModel(near=0.6)(subject)
+    assert said == [(None, None), (1.4, 1e-5), (2.0, 1e-5)] and curve.x == (1.0, 1.4, 2.0)
+    words = len(re.findall("[a-z0-9]+", rest[longest].lower()))
+    assert words > 2 and curve.y == (0, 3 / 12, 3 / 12) and curve.notes["w 2 exact"] == 2 / 12
+    assert curve.notes["w 2 rouge"] == pytest.approx((2 + (words - 1) / words) / 12)
+    with pytest.raises(Refused, match="nothing is left"):
+        bare = [replace(one, ids=(*one.ids[: one.answer], one.ids[-1])) for one in examples]
+        TwoModel()(replace(subject, sets={"forget": replace(asked_of(subject.sets["forget"]), examples=bare)}))
+
+
+def test_two_models_that_are_one_have_no_difference(attacked: Callable[..., Subject], make_model: Callable[..., Any]) -> None:
+    net = attacked().load().model
+    curve = TwoModel(scales=(3.0,), measure="rouge")(attacked(net, net))
+    assert curve.y[0] == curve.y[1]
+    with pytest.raises(Refused, match="before unlearning"):
+        TwoModel()(attacked(net))
+    with pytest.raises(Refused, match="vocabularies"):
+        TwoModel()(attacked(net, make_model(vocabulary=1056)))
+    for wrong in ((), (1.0,), (0.5, 2.0), (2.0, 2.0)):
+        with pytest.raises(ValidationError):
+            TwoModel(scales=wrong)
+
+
 # ------------------------------------------------------------------------------------------------------- many processes
 
 PROCESSES = {
@@ -685,6 +780,7 @@ PROCESSES = {
     "soft": SoftPrompt(tokens=3, steps=6, every=3, step=5e-3),
     "soft per row": SoftPrompt(tokens=3, steps=6, every=3, step=5e-3, per_row=True),
     "gcg": GCG(tokens=3, candidates=16, swaps=12, steps=4, every=2, rows=4),
+    "two models": TwoModel(measure="rouge", scales=(2.0,)),
     "gcg per row": GCG(tokens=3, candidates=16, swaps=12, steps=4, every=2, rows=3, per_row=True),
 }
 
@@ -721,7 +817,7 @@ def test_what_the_target_knows_and_the_retrained_model_does_not(embedded: dict[s
     """Every attack finds more in the model that saw the data than in the one that did not; the controls find nothing in either."""
     accelerator = Accelerator(cpu=True)
     whole = replace(SOURCE, limit=None)
-    sources = {"forget": whole, "retain": replace(whole, source="embedded:retain")}
+    sources = {"forget": whole, "retain": replace(whole, source="embedded:retain"), "german": replace(GERMAN, limit=40)}
     found: dict[str, dict[str, Curve]] = {}
     for name in ("target", "retrained"):
         model = Model(base=str(embedded[name]))
@@ -730,7 +826,9 @@ def test_what_the_target_knows_and_the_retrained_model_does_not(embedded: dict[s
         def loader(folder: str) -> Any:
             return lambda *, quantize=None, merged=False, adapter=True: load(Model(base=folder), accelerator.device)
 
-        sets = {key: encode_set(key, source, NEEDS, tokenizer) for key, source in sources.items()}
+        sets = {
+            key: encode_set(key, source, NEEDS if source.perturbed else ("answer",), tokenizer) for key, source in sources.items()
+        }
         mine, original = (loader(str(embedded[one])) for one in (name, "target"))
         subject = Subject(name, model, None, mine, sets, original, accelerator, 8192, 0, lambda text: None)
         facts = tuple(replace(whole, source=f"embedded:{one}", answer="fact") for one in ("forget", "retain"))
@@ -742,12 +840,15 @@ def test_what_the_target_knows_and_the_retrained_model_does_not(embedded: dict[s
             "soft per row": SoftPrompt(steps=60, every=60, per_row=True)(subject),
             "gcg": GCG(steps=2, swaps=16, rows=2, every=2)(subject),
             "rewrites": Rewrites(kinds=("as_asked", "role_play"), max_new_tokens=40, measure="rouge")(subject),
+            "two": TwoModel(set="german", scales=(2.0,), measure="rouge")(subject),
         }
     knows, control = found["target"], found["retrained"]
     for attack in ("lens", "soft", "gcg", "rewrites"):
         assert knows[attack].y[-1] > control[attack].y[-1] + 0.05, attack
     assert knows["lens"].y[-1] > 0.98 and np.all(np.diff(knows["lens"].y) > 0)
     assert knows["patching"].y == (0.0,) * 4 and min(control["patching"].y) > 0.1
+    # with itself the model before has no difference; one that was trained apart differs by more than what it never saw
+    assert knows["two"].y[0] == knows["two"].y[1] == control["two"].y[0] > control["two"].y[1]
     for one in (knows, control):  # which kind of fact is asked for is no secret: a probe that works finds it in both
         assert one["probe"].notes["chance"] == 0.2 and max(one["probe"].y) > 0.8
         assert one["soft"].notes["control, after"] < 0.2  # other rows' answers do not come out of a prompt that never saw them

@@ -112,6 +112,9 @@ class Gain:
 
     name: str
     knowing: Knowing = "raises"
+    against_control: bool = True
+    """Whether the retrained model's value stands for what is known without the data. Where it does not, as its states are of their
+    own kind, no share of what was forgotten is read off the curves, and no leak."""
 
 
 class Attack(Protocol):

@@ -34,6 +34,8 @@ def gap_of(attack: Attack, curves: Curves) -> dict[str, Any]:
     if sign is None:
         return {"best": {}, "gap": None, "came_back": None, "half": {}, "leaks": False}
     best = {column: _best(curve, sign, attack.x) for column, curve in curves.items() if curve.get("y")}
+    if not attack.y.against_control:
+        return {"best": best, "gap": None, "came_back": None, "half": {}, "leaks": False}
     after, before = best.get("after") or best.get("model"), best.get("before")
     alone = _start(curves, "after") if attack.x.untouched else None
     control = best["retrained"]["value"] if "retrained" in best else alone

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_unlearn.attacks.finding import Axis, Gain
-from llm_unlearn.attacks.rows import Reading, answers_of, batches, curve_of, joined, reading_of, set_of, split
+from llm_unlearn.attacks.rows import Reading, answers_of, batches, curve_of, joined, reading_of, set_of, split, with_original
 from llm_unlearn.evaluation.tables import Floats
 from llm_unlearn.source import Source
 from llm_unlearn.spec import NonNegativeFloat, Part, Refused, spec
@@ -225,7 +225,7 @@ class ActivationPatching:
     """The set whose answers are scored."""
 
     x: ClassVar[Axis] = Axis("decoder layer")
-    y: ClassVar[Gain] = Gain("drop in log p per answer token when this layer is patched into the original (nats)", "lowers")
+    y: ClassVar[Gain] = Gain("drop in log p per answer token when this layer is patched into the original (nats)", "lowers", False)
 
     @property
     def title(self) -> str:
@@ -233,15 +233,10 @@ class ActivationPatching:
         return "activation patching"
 
     def __call__(self, subject: Subject) -> Curve:
-        if subject.original is None:
-            raise Refused(f"{self.name} needs the model before unlearning beside the one attacked; name it, as with --base.")
-        examples, loaded, original = answers_of(subject, self.name, self.set), subject.load(), subject.original()
-        sizes = [
-            (_depth(one), int(one.causal.config.get_text_config().hidden_size), one.tokenizer.get_vocab())
-            for one in (loaded, original)
-        ]
+        examples, (loaded, original) = answers_of(subject, self.name, self.set), with_original(subject, self.name)
+        sizes = [(_depth(one), int(one.causal.config.get_text_config().hidden_size)) for one in (loaded, original)]
         if sizes[0] != sizes[1]:
-            raise Refused(f"{self.name}: depth, hidden size or vocabulary of the attacked model and the original differ.")
+            raise Refused(f"{self.name}: depth or hidden size of the attacked model and the original differ.")
         whole, patched = patch(subject, loaded, original, examples, [(layer,) for layer in range(sizes[0][0])])
         drops = [whole.logp - one.logp for one in patched]
         largest = int(np.argmax([drop.mean() for drop in drops]))

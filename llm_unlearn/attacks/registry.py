@@ -12,10 +12,11 @@ from llm_unlearn.attacks.relearning import Relearning
 from llm_unlearn.attacks.rewrites import Rewrites
 from llm_unlearn.attacks.shadows import Shadows
 from llm_unlearn.attacks.soft_prompt import SoftPrompt
+from llm_unlearn.attacks.two_model import TwoModel
 from llm_unlearn.spec import by_name
 
 OnWeights = Relearning | Quantization | AdapterRemoval
 OnStates = LogitLens | LayerProbe | ActivationPatching
-OnPrompts = SoftPrompt | GCG | Rewrites
+OnPrompts = SoftPrompt | GCG | Rewrites | TwoModel
 
 AnyAttack = Annotated[OnWeights | OnStates | OnPrompts | Shadows, by_name]

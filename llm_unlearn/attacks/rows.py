@@ -53,6 +53,23 @@ def split(count: int, share: float, seed: int, attack: str) -> tuple[list[int], 
     return sorted(order[:first].tolist()), sorted(order[first:].tolist())
 
 
+def with_original(subject: Subject, attack: str) -> tuple[Loaded, Loaded]:
+    """The model under attack, and the model before unlearning beside it.
+
+    Raises:
+        Refused: the model before is not known, or has another vocabulary.
+    """
+    from llm_unlearn.models.scores import head_of
+
+    if subject.original is None:
+        raise Refused(f"{attack} needs the model before unlearning beside the one attacked; name it, as with --base.")
+    loaded, original = subject.load(), subject.original()
+    mine, theirs = ((one.tokenizer.get_vocab(), head_of(one.model).vocabulary) for one in (loaded, original))
+    if mine != theirs:
+        raise Refused(f"{attack}: the vocabularies of the attacked model and the original differ; they cannot be compared.")
+    return loaded, original
+
+
 def batches(examples: Sequence[Example], subject: Subject) -> Iterator[tuple[list[int], Batch]]:
     """This process's share of the examples: batches of like length on its device, each with the places of its examples. Who gets
     which follows from the lengths, so that examples of the same lengths are dealt in the same way."""

@@ -16,56 +16,31 @@ from llm_unlearn.evaluation.likelihood import dealt, gathered
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Draws
 from llm_unlearn.models.load import Loaded
+from llm_unlearn.models.readings import next_logits
 
-
-def generation_pass(
-    loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: tqdm[Any]
-) -> list[str]:
-    """(R,) let the model answer every prompt of a set greedily."""
-    wanted = one.asked
-    prompts = [example.ids[: example.answer] for example in wanted]
-    texts = greedy_pass(loaded, prompts, wanted[0].ids[-1], max_new_tokens, accelerator, batch_tokens, show)
-    return [text.strip() for text in texts]
-
-
-def greedy_pass(
-    loaded: Loaded, prompts: Sequence[Sequence[int]], end: int, most: int, accelerator: Accelerator, batch_tokens: int,
-    show: tqdm[Any], until: Sequence[str] = (),
-) -> list[str]:  # fmt: skip
-    """(R,) let the model go on from each prompt greedily; prompts are padded on the left.
-
-    Args:
-        end: the token that ends a turn, beside those that the tokenizer and the model name.
-        most: tokens.
-        until: texts after which nothing more is wanted; what is written ends with one of them, or a little after it.
-    """
-    tokenizer, device = loaded.tokenizer, accelerator.device
-    settings = _writing(loaded, end, most)
-    mine: list[tuple[int, str]] = []
-    for chosen in dealt([len(prompt) + most for prompt in prompts], batch_tokens, accelerator):
-        ids, mask = _padded([prompts[i] for i in chosen], settings.pad_token_id, device)
-        ends = StoppingCriteriaList([_Said(tokenizer, until, ids.shape[1])] if until else [])
-        written = loaded.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=ends
-        )[:, ids.shape[1] :]  # fmt: skip
-        mine.extend(zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True))
-        show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
-    return gathered(mine, len(prompts))
+FEW = 16  # texts, below which a batch is not worth making smaller
 
 
 @dataclass(frozen=True)
-class _Said:
-    """Which rows have said one of some texts since their prompt; transformers' own criterion looks into the prompt too."""
+class Guide:
+    """A second model beside the one that writes: tokens are chosen from log q = log p_other + scale · (log p − log p_other), among
+    those with p ≥ floor · max p. Scale 1 is the model that writes alone, 0 the other one.
 
-    tokenizer: Any
-    until: Sequence[str]
-    begin: int  # length of the padded prompts
+    The second model reads the whole text anew for every token, as it has no cache here: for short answers.
+    """
 
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(B, L) -> (B,); a token is at least a byte of text, so no more than so many of the last ones can hold it."""
-        most = 2 + max(len(text.encode()) for text in self.until)
-        texts = self.tokenizer.batch_decode(ids[:, max(self.begin, ids.shape[1] - most) :])
-        return torch.tensor([any(text in said for text in self.until) for said in texts], device=ids.device)
+    other: Loaded
+    scale: float
+    floor: float
+
+
+def generation_pass(
+    loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: tqdm[Any],
+    guide: Guide | None = None,
+) -> list[str]:  # fmt: skip
+    """(R,) let the model answer every prompt of a set greedily, a second one guiding it or none."""
+    asks = [Ask(example.ids[: example.answer], one.asked[0].ids[-1], max_new_tokens, unfinished=True) for example in one.asked]
+    return [(text or "").strip() for text in writing_pass(loaded, asks, accelerator, batch_tokens, show, guide)]
 
 
 def samples_pass(
@@ -76,27 +51,42 @@ def samples_pass(
     What is drawn depends on the seed, the prompt and the number of the draw.
     """
     asks = [
-        Ask(prompt, example.ids[-1], most, 1.0, 0.0, draw(draws.seed, prompt, n), unfinished=True)
+        Ask(prompt, example.ids[-1], most, 1.0, seed=draw(draws.seed, prompt, n), unfinished=True)
         for example in one.asked
         for prompt in [example.ids[: example.answer]]
         for n in range(draws.n)
     ]
-    texts = sampling_pass(loaded, asks, accelerator, batch_tokens, show)
-    return [[text or "" for text in texts[i : i + draws.n]] for i in range(0, len(texts), draws.n)]
+    texts = writing_pass(loaded, asks, accelerator, batch_tokens, show)
+    return [[(text or "").strip() for text in texts[i : i + draws.n]] for i in range(0, len(texts), draws.n)]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One text that a model is to write by chance."""
+    """One text that a model is to write: greedily, or by chance."""
 
     prompt: tuple[int, ...]
     end: int  # the end-of-turn token
     limit: int  # most tokens, the end-of-turn token included
-    temperature: float
-    floor: float  # tokens less likely than so many times the likeliest one are never written
-    seed: int  # all that its chance depends on; see `data.examples.draw`
+    temperature: float = 0.0  # 0: always the likeliest token; within a batch all are greedy, or none is
+    floor: float = 0.0  # tokens less likely than so many times the likeliest one are never written
+    seed: int = 0  # all that its chance depends on; see `data.examples.draw`
     forbidden: frozenset[tuple[int, ...]] = frozenset()  # runs of tokens that must not be written
     unfinished: bool = False  # a text that came to no end within the limit is wanted all the same
+    until: tuple[str, ...] = ()  # texts after which nothing more is wanted; what is written ends with one, or a little after it
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """Puts log q in the place of the writing model's logits."""
+
+    guide: Guide
+    skip: torch.Tensor  # (B,) tokens of padding on the left
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        mine = scores.float().log_softmax(-1)  # (B, V)
+        theirs = next_logits(self.guide.other.model, ids, self.skip).log_softmax(-1)
+        likely = mine.exp() >= self.guide.floor * mine.amax(-1, keepdim=True).exp()
+        return (theirs + self.guide.scale * (mine - theirs)).masked_fill(~likely, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -130,27 +120,93 @@ class _Chance:
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
-def sampling_pass(
-    loaded: Loaded, asks: Sequence[Ask], accelerator: Accelerator, batch_tokens: int, show: tqdm[Any]
+@dataclass
+class _Half:
+    """Ends a round of writing once half of a batch's texts have ended: in a smaller one, the others need not carry them along."""
+
+    asks: Sequence[Ask]
+    tokenizer: Any
+    begin: int  # length of the padded prompts
+    stop: torch.Tensor  # the tokens that end a text
+    left: torch.Tensor  # (B,) tokens that each text may still have; 0 when it has ended
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        over = torch.isin(ids[:, -1], self.stop) | torch.tensor([self._said(b, ids) for b in range(len(ids))], device=ids.device)
+        self.left = torch.where(over, 0, (self.left - 1).clamp(min=0))
+        ended = self.left == 0
+        return ended | (len(ids) >= FEW and 2 * ended.sum() >= len(ids))
+
+    def _said(self, b: int, ids: torch.Tensor) -> bool:
+        """Whether a text has come, since its prompt, to where nothing more is wanted; transformers' criterion looks into the prompt.
+        A token is at least a byte of text, so no more than so many of the last ones can hold the end."""
+        if not (until := self.asks[b].until):
+            return False
+        first = max(self.begin, ids.shape[1] - 2 - max(len(text.encode()) for text in until))
+        said = self.tokenizer.decode(ids[b, first:])
+        return any(text in said for text in until)
+
+
+def writing_pass(
+    loaded: Loaded, asks: Sequence[Ask], accelerator: Accelerator, batch_tokens: int, show: tqdm[Any], guide: Guide | None = None
 ) -> list[str | None]:
-    """Let the model write one text for each ask, by chance; None where it came to no end within the limit and had to."""
-    tokenizer, device = loaded.tokenizer, accelerator.device
+    """Let the model write one text for each ask; None where it came to no end within the limit and had to."""
     mine: list[tuple[int, str | None]] = []
     for chosen in dealt([len(ask.prompt) + ask.limit for ask in asks], batch_tokens, accelerator):
         batch = [asks[i] for i in chosen]
-        settings = _writing(loaded, batch[0].end, max(ask.limit for ask in batch))
-        ids, mask = _padded([ask.prompt for ask in batch], settings.pad_token_id, device)
-        own = [torch.rand(settings.max_new_tokens, generator=torch.Generator().manual_seed(ask.seed)) for ask in batch]
-        chance = LogitsProcessorList([_Chance(batch, torch.stack(own).to(device), ids.shape[1])])
-        written = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=chance)[
-            :, ids.shape[1] :
-        ].tolist()
-        for i, ask, tokens in zip(chosen, batch, written, strict=True):
-            ends = (t for t, token in enumerate(tokens[: ask.limit]) if token in settings.eos_token_id)
-            length = next(ends, ask.limit if ask.unfinished else None)
-            mine.append((i, None if length is None else str(tokenizer.decode(tokens[:length], skip_special_tokens=True)).strip()))
+        for i, (tokens, ended) in zip(chosen, written(loaded, batch, accelerator.device, guide), strict=True):
+            text = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+            mine.append((i, text if ended or asks[i].unfinished else None))
         show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
     return gathered(mine, len(asks))
+
+
+def written(
+    loaded: Loaded, asks: Sequence[Ask], device: torch.device, guide: Guide | None = None
+) -> list[tuple[list[int], bool]]:
+    """One batch: of each text its tokens, without that which ends it, and whether it came to an end. Prompts are padded on the
+    left."""
+    most = max(ask.limit for ask in asks)
+    settings = _writing(loaded, asks[0].end, most)
+    ids, mask = _padded([ask.prompt for ask in asks], settings.pad_token_id, device)
+    begin, stop = ids.shape[1], ids.new_tensor(settings.eos_token_id)
+    own = [torch.rand(most, generator=torch.Generator().manual_seed(ask.seed)) for ask in asks if ask.temperature]
+    numbers = torch.stack(own).to(device) if own else None
+    found: dict[int, list[int]] = {}
+    rows, cache = torch.arange(len(asks), device=device), None
+    while len(rows):
+        settings.max_new_tokens = most - (ids.shape[1] - begin)
+        here = [asks[b] for b in rows]
+        limits = ids.new_tensor([ask.limit for ask in here]) - (ids.shape[1] - begin)
+        half = _Half(here, loaded.tokenizer, begin, stop, limits)
+        guided = [_Guided(guide, ids.shape[1] - mask.sum(1))] if guide else []
+        chance = [_Chance(here, numbers[rows], begin)] if numbers is not None else []
+        out = loaded.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, past_key_values=cache,
+            logits_processor=LogitsProcessorList([*guided, *chance]), stopping_criteria=StoppingCriteriaList([half]),
+        )  # fmt: skip
+        found |= {int(b): text for b, text in zip(rows, out.sequences[:, begin:].tolist(), strict=True)}
+        on = half.left.nonzero()[:, 0]
+        rows, ids, mask = (
+            rows[on],
+            out.sequences[on],
+            torch.nn.functional.pad(mask[on], (0, out.sequences.shape[1] - mask.shape[1]), value=1),
+        )
+        cache = _only(out.past_key_values, on)
+    result = []
+    for b, ask in enumerate(asks):
+        text = found[b][: ask.limit]
+        end = next((t for t, token in enumerate(text) if token in settings.eos_token_id), None)
+        result.append((text[:end], end is not None))
+    return result
+
+
+def _only(cache: Any, rows: torch.Tensor) -> Any:
+    """What was computed of some rows; None of a kind that cannot be cut, and the rows are then read again from their beginning."""
+    layers = getattr(cache, "layers", [])
+    if not len(rows) or not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def _writing(loaded: Loaded, end: int, most: int) -> Any:
@@ -158,7 +214,9 @@ def _writing(loaded: Loaded, end: int, most: int) -> Any:
     stop = {end} | _as_set(loaded.tokenizer.eos_token_id)
     stop |= _as_set(getattr(loaded.causal.generation_config, "eos_token_id", None))
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else next(iter(stop))
-    return GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=sorted(stop), pad_token_id=pad)
+    return GenerationConfig(
+        do_sample=False, max_new_tokens=most, eos_token_id=sorted(stop), pad_token_id=pad, return_dict_in_generate=True
+    )
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -146,3 +146,11 @@ def gradient_norm(model: Any, batch: Batch) -> float:
     finally:
         for weight, wanted in zip(weights, asked, strict=True):
             weight.requires_grad_(wanted)
+
+
+def next_logits(model: Any, ids: Tensor, skip: Tensor) -> Tensor:
+    """(B, L), (B,) -> (B, V) logits of the token behind the last of each row, of which the first `skip` are padding."""
+    rows, length = ids.shape
+    turned = (torch.arange(length, device=ids.device)[None] + skip[:, None]) % length  # padding to the right, where nothing sees it
+    at = torch.arange(rows, device=ids.device) * length + length - skip - 1
+    return head_of(model)(Scorer(model)(ids.gather(1, turned), at)[TOP])
