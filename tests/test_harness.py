@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from jobs import on_processes
+from jobs import adapted, on_processes
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from pyarrow import parquet
@@ -32,11 +33,12 @@ from llm_unlearn.report.verdict import has_collapsed, headline
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
 
+ROOT = Path(__file__).parents[1]
 COUNT = 14
 HEAD = "dataset_path: json\ndataset_kwargs: {data_files: {test: people.jsonl}}\ntest_split: test\nfewshot_split: test\n"
+LETTERS = "{{question}}\\n{% for one in choices %}{{'ABCDE'[loop.index0]}}. {{one}}\\n{% endfor %}Answer:"
 FILES = {
-    "who": """
-output_type: multiple_choice
+    "who": """output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: choices
 doc_to_target: right
@@ -45,30 +47,24 @@ metric_list:
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
   - {metric: brier_score, aggregation: brier_score, higher_is_better: false}
 """,
-    "letters": """
-output_type: multiple_choice
-doc_to_text: "{{question}}\\n{% for one in choices %}{{'ABCDE'[loop.index0]}}. {{one}}\\n{% endfor %}Answer:"
+    "letters": f"""output_type: multiple_choice
+doc_to_text: "{LETTERS}"
 doc_to_choice: ["A", "B", "C", "D", "E"]
 doc_to_target: right
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: brier_score, aggregation: brier_score, higher_is_better: false}
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """,
-    "text": """
-output_type: loglikelihood_rolling
+    "text": """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list:
   - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
   - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
 """,
-    "said": """
-output_type: generate_until
+    "said": """output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: answer
 generation_kwargs: {until: ["r ", "th", "\\n"], max_gen_toks: 12}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """,
 }
 GROUP = """group: people
@@ -144,6 +140,14 @@ def test_numbers_are_those_of_the_library(
         for metric in ("acc", "acc_norm"):
             assert found[metric] == pytest.approx([one[metric] for one in samples], rel=1e-4)
         assert len(set(found["acc"])) == 2 and not found["brier_score"]
+
+
+def test_an_adapter_is_included(make_model: Callable[..., Any], tokenizer: Any, folder: Path) -> None:
+    model, task = Loaded(adapted(make_model, 0.3), tokenizer, ("adapter",)), Task(task="text", include=str(folder))
+    (mine,), (bare,) = ask(model, task), ask(loaded(make_model, tokenizer), task)
+    bits = mine.score("text", "bits_per_byte"), bare.score("text", "bits_per_byte")
+    assert bits[0] and bits[1] and bits[0].value and abs(bits[0].value - (bits[1].value or 0)) > 0.01
+    assert bits[0].value == pytest.approx(reference(model, task)["results"]["text"]["bits_per_byte,none"], rel=1e-4)
 
 
 def test_options_of_one_token_are_read_off_one_pass(
@@ -302,3 +306,35 @@ def test_two_processes_find_the_same(make_model: Callable[..., Any], tmp_path: P
     mine = ask(loaded(make_model, make_tokenizer()), *of_each_kind(tmp_path))
     for process in range(2):
         alike(mine, torch.load(tmp_path / f"found-{process}.pt", weights_only=False))
+
+
+LETTER = {"question": "Who?", "choices": ["a", "b", "c", "d"], "answer": 2}
+MADE_UP: dict[str, dict[str, Any]] = {
+    "wmdp_bio": LETTER,
+    "mmlu": LETTER,
+    "truthfulqa_mc1": {"question": "Who?", "mc1_targets": {"choices": ["a", "b c"], "labels": [1, 0]}},
+    "triviaqa": {"question": "Who?", "answer": {"aliases": ["a", "b"]}},
+    "bbh_cot_fewshot": {"input": "Who?", "target": "a"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MADE_UP)
+def test_tasks_of_the_shipped_suites_on_made_up_rows(
+    make_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Their data cannot be had here; their files, few-shot prompts, filters and groups can."""
+    made_up = [{**MADE_UP[name], "question": f"Who is number {i}?"} for i in range(6)]
+    splits = {split: datasets.Dataset.from_list(made_up) for split in ("train", "dev", "validation", "test")}
+    monkeypatch.setattr("datasets.load_dataset", lambda **_: datasets.DatasetDict(splits))
+    suite = {"wmdp_bio": "wmdp", "mmlu": "lume"}.get(name, "rwku")
+    task = next(one for one in suites.load(ROOT / "eval" / f"{suite}.yaml").tasks if one.task == name)
+    task = replace(task, limit=1 if name in ("mmlu", "bbh_cot_fewshot") else 3)
+    model = Loaded(make_model(max_position_embeddings=2048, num_hidden_layers=1), tokenizer, (name,))
+    (mine,) = ask(model, task, batch_tokens=4000)
+    theirs = reference(model, task)["results"][name]
+    listed = [one for one in mine.scores if one.listed]
+    assert len(listed) == (5 if name == "mmlu" else 1), "of a group the whole, and its parts where they are few"
+    (value,) = (value for key, value in theirs.items() if key.startswith(f"{listed[0].metric},"))
+    assert listed[0].value == pytest.approx(value) and listed[0].of == name
+    assert listed[0].n == {"mmlu": 57, "bbh_cot_fewshot": 27}.get(name, 3) and listed[0].unit == "share"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,22 +192,19 @@ def answers_of(
     """
 
     def job(task: Task) -> Job:
-        key = fingerprint(
-            "harness", FORMAT, lm_eval.__version__, loaded.identity, accelerator.mixed_precision, task.asked, content(task)
-        )
-        return Job(key, 0, lambda show: _part(_answered(task, loaded, accelerator, batch_tokens, show)))
+        what = content(task)
+        key = fingerprint("harness", FORMAT, lm_eval.__version__, loaded.identity, accelerator.mixed_precision, task.asked, what)
+        return Job(key, 0, lambda show: asdict(
+            replace(_answered(task, loaded, accelerator, batch_tokens, show), library=lm_eval.__version__, content=what)
+        ))  # fmt: skip
 
     parts = made({i: job(task) for i, task in enumerate(tasks)}, loaded, accelerator, cache, title)
     return tuple(_from(parts[i]) for i in range(len(tasks)))
 
 
-def _part(answered: Answered) -> Part:
-    return asdict(answered)
-
-
 def _from(part: Part) -> Answered:
-    scores = tuple(Score(**one) for one in part["scores"])
-    return Answered(scores, part["documents"], part["missing"], part["library"])
+    """As it was before it was kept."""
+    return Answered(**{**part, "scores": [Score(**one) for one in part["scores"]]})
 
 
 def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: tqdm[Any]) -> Answered:
@@ -222,12 +219,12 @@ def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens
                     fewshot_as_multiturn=task.chat_template,
                 )  # fmt: skip
         except OverflowError:  # the library takes exp of a sum: of a model that is broken, that is beyond any number
-            return Answered(missing="the value is infinite", library=lm_eval.__version__)
+            return Answered(missing="the value is infinite")
     if lm.shortened:
         show.write(f"{task.task}: {lm.shortened} of {lm.asked} texts are longer than the model reads and lost their beginning.")
     scores, documents = scores_of(task, found, results)
     lost = f"the value is NaN, as the model's logits are on {lm.lost} of {lm.asked} texts" if lm.lost else ""
-    return Answered(() if lost else scores, documents, lost, lm_eval.__version__)
+    return Answered([] if lost else scores, documents, lost)
 
 
 def _found(task: Task) -> Any:

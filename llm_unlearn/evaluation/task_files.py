@@ -8,16 +8,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn.evaluation.tasks import Task
+from llm_unlearn.spec import fingerprint
 
 INSTALL = "needs lm-evaluation-harness; install it with: pip install 'llm-unlearn[harness]'."
 READERS = ("json", "csv", "parquet", "text", "arrow")
@@ -91,15 +92,18 @@ def leaves(task: Task) -> Iterator[dict[str, Any]]:
             yield {**entry.cfg, "task": name, "file": entry.yaml_path}
 
 
-def content(task: Task) -> list[object]:
-    """All that decides what is asked, besides the library's version: settings of the task and of those below it, the text of
-    one's own Python files, local data. A data set of the hub counts by its name."""
+def content(task: Task) -> str:
+    """Stands for all that decides what is asked, besides the library's version: the settings of the task and of those below it,
+    the text of one's own Python files, local data. A data set of the hub counts by its name. Where folders lie changes nothing."""
     index = manager_of(task).task_index
     names = dict.fromkeys((task.task, *_members(index, task.task)))
-    configs = [[name, index[name].cfg] for name in names if name in index]
-    code = sorted(Path(task.include).resolve().rglob("*.py")) if task.include else []
+    configs = json.dumps([[name, index[name].cfg] for name in names if name in index], sort_keys=True, default=str)
+    own = Path(task.include).resolve() if task.include else None
+    for folder in (own, Path(str(find_spec("lm_eval").origin)).parent):  # type: ignore[union-attr]  # it is there: the index is its
+        configs = configs.replace(str(folder), "")
+    code = sorted(own.rglob("*.py")) if own else []
     data = [found for one in leaves(task) for file in _data_files(one) for found in sorted(_files(_beside(one, file)))]
-    return [configs, [sha256(file.read_bytes()).hexdigest() for file in (*code, *data)]]
+    return fingerprint(configs, *(file.read_bytes() for file in (*code, *data)))
 
 
 def place_of(task: Task) -> Path:
