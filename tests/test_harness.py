@@ -18,6 +18,7 @@ from jobs import adapted, on_processes
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from pyarrow import parquet
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm_unlearn import run
 from llm_unlearn.data.sources import rows
@@ -25,6 +26,7 @@ from llm_unlearn.embedded.target import make_tokenizer
 from llm_unlearn.evaluation import harness, task_files
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.harness import answers_of
+from llm_unlearn.evaluation.tables import Sample, mean_of
 from llm_unlearn.evaluation.task_files import quiet
 from llm_unlearn.evaluation.tasks import Answered, Task, task_numbers
 from llm_unlearn.models.load import Loaded
@@ -103,11 +105,11 @@ def ask(model: Loaded, *tasks: Task, batch_tokens: int = 600, cache: Path | None
     return answers_of(tasks, model, accelerator, batch_tokens=batch_tokens, cache=cache, title="")
 
 
-def reference(model: Loaded, task: Task) -> Any:
+def reference(model: Loaded, task: Task, max_length: int | None = None) -> Any:
     """What the library finds with its own class, one text at a time."""
     with quiet():
         found = harness._found(task)
-        lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1)
+        lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1, max_length=max_length)
         return evaluate(
             lm, found, limit=task.limit, bootstrap_iters=0, apply_chat_template=task.chat_template,
             fewshot_as_multiturn=task.chat_template,
@@ -140,6 +142,34 @@ def test_numbers_are_those_of_the_library(
         for metric in ("acc", "acc_norm"):
             assert found[metric] == pytest.approx([one[metric] for one in samples], rel=1e-4)
         assert len(set(found["acc"])) == 2 and not found["brier_score"]
+        acc = next(score for score in mine.scores if score.metric == "acc")
+        assert (acc.low, acc.high) == mean_of(np.array(acc.rows)).bootstrap()
+
+
+def test_texts_that_are_too_long_lose_their_beginning(
+    make_model: Callable[..., Any], tokenizer: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = loaded(make_model, tokenizer)
+    for name, metric in (("who", "brier_score"), ("said", "exact_match")):
+        task = Task(task=name, include=str(folder), shots=COUNT - 1)
+        (mine,), theirs = ask(model, task), reference(model, task)
+        score = mine.score(name, metric)
+        assert score and score.value == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-4)
+        texts = [one["resps"][0][0] for one in theirs["samples"][name]]
+        assert name == "who" or [one["written"] for one in mine.documents[name]] == texts
+        assert f"{name}: {COUNT * (5 if name == 'who' else 1)} of" in capsys.readouterr().out
+
+
+def test_a_table_of_positions_is_not_left(tokenizer: Any, folder: Path) -> None:
+    """GPT-2 has 64 places; the library uses one more token, as the last is never read."""
+    torch.manual_seed(0)
+    net = GPT2LMHeadModel(
+        GPT2Config(vocab_size=1024, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=3)
+    )
+    model, task = Loaded(net.eval(), tokenizer, ("gpt2",)), Task(task="text", include=str(folder))
+    (mine,) = ask(model, task)
+    theirs = reference(model, task, max_length=63)["results"]["text"]
+    assert mine.scores[1].value == pytest.approx(theirs["bits_per_byte,none"], rel=1e-4)
 
 
 def test_an_adapter_is_included(make_model: Callable[..., Any], tokenizer: Any, folder: Path) -> None:
@@ -202,6 +232,8 @@ def test_a_group_has_its_mean_and_its_parts(make_model: Callable[..., Any], toke
     whole, who, letters = (mine.score(of, "acc") for of in ("people", "who", "letters"))
     assert whole and who and letters and whole.value is not None and whole.n == 20
     assert whole.value == pytest.approx(np.mean([*who.rows, *letters.rows]))
+    pair = (np.array(who.rows), np.array(letters.rows))
+    assert (whole.low, whole.high) == pytest.approx(Sample(pair, lambda two: float(np.concatenate(two).mean())).bootstrap())
     found = task_numbers((task,), {"before": [mine], "after": [Answered(missing="the value is infinite")]})
     assert [one["title"] for one in found][:3] == ["acc, 1 shot", "who acc, 1 shot", "who acc_norm, 1 shot"]
     assert {one["set"] for one in found} == {"people"} and {one["goal"] for one in found} == {"as before"}

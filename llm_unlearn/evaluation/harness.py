@@ -21,7 +21,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llm_unlearn.data.examples import Example
@@ -65,12 +65,15 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads."""
+        """Tokens that the model reads before the last one that it is asked for. Our passes lay that one out too, and where
+        positions are a table, as in GPT-2, it needs a place there; the library would have one more."""
         config = self.loaded.causal.config.get_text_config()
         names = ("n_positions", "max_position_embeddings", "n_ctx")
         found = next((int(value) for name in names if (value := getattr(config, name, None))), None)
         limit = int(self.tokenizer.model_max_length)
-        return found or (limit if limit < 10**9 else LONGEST)  # transformers writes 1e30 where it does not know
+        reads = found or (limit if limit < 10**9 else LONGEST)  # transformers writes 1e30 where it does not know
+        tables = sum(isinstance(part, nn.Embedding) for part in self.loaded.causal.modules())
+        return reads - (tables > 1)
 
     @property
     def tokenizer_name(self) -> str:
@@ -220,7 +223,7 @@ def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens
                 )  # fmt: skip
         except OverflowError:  # the library takes exp of a sum: of a model that is broken, that is beyond any number
             return Answered(missing="the value is infinite")
-    if lm.shortened:
+    if lm.shortened and accelerator.is_main_process:
         show.write(f"{task.task}: {lm.shortened} of {lm.asked} texts are longer than the model reads and lost their beginning.")
     scores, documents = scores_of(task, found, results)
     lost = f"the value is NaN, as the model's logits are on {lm.lost} of {lm.asked} texts" if lm.lost else ""
