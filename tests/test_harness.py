@@ -163,9 +163,8 @@ def test_texts_that_are_too_long_lose_their_beginning(
 def test_a_table_of_positions_is_not_left(tokenizer: Any, folder: Path) -> None:
     """GPT-2 has 64 places; the library uses one more token, as the last is never read."""
     torch.manual_seed(0)
-    net = GPT2LMHeadModel(
-        GPT2Config(vocab_size=1024, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=3)
-    )
+    ends = {"bos_token_id": 1, "eos_token_id": 3}
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=64, n_embd=32, n_layer=2, n_head=4, **ends))
     model, task = Loaded(net.eval(), tokenizer, ("gpt2",)), Task(task="text", include=str(folder))
     (mine,) = ask(model, task)
     theirs = reference(model, task, max_length=63)["results"]["text"]

@@ -13,14 +13,15 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn.evaluation.tasks import Task
-from llm_unlearn.spec import fingerprint
+from llm_unlearn.spec import Refused, fingerprint
 
-INSTALL = "needs lm-evaluation-harness; install it with: pip install 'llm-unlearn[harness]'."
+INSTALL = "Install it with: pip install 'llm-unlearn[harness]'."
 READERS = ("json", "csv", "parquet", "text", "arrow")
 """Values of `dataset_path` that stand for local files."""
 
@@ -28,7 +29,7 @@ READERS = ("json", "csv", "parquet", "text", "arrow")
 def task_problems(task: Task) -> Iterator[tuple[str, str]]:
     """What is wrong with one task before any model is loaded. Yields (key below the task, text)."""
     if find_spec("lm_eval") is None:
-        yield "task", INSTALL
+        yield "task", f"needs lm-evaluation-harness. {INSTALL}"
         return
     if task.include and not Path(task.include).is_dir():
         yield "include", f"no such folder: {task.include} (looked from {Path.cwd()})."
@@ -57,6 +58,8 @@ def task_problems(task: Task) -> Iterator[tuple[str, str]]:
 def _manager(include: str | None, whole: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
+    if not hasattr(TaskManager, "load"):
+        raise Refused(f"tasks: found lm-evaluation-harness {version('lm_eval')}; expected 0.4.12 or later. {INSTALL}")
     with quiet():
         return TaskManager(include_path=include, include_defaults=whole)
 
