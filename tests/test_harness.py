@@ -250,6 +250,14 @@ def test_a_broken_model_has_no_scores(make_model: Callable[..., Any], tokenizer:
     assert not mine.scores and mine.missing == "the value is NaN, as the model's logits are on 70 of 70 texts"
 
 
+def test_a_perplexity_beyond_any_number_is_said(make_model: Callable[..., Any], tokenizer: Any, folder: Path) -> None:
+    model = loaded(make_model, tokenizer)
+    with torch.no_grad():
+        model.model.lm_head.weight *= 1e4
+    (mine,) = ask(model, Task(task="text", include=str(folder)))
+    assert not mine.scores and mine.missing == "the value is infinite"
+
+
 SUITE = "sets:\n  retain: {source: embedded:retain, prompt: question, answer: answer, limit: 3}\nmeasures: []\ntasks:\n"
 
 
