@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from jobs import on_processes
+from jobs import adapted, on_processes
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from pyarrow import parquet
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm_unlearn import run
 from llm_unlearn.data.sources import rows
@@ -24,6 +26,7 @@ from llm_unlearn.embedded.target import make_tokenizer
 from llm_unlearn.evaluation import harness, task_files
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.harness import answers_of
+from llm_unlearn.evaluation.tables import Sample, mean_of
 from llm_unlearn.evaluation.task_files import quiet
 from llm_unlearn.evaluation.tasks import Answered, Task, task_numbers
 from llm_unlearn.models.load import Loaded
@@ -32,11 +35,12 @@ from llm_unlearn.report.verdict import has_collapsed, headline
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
 
+ROOT = Path(__file__).parents[1]
 COUNT = 14
 HEAD = "dataset_path: json\ndataset_kwargs: {data_files: {test: people.jsonl}}\ntest_split: test\nfewshot_split: test\n"
+LETTERS = "{{question}}\\n{% for one in choices %}{{'ABCDE'[loop.index0]}}. {{one}}\\n{% endfor %}Answer:"
 FILES = {
-    "who": """
-output_type: multiple_choice
+    "who": """output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: choices
 doc_to_target: right
@@ -45,30 +49,24 @@ metric_list:
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
   - {metric: brier_score, aggregation: brier_score, higher_is_better: false}
 """,
-    "letters": """
-output_type: multiple_choice
-doc_to_text: "{{question}}\\n{% for one in choices %}{{'ABCDE'[loop.index0]}}. {{one}}\\n{% endfor %}Answer:"
+    "letters": f"""output_type: multiple_choice
+doc_to_text: "{LETTERS}"
 doc_to_choice: ["A", "B", "C", "D", "E"]
 doc_to_target: right
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: brier_score, aggregation: brier_score, higher_is_better: false}
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """,
-    "text": """
-output_type: loglikelihood_rolling
+    "text": """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list:
   - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
   - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
 """,
-    "said": """
-output_type: generate_until
+    "said": """output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: answer
 generation_kwargs: {until: ["r ", "th", "\\n"], max_gen_toks: 12}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """,
 }
 GROUP = """group: people
@@ -107,11 +105,11 @@ def ask(model: Loaded, *tasks: Task, batch_tokens: int = 600, cache: Path | None
     return answers_of(tasks, model, accelerator, batch_tokens=batch_tokens, cache=cache, title="")
 
 
-def reference(model: Loaded, task: Task) -> Any:
+def reference(model: Loaded, task: Task, max_length: int | None = None) -> Any:
     """What the library finds with its own class, one text at a time."""
     with quiet():
         found = harness._found(task)
-        lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1)
+        lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1, max_length=max_length)
         return evaluate(
             lm, found, limit=task.limit, bootstrap_iters=0, apply_chat_template=task.chat_template,
             fewshot_as_multiturn=task.chat_template,
@@ -144,6 +142,41 @@ def test_numbers_are_those_of_the_library(
         for metric in ("acc", "acc_norm"):
             assert found[metric] == pytest.approx([one[metric] for one in samples], rel=1e-4)
         assert len(set(found["acc"])) == 2 and not found["brier_score"]
+        acc = next(score for score in mine.scores if score.metric == "acc")
+        assert (acc.low, acc.high) == mean_of(np.array(acc.rows)).bootstrap()
+
+
+def test_texts_that_are_too_long_lose_their_beginning(
+    make_model: Callable[..., Any], tokenizer: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = loaded(make_model, tokenizer)
+    for name, metric in (("who", "brier_score"), ("said", "exact_match")):
+        task = Task(task=name, include=str(folder), shots=COUNT - 1)
+        (mine,), theirs = ask(model, task), reference(model, task)
+        score = mine.score(name, metric)
+        assert score and score.value == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-4)
+        texts = [one["resps"][0][0] for one in theirs["samples"][name]]
+        assert name == "who" or [one["written"] for one in mine.documents[name]] == texts
+        assert f"{name}: {COUNT * (5 if name == 'who' else 1)} of" in capsys.readouterr().out
+
+
+def test_a_table_of_positions_is_not_left(tokenizer: Any, folder: Path) -> None:
+    """GPT-2 has 64 places; the library uses one more token, as the last is never read."""
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 1, "eos_token_id": 3}
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=64, n_embd=32, n_layer=2, n_head=4, **ends))
+    model, task = Loaded(net.eval(), tokenizer, ("gpt2",)), Task(task="text", include=str(folder))
+    (mine,) = ask(model, task)
+    theirs = reference(model, task, max_length=63)["results"]["text"]
+    assert mine.scores[1].value == pytest.approx(theirs["bits_per_byte,none"], rel=1e-4)
+
+
+def test_an_adapter_is_included(make_model: Callable[..., Any], tokenizer: Any, folder: Path) -> None:
+    model, task = Loaded(adapted(make_model, 0.3), tokenizer, ("adapter",)), Task(task="text", include=str(folder))
+    (mine,), (bare,) = ask(model, task), ask(loaded(make_model, tokenizer), task)
+    bits = mine.score("text", "bits_per_byte"), bare.score("text", "bits_per_byte")
+    assert bits[0] and bits[1] and bits[0].value and abs(bits[0].value - (bits[1].value or 0)) > 0.01
+    assert bits[0].value == pytest.approx(reference(model, task)["results"]["text"]["bits_per_byte,none"], rel=1e-4)
 
 
 def test_options_of_one_token_are_read_off_one_pass(
@@ -198,6 +231,8 @@ def test_a_group_has_its_mean_and_its_parts(make_model: Callable[..., Any], toke
     whole, who, letters = (mine.score(of, "acc") for of in ("people", "who", "letters"))
     assert whole and who and letters and whole.value is not None and whole.n == 20
     assert whole.value == pytest.approx(np.mean([*who.rows, *letters.rows]))
+    pair = (np.array(who.rows), np.array(letters.rows))
+    assert (whole.low, whole.high) == pytest.approx(Sample(pair, lambda two: float(np.concatenate(two).mean())).bootstrap())
     found = task_numbers((task,), {"before": [mine], "after": [Answered(missing="the value is infinite")]})
     assert [one["title"] for one in found][:3] == ["acc, 1 shot", "who acc, 1 shot", "who acc_norm, 1 shot"]
     assert {one["set"] for one in found} == {"people"} and {one["goal"] for one in found} == {"as before"}
@@ -213,6 +248,14 @@ def test_a_broken_model_has_no_scores(make_model: Callable[..., Any], tokenizer:
         model.model.lm_head.weight[7] = float("nan")
     (mine,) = ask(model, Task(task="letters", include=str(folder)))
     assert not mine.scores and mine.missing == "the value is NaN, as the model's logits are on 70 of 70 texts"
+
+
+def test_a_perplexity_beyond_any_number_is_said(make_model: Callable[..., Any], tokenizer: Any, folder: Path) -> None:
+    model = loaded(make_model, tokenizer)
+    with torch.no_grad():
+        model.model.lm_head.weight *= 1e4
+    (mine,) = ask(model, Task(task="text", include=str(folder)))
+    assert not mine.scores and mine.missing == "the value is infinite"
 
 
 SUITE = "sets:\n  retain: {source: embedded:retain, prompt: question, answer: answer, limit: 3}\nmeasures: []\ntasks:\n"
@@ -302,3 +345,35 @@ def test_two_processes_find_the_same(make_model: Callable[..., Any], tmp_path: P
     mine = ask(loaded(make_model, make_tokenizer()), *of_each_kind(tmp_path))
     for process in range(2):
         alike(mine, torch.load(tmp_path / f"found-{process}.pt", weights_only=False))
+
+
+LETTER = {"question": "Who?", "choices": ["a", "b", "c", "d"], "answer": 2}
+MADE_UP: dict[str, dict[str, Any]] = {
+    "wmdp_bio": LETTER,
+    "mmlu": LETTER,
+    "truthfulqa_mc1": {"question": "Who?", "mc1_targets": {"choices": ["a", "b c"], "labels": [1, 0]}},
+    "triviaqa": {"question": "Who?", "answer": {"aliases": ["a", "b"]}},
+    "bbh_cot_fewshot": {"input": "Who?", "target": "a"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MADE_UP)
+def test_tasks_of_the_shipped_suites_on_made_up_rows(
+    make_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Their data cannot be had here; their files, few-shot prompts, filters and groups can."""
+    made_up = [{**MADE_UP[name], "question": f"Who is number {i}?"} for i in range(6)]
+    splits = {split: datasets.Dataset.from_list(made_up) for split in ("train", "dev", "validation", "test")}
+    monkeypatch.setattr("datasets.load_dataset", lambda **_: datasets.DatasetDict(splits))
+    suite = {"wmdp_bio": "wmdp", "mmlu": "lume"}.get(name, "rwku")
+    task = next(one for one in suites.load(ROOT / "eval" / f"{suite}.yaml").tasks if one.task == name)
+    task = replace(task, limit=1 if name in ("mmlu", "bbh_cot_fewshot") else 3)
+    model = Loaded(make_model(max_position_embeddings=2048, num_hidden_layers=1), tokenizer, (name,))
+    (mine,) = ask(model, task, batch_tokens=4000)
+    theirs = reference(model, task)["results"][name]
+    listed = [one for one in mine.scores if one.listed]
+    assert len(listed) == (5 if name == "mmlu" else 1), "of a group the whole, and its parts where they are few"
+    (value,) = (value for key, value in theirs.items() if key.startswith(f"{listed[0].metric},"))
+    assert listed[0].value == pytest.approx(value) and listed[0].of == name
+    assert listed[0].n == {"mmlu": 57, "bbh_cot_fewshot": 27}.get(name, 3) and listed[0].unit == "share"

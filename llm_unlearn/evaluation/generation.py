@@ -160,9 +160,7 @@ def writing_pass(
     return gathered(mine, len(asks))
 
 
-def written(
-    loaded: Loaded, asks: Sequence[Ask], device: torch.device, guide: Guide | None = None
-) -> list[tuple[list[int], bool]]:
+def written(loaded: Loaded, asks: Sequence[Ask], device: torch.device, guide: Guide | None = None) -> list[tuple[list[int], bool]]:
     """One batch: of each text its tokens, without that which ends it, and whether it came to an end. Prompts are padded on the
     left."""
     most = max(ask.limit for ask in asks)

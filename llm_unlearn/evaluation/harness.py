@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llm_unlearn.data.examples import Example
-from llm_unlearn.evaluation.generation import greedy_pass
+from llm_unlearn.evaluation.generation import Ask, writing_pass
 from llm_unlearn.evaluation.kept import Part
 from llm_unlearn.evaluation.likelihood import teacher_forced
 from llm_unlearn.evaluation.passes import Job, made
@@ -65,12 +65,15 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads."""
+        """Tokens that the model reads before the last one that it is asked for. Our passes lay that one out too, and where
+        positions are a table, as in GPT-2, it needs a place there; the library would have one more."""
         config = self.loaded.causal.config.get_text_config()
         names = ("n_positions", "max_position_embeddings", "n_ctx")
         found = next((int(value) for name in names if (value := getattr(config, name, None))), None)
         limit = int(self.tokenizer.model_max_length)
-        return found or (limit if limit < 10**9 else LONGEST)  # transformers writes 1e30 where it does not know
+        reads = found or (limit if limit < 10**9 else LONGEST)  # transformers writes 1e30 where it does not know
+        tables = sum(isinstance(part, nn.Embedding) for part in self.loaded.causal.modules())
+        return reads - (tables > 1)
 
     @property
     def tokenizer_name(self) -> str:
@@ -167,12 +170,10 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
                 )
             prompts = [self.tok_encode(requests[i].args[0]) for i in members]
             self.shortened += sum(len(prompt) > room for prompt in prompts)
-            written = greedy_pass(
-                self.loaded, [prompt[-room:] for prompt in prompts], self.eot_token_id, most, self.accelerator,
-                self.batch_tokens, self.show, until,
-            )  # fmt: skip
+            asks = [Ask(tuple(prompt[-room:]), self.eot_token_id, most, unfinished=True, until=until) for prompt in prompts]
+            written = writing_pass(self.loaded, asks, self.accelerator, self.batch_tokens, self.show)
             for i, text in zip(members, written, strict=True):
-                texts[i] = postprocess_generated_text(text, list(until), None)
+                texts[i] = postprocess_generated_text(text or "", list(until), None)
         return texts
 
     def _expect(self, texts: int, passes: int) -> None:
@@ -192,22 +193,19 @@ def answers_of(
     """
 
     def job(task: Task) -> Job:
-        key = fingerprint(
-            "harness", FORMAT, lm_eval.__version__, loaded.identity, accelerator.mixed_precision, task.asked, content(task)
-        )
-        return Job(key, 0, lambda show: _part(_answered(task, loaded, accelerator, batch_tokens, show)))
+        what = content(task)
+        key = fingerprint("harness", FORMAT, lm_eval.__version__, loaded.identity, accelerator.mixed_precision, task.asked, what)
+        return Job(key, 0, lambda show: asdict(
+            replace(_answered(task, loaded, accelerator, batch_tokens, show), library=lm_eval.__version__, content=what)
+        ))  # fmt: skip
 
     parts = made({i: job(task) for i, task in enumerate(tasks)}, loaded, accelerator, cache, title)
     return tuple(_from(parts[i]) for i in range(len(tasks)))
 
 
-def _part(answered: Answered) -> Part:
-    return asdict(answered)
-
-
 def _from(part: Part) -> Answered:
-    scores = tuple(Score(**one) for one in part["scores"])
-    return Answered(scores, part["documents"], part["missing"], part["library"])
+    """As it was before it was kept."""
+    return Answered(**{**part, "scores": [Score(**one) for one in part["scores"]]})
 
 
 def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: tqdm[Any]) -> Answered:
@@ -222,12 +220,12 @@ def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens
                     fewshot_as_multiturn=task.chat_template,
                 )  # fmt: skip
         except OverflowError:  # the library takes exp of a sum: of a model that is broken, that is beyond any number
-            return Answered(missing="the value is infinite", library=lm_eval.__version__)
-    if lm.shortened:
+            return Answered(missing="the value is infinite")
+    if lm.shortened and accelerator.is_main_process:
         show.write(f"{task.task}: {lm.shortened} of {lm.asked} texts are longer than the model reads and lost their beginning.")
     scores, documents = scores_of(task, found, results)
     lost = f"the value is NaN, as the model's logits are on {lm.lost} of {lm.asked} texts" if lm.lost else ""
-    return Answered(() if lost else scores, documents, lost, lm_eval.__version__)
+    return Answered([] if lost else scores, documents, lost)
 
 
 def _found(task: Task) -> Any:

@@ -8,18 +8,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
-from hashlib import sha256
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn.evaluation.tasks import Task
+from llm_unlearn.spec import Refused, fingerprint
 
-INSTALL = "needs lm-evaluation-harness; install it with: pip install 'llm-unlearn[harness]'."
+INSTALL = "Install it with: pip install 'llm-unlearn[harness]'."
 READERS = ("json", "csv", "parquet", "text", "arrow")
 """Values of `dataset_path` that stand for local files."""
 
@@ -27,7 +29,7 @@ READERS = ("json", "csv", "parquet", "text", "arrow")
 def task_problems(task: Task) -> Iterator[tuple[str, str]]:
     """What is wrong with one task before any model is loaded. Yields (key below the task, text)."""
     if find_spec("lm_eval") is None:
-        yield "task", INSTALL
+        yield "task", f"needs lm-evaluation-harness. {INSTALL}"
         return
     if task.include and not Path(task.include).is_dir():
         yield "include", f"no such folder: {task.include} (looked from {Path.cwd()})."
@@ -56,6 +58,8 @@ def task_problems(task: Task) -> Iterator[tuple[str, str]]:
 def _manager(include: str | None, whole: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
+    if not hasattr(TaskManager, "load"):
+        raise Refused(f"tasks: found lm-evaluation-harness {version('lm_eval')}; expected 0.4.12 or later. {INSTALL}")
     with quiet():
         return TaskManager(include_path=include, include_defaults=whole)
 
@@ -91,15 +95,18 @@ def leaves(task: Task) -> Iterator[dict[str, Any]]:
             yield {**entry.cfg, "task": name, "file": entry.yaml_path}
 
 
-def content(task: Task) -> list[object]:
-    """All that decides what is asked, besides the library's version: settings of the task and of those below it, the text of
-    one's own Python files, local data. A data set of the hub counts by its name."""
+def content(task: Task) -> str:
+    """Stands for all that decides what is asked, besides the library's version: the settings of the task and of those below it,
+    the text of one's own Python files, local data. A data set of the hub counts by its name. Where folders lie changes nothing."""
     index = manager_of(task).task_index
     names = dict.fromkeys((task.task, *_members(index, task.task)))
-    configs = [[name, index[name].cfg] for name in names if name in index]
-    code = sorted(Path(task.include).resolve().rglob("*.py")) if task.include else []
+    configs = json.dumps([[name, index[name].cfg] for name in names if name in index], sort_keys=True, default=str)
+    own = Path(task.include).resolve() if task.include else None
+    for folder in (own, Path(str(find_spec("lm_eval").origin)).parent):  # type: ignore[union-attr]  # it is there: the index is its
+        configs = configs.replace(str(folder), "")
+    code = sorted(own.rglob("*.py")) if own else []
     data = [found for one in leaves(task) for file in _data_files(one) for found in sorted(_files(_beside(one, file)))]
-    return [configs, [sha256(file.read_bytes()).hexdigest() for file in (*code, *data)]]
+    return fingerprint(configs, *(file.read_bytes() for file in (*code, *data)))
 
 
 def place_of(task: Task) -> Path:

@@ -75,6 +75,8 @@ class Answered:
     """Why there are no scores."""
     library: str = ""
     """Version of lm-evaluation-harness."""
+    content: str = ""
+    """Stands for the task's files and local data."""
 
     def score(self, of: str, metric: str) -> Score | None:
         return next((one for one in self.scores if (one.of, one.metric) == (of, metric)), None)
@@ -92,7 +94,7 @@ def task_numbers(tasks: Sequence[Task], models: Mapping[str, Sequence[Answered]]
         for of, metric in dict.fromkeys((one.of, one.metric) for each in answered.values() for one in each.scores if one.listed):
             scores = {column: each.score(of, metric) for column, each in answered.items()}
             first = next(one for one in scores.values() if one is not None)
-            library = next(each.library for each in answered.values() if each.library)
+            library, content = next((each.library, each.content) for each in answered.values() if each.scores)
             found.append(
                 {
                     "measure": "task",
@@ -103,7 +105,14 @@ def task_numbers(tasks: Sequence[Task], models: Mapping[str, Sequence[Answered]]
                     "unit": "points" if any(one and one.unit == "points" for one in scores.values()) else first.unit,
                     "definition": f"{metric} of {of} (version {first.version}) as lm-evaluation-harness {library} computes it, "
                     f"{first.how}.",
-                    "settings": {**task.asked, "of": of, "metric": metric, "version": first.version, "library": library},
+                    "settings": {
+                        **task.asked,
+                        "of": of,
+                        "metric": metric,
+                        "version": first.version,
+                        "library": library,
+                        "content": content,
+                    },
                     "values": {column: _value(scores[column], answered[column]) for column in models},
                 }
             )

@@ -208,9 +208,9 @@ def gained(attack: Mapping[str, Any], column: str) -> Mapping[str, Any] | None:
 
 
 def by_set(results: Results) -> dict[str, list[Number]]:
-    """The numbers grouped by set, forget first, the others in the order of the suite."""
+    """The numbers grouped by set, what is to be forgotten first, the others in the order of the suite."""
     groups: dict[str, list[Number]] = {}
-    for number in sorted(results["numbers"], key=lambda number: number["set"].partition("_")[0] != "forget"):
+    for number in sorted(results["numbers"], key=lambda number: number["goal"] != "as retrained"):
         groups.setdefault(str(number["set"]), []).append(number)
     return groups
 
