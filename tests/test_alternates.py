@@ -179,7 +179,7 @@ def test_a_chat_is_asked_by_its_last_user_turn(path: Path, usage: Usage, tokeniz
 def test_a_draw_depends_on_its_key_alone(make_model: Callable[..., Any], tokenizer: Any, path: Path, usage: Usage) -> None:
     from accelerate import Accelerator
 
-    from llm_unlearn.evaluation.generation import Ask, sampling_pass
+    from llm_unlearn.evaluation.generation import Ask, writing_pass
     from llm_unlearn.models.load import Loaded
 
     loaded = Loaded(make_model(), tokenizer, ())
@@ -190,7 +190,7 @@ def test_a_draw_depends_on_its_key_alone(make_model: Callable[..., Any], tokeniz
     ]
 
     def draw(chosen: list[Ask], batch_tokens: int) -> list[str | None]:
-        return sampling_pass(loaded, chosen, Accelerator(cpu=True), batch_tokens, tqdm(disable=True, total=len(chosen)))
+        return writing_pass(loaded, chosen, Accelerator(cpu=True), batch_tokens, tqdm(disable=True, total=len(chosen)))
 
     together = draw(asks, 10**6)
     assert draw(asks, 60) == together == draw(asks[::-1], 200)[::-1]

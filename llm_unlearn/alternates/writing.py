@@ -167,7 +167,7 @@ def draw_all(asked: Sequence[Question], wanted: Request, usage: Usage, loaded: L
     import torch
     from tqdm.auto import tqdm
 
-    from llm_unlearn.evaluation.generation import sampling_pass
+    from llm_unlearn.evaluation.generation import writing_pass
 
     trust = wanted.template is not None
     for number in range(ROUNDS):
@@ -179,7 +179,7 @@ def draw_all(asked: Sequence[Question], wanted: Request, usage: Usage, loaded: L
         title = f"round {number + 1}: {_count(len(lacking))}"
         show = tqdm(total=len(flat), desc=title, unit="answer", leave=False, disable=not accelerator.is_main_process)
         with show, torch.no_grad(), accelerator.autocast():
-            texts = iter(sampling_pass(loaded, flat, accelerator, wanted.recipe.train.batch_tokens, show))
+            texts = iter(writing_pass(loaded, flat, accelerator, wanted.recipe.train.batch_tokens, show))
         for one, of_one in zip(lacking, asks, strict=True):
             drawn = [next(texts) for _ in of_one]
             one.drawn += len(drawn)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from llm_unlearn.data.examples import draw
 from llm_unlearn.evaluation.likelihood import dealt
@@ -18,23 +18,15 @@ from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Draws
 from llm_unlearn.models.load import Loaded
 
+FEW = 16  # texts, below which a batch is not worth making smaller
+
 
 def generation_pass(
     loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: tqdm[Any]
 ) -> list[str]:
     """(R,) let the model answer every prompt of a set greedily; prompts are padded on the left."""
-    wanted = one.asked
-    tokenizer, device = loaded.tokenizer, accelerator.device
-    settings = _writing(loaded, wanted[0].ids[-1], max_new_tokens)
-    mine: list[tuple[int, str]] = []
-    for chosen in dealt([example.answer + max_new_tokens for example in wanted], batch_tokens, accelerator):
-        ids, mask = _padded([wanted[i].ids[: wanted[i].answer] for i in chosen], settings.pad_token_id, device)
-        written = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        mine.extend((i, text.strip()) for i, text in zip(chosen, texts, strict=True))
-        show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
-    everything = dict(gather_object(mine))
-    return [everything[i] for i in range(len(wanted))]
+    asks = [Ask(example.ids[: example.answer], one.asked[0].ids[-1], max_new_tokens, unfinished=True) for example in one.asked]
+    return [text or "" for text in writing_pass(loaded, asks, accelerator, batch_tokens, show)]
 
 
 def samples_pass(
@@ -45,25 +37,25 @@ def samples_pass(
     What is drawn depends on the seed, the prompt and the number of the draw.
     """
     asks = [
-        Ask(prompt, example.ids[-1], most, 1.0, 0.0, draw(draws.seed, prompt, n), unfinished=True)
+        Ask(prompt, example.ids[-1], most, 1.0, seed=draw(draws.seed, prompt, n), unfinished=True)
         for example in one.asked
         for prompt in [example.ids[: example.answer]]
         for n in range(draws.n)
     ]
-    texts = sampling_pass(loaded, asks, accelerator, batch_tokens, show)
+    texts = writing_pass(loaded, asks, accelerator, batch_tokens, show)
     return [[text or "" for text in texts[i : i + draws.n]] for i in range(0, len(texts), draws.n)]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One text that a model is to write by chance."""
+    """One text that a model is to write: greedily, or by chance."""
 
     prompt: tuple[int, ...]
     end: int  # the end-of-turn token
     limit: int  # most tokens, the end-of-turn token included
-    temperature: float
-    floor: float  # tokens less likely than so many times the likeliest one are never written
-    seed: int  # all that its chance depends on; see `data.examples.draw`
+    temperature: float = 0.0  # 0: always the likeliest token; within a batch all are greedy, or none is
+    floor: float = 0.0  # tokens less likely than so many times the likeliest one are never written
+    seed: int = 0  # all that its chance depends on; see `data.examples.draw`
     forbidden: frozenset[tuple[int, ...]] = frozenset()  # runs of tokens that must not be written
     unfinished: bool = False  # a text that came to no end within the limit is wanted all the same
 
@@ -99,28 +91,74 @@ class _Chance:
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
-def sampling_pass(
+@dataclass
+class _Half:
+    """Ends a round of writing once half of a batch's texts have ended: in a smaller one, the others need not carry them along."""
+
+    stop: torch.Tensor  # the tokens that end a text
+    left: torch.Tensor  # (B,) tokens that each text may still have; 0 when it has ended
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.left = torch.where(torch.isin(ids[:, -1], self.stop), 0, (self.left - 1).clamp(min=0))
+        ended = self.left == 0
+        return ended | (len(ids) >= FEW and 2 * ended.sum() >= len(ids))
+
+
+def writing_pass(
     loaded: Loaded, asks: Sequence[Ask], accelerator: Accelerator, batch_tokens: int, show: tqdm[Any]
 ) -> list[str | None]:
-    """Let the model write one text for each ask, by chance; None where it came to no end within the limit and had to."""
-    tokenizer, device = loaded.tokenizer, accelerator.device
+    """Let the model write one text for each ask; None where it came to no end within the limit and had to."""
     mine: list[tuple[int, str | None]] = []
     for chosen in dealt([len(ask.prompt) + ask.limit for ask in asks], batch_tokens, accelerator):
-        batch = [asks[i] for i in chosen]
-        settings = _writing(loaded, batch[0].end, max(ask.limit for ask in batch))
-        ids, mask = _padded([ask.prompt for ask in batch], settings.pad_token_id, device)
-        own = [torch.rand(settings.max_new_tokens, generator=torch.Generator().manual_seed(ask.seed)) for ask in batch]
-        chance = LogitsProcessorList([_Chance(batch, torch.stack(own).to(device), ids.shape[1])])
-        written = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=chance)[
-            :, ids.shape[1] :
-        ].tolist()
-        for i, ask, tokens in zip(chosen, batch, written, strict=True):
-            ends = (t for t, token in enumerate(tokens[: ask.limit]) if token in settings.eos_token_id)
-            length = next(ends, ask.limit if ask.unfinished else None)
-            mine.append((i, None if length is None else str(tokenizer.decode(tokens[:length], skip_special_tokens=True)).strip()))
+        for i, (tokens, ended) in zip(chosen, written(loaded, [asks[i] for i in chosen], accelerator.device), strict=True):
+            text = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            mine.append((i, text if ended or asks[i].unfinished else None))
         show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
     everything = dict(gather_object(mine))
     return [everything[i] for i in range(len(asks))]
+
+
+def written(loaded: Loaded, asks: Sequence[Ask], device: torch.device) -> list[tuple[list[int], bool]]:
+    """One batch: of each text its tokens, without that which ends it, and whether it came to an end."""
+    most = max(ask.limit for ask in asks)
+    settings = _writing(loaded, asks[0].end, most)
+    ids, mask = _padded([ask.prompt for ask in asks], settings.pad_token_id, device)
+    begin, stop = ids.shape[1], ids.new_tensor(settings.eos_token_id)
+    own = [torch.rand(most, generator=torch.Generator().manual_seed(ask.seed)) for ask in asks if ask.temperature]
+    numbers = torch.stack(own).to(device) if own else None
+    found: dict[int, list[int]] = {}
+    rows, cache = torch.arange(len(asks), device=device), None
+    while len(rows):
+        settings.max_new_tokens = most - (ids.shape[1] - begin)
+        half = _Half(stop, ids.new_tensor([asks[b].limit for b in rows]) - (ids.shape[1] - begin))
+        chance = [_Chance([asks[b] for b in rows], numbers[rows], begin)] if numbers is not None else []
+        out = loaded.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, past_key_values=cache,
+            logits_processor=LogitsProcessorList(chance), stopping_criteria=StoppingCriteriaList([half]),
+        )  # fmt: skip
+        found |= {int(b): text for b, text in zip(rows, out.sequences[:, begin:].tolist(), strict=True)}
+        on = half.left.nonzero()[:, 0]
+        rows, ids, mask = (
+            rows[on],
+            out.sequences[on],
+            torch.nn.functional.pad(mask[on], (0, out.sequences.shape[1] - mask.shape[1]), value=1),
+        )
+        cache = _only(out.past_key_values, on)
+    result = []
+    for b, ask in enumerate(asks):
+        text = found[b][: ask.limit]
+        end = next((t for t, token in enumerate(text) if token in settings.eos_token_id), None)
+        result.append((text[:end], end is not None))
+    return result
+
+
+def _only(cache: Any, rows: torch.Tensor) -> Any:
+    """What was computed of some rows; None of a kind that cannot be cut, and the rows are then read again from their beginning."""
+    layers = getattr(cache, "layers", [])
+    if not len(rows) or not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def _writing(loaded: Loaded, end: int, most: int) -> Any:
@@ -128,7 +166,9 @@ def _writing(loaded: Loaded, end: int, most: int) -> Any:
     stop = {end} | _as_set(loaded.tokenizer.eos_token_id)
     stop |= _as_set(getattr(loaded.causal.generation_config, "eos_token_id", None))
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else next(iter(stop))
-    return GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=sorted(stop), pad_token_id=pad)
+    return GenerationConfig(
+        do_sample=False, max_new_tokens=most, eos_token_id=sorted(stop), pad_token_id=pad, return_dict_in_generate=True
+    )
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
