@@ -308,7 +308,7 @@ def statistics(scores: Scores) -> Statistics:
     columns: list[list[Tensor]] = [[], [], [], []]
     for here in map(scores.rows, parts(scores)):
         few = max(1, CACHED // here.head.vocabulary) if here.targets.device.type == "cpu" else here.chunk
-        for logits, targets in zip(here.logits.split(few), here.targets.split(few), strict=True):
+        for logits, targets in zip(torch.split(here.logits, few), torch.split(here.targets, few), strict=True):
             logp = logits.log_softmax(-1)  # (n, V)
             p = logp.exp()
             mean = (p * logp).sum(-1)
