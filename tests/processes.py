@@ -47,5 +47,13 @@ if what == "dose":
         if accelerator.is_main_process:
             facts = (outcome.status, outcome.step, outcome.kept, outcome.reason)
             torch.save({"outcome": facts, "weights": weights(model)}, folder / f"{name}.pt")
+if what == "golden":
+    import json
+
+    from golden import FILE, measured
+
+    numbers = measured(json.loads(FILE.read_text(encoding="utf-8"))["rows"], accelerator=accelerator)
+    if accelerator.is_main_process:
+        (folder / "golden.json").write_text(json.dumps(numbers))
 accelerator.wait_for_everyone()
 accelerator.end_training()
