@@ -113,6 +113,8 @@ class Looks:
 
 def attacked(suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path) -> list[dict[str, Any]]:
     """The suite's attacks on every model that was seen."""
+    if not suite.attacks:
+        return []
     accelerator.free_memory()
     targets = {column: seen[column].target for column in COLUMNS if column in seen}
     return audit(suite.attacks, targets, accelerator, batch_tokens=suite.batch_tokens, seed=suite.seed, cache=cache / "attacks")

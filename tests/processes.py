@@ -67,5 +67,11 @@ if what == "harness":
     accelerator.wait_for_everyone()
     answered = ask(as_loaded(make_llama, make_tokenizer()), *of_each_kind(folder))
     torch.save(answered, folder / f"found-{accelerator.process_index}.pt")
+if what == "golden":
+    from golden import FILE, measured
+
+    numbers = measured(json.loads(FILE.read_text(encoding="utf-8"))["rows"], accelerator=accelerator)
+    if accelerator.is_main_process:
+        (folder / "golden.json").write_text(json.dumps(numbers))
 accelerator.wait_for_everyone()
 accelerator.end_training()

@@ -54,6 +54,7 @@ def lay_out(examples: Sequence[Example]) -> Batch:
     length = max(len(example.ids) for example in examples)
     input_ids = torch.zeros((len(examples), length), dtype=torch.long)
     at, targets, owner, position = [], [], [], []
+    count = 0  # targets laid out so far
     tokens: dict[str, slice] = {}
     sequences: dict[str, int] = {}
     for b, example in enumerate(examples):
@@ -63,8 +64,8 @@ def lay_out(examples: Sequence[Example]) -> Batch:
         targets.append(ids[example.answer :])
         owner.append(torch.full((example.targets,), sequences.get(example.stream, 0)))
         position.append(torch.arange(example.targets))
-        before = tokens.get(example.stream, slice(sum(len(t) for t in targets[:-1]), 0)).start
-        tokens[example.stream] = slice(before, sum(len(t) for t in targets))
+        before = tokens.get(example.stream, slice(count, 0)).start
+        tokens[example.stream] = slice(before, count := count + example.targets)
         sequences[example.stream] = sequences.get(example.stream, 0) + 1
     return Batch(
         input_ids, torch.cat(at), torch.cat(targets), torch.cat(owner), torch.cat(position), tokens, sequences, tuple(examples)

@@ -110,20 +110,25 @@ def encode(
     The answer begins where the rendered conversation goes on after its generation prompt, and ends with the end-of-turn token,
     which is a target even where the tokenizer pads with it; white space that a template writes after that token is not.
     """
-    whole = [str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in conversations]
-    opens = [str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)) for turns in conversations]
-    examples: list[Example | None] = []
-    for i, (text, prompt, turns) in enumerate(zip(whole, opens, conversations, strict=True)):
-        begin = (
-            len(prompt)
-            if text.startswith(prompt)
-            else sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(text, prompt, strict=False)))
-        )
+    texts: list[str] = []
+    begins: list[int] = []
+    asked: list[Turn] | None = None
+    prompt = ""
+    for turns in conversations:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        if turns[:-1] != asked:  # several answers to one question follow each other
+            asked = turns[:-1]
+            prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        same = takewhile(lambda ab: ab[0] == ab[1], zip(text, prompt, strict=False))
+        begins.append(len(prompt) if text.startswith(prompt) else sum(1 for _ in same))
         after = text.rfind(turns[-1]["content"]) + len(turns[-1]["content"])
-        if text[after:].strip():
-            text = text.rstrip()
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"][:max_tokens], encoded["offset_mapping"]
+        texts.append(text.rstrip() if text[after:].strip() else text)
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    examples: list[Example | None] = []
+    for i, (begin, offsets) in enumerate(zip(begins, encoded["offset_mapping"], strict=True)):
+        ids = encoded["input_ids"][i][:max_tokens]
         answer = max(1, next((t for t, (_, end) in enumerate(offsets) if end > begin), len(offsets)))
         examples.append(Example(tuple(ids), answer, stream, i) if answer < len(ids) else None)
     return examples

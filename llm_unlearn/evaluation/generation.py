@@ -137,7 +137,7 @@ class _Half:
         return ended | (len(ids) >= FEW and 2 * ended.sum() >= len(ids))
 
     def _said(self, b: int, ids: torch.Tensor) -> bool:
-        """Whether a text has come, since its prompt, to where nothing more is wanted; transformers' criterion looks into the prompt.
+        """Whether a text has come to where nothing more is wanted; transformers' own criterion would look into the prompt too.
         A token is at least a byte of text, so no more than so many of the last ones can hold the end."""
         if not (until := self.asks[b].until):
             return False

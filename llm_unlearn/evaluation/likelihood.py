@@ -24,7 +24,7 @@ from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Likelihood, Sampler
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.readings import distances, gradient_norm, head_from, renormalised, swaps, top_states
-from llm_unlearn.models.scores import Scorer, Scores, head_of, score, statistics
+from llm_unlearn.models.scores import Scorer, Scores, head_of, parts, score, statistics
 
 Found = TypeVar("Found")
 
@@ -57,7 +57,7 @@ def teacher_forced(
         found = score(scorer, head, batch)
         for stream in streams:
             members = [i for i in chosen if examples[i].stream == stream]
-            columns = {name: column.cpu().numpy() for name, column in read(found[stream], members).items()}
+            columns = {name: column.cpu().numpy() for name, column in read(found.pop(stream), members).items()}
             end = 0
             for i in members:
                 part = slice(end, end := end + examples[i].targets)
@@ -82,18 +82,25 @@ def likelihood_pass(
     ends = np.cumsum([0, *control.lengths]) if control else None
 
     def read(scores: Scores, members: Sequence[int]) -> dict[str, Tensor]:
-        numbers = statistics(scores)
-        columns = {"logp": numbers.logp, "hit": numbers.hit, "mean": numbers.mean, "std": numbers.std}
-        if members[0] not in answers:  # a stream is of one kind
-            return columns
-        for k, sampler in enumerate(samplers):
-            columns[f"sampler{k}"] = renormalised(scores, sampler.temperature, sampler.top_k, sampler.top_p)
-        if control and other and ends is not None:
-            theirs = np.concatenate([control.states[ends[answers[i]] : ends[answers[i] + 1]] for i in members])
-            columns["kl"], columns["js"] = distances(scores, _like(theirs, scores), other)
-        if keep_states:
-            columns["states"] = top_states(scores)
-        return columns
+        is_answer = members[0] in answers  # a stream is of one kind
+        theirs: Tensor | None = None
+        if is_answer and control and ends is not None:
+            states = np.concatenate([control.states[ends[answers[i]] : ends[answers[i] + 1]] for i in members])
+            theirs = torch.from_numpy(states).to(accelerator.device)
+        columns: dict[str, list[Tensor]] = {}
+        for part in parts(scores):
+            here = scores.rows(part)  # its logits are computed once for all that is read off them
+            found: dict[str, Tensor] = {**vars(statistics(here))}
+            if is_answer:
+                for k, sampler in enumerate(samplers):
+                    found |= {f"sampler{k}": renormalised(here, sampler.temperature, sampler.top_k, sampler.top_p)}
+            if theirs is not None and other:
+                found |= dict(zip(("kl", "js"), distances(here, theirs[part], other), strict=True))
+            if is_answer and keep_states:
+                found |= {"states": top_states(here)}
+            for name, column in found.items():
+                columns.setdefault(name, []).append(column)
+        return {name: torch.cat(column) for name, column in columns.items()}
 
     found = teacher_forced(loaded, one.examples, accelerator, batch_tokens, show, read)
     start = np.concatenate([[0], np.cumsum([len(answer["logp"]) for answer in found])]).astype(np.int64)
@@ -105,10 +112,6 @@ def likelihood_pass(
     part = {name: column if name == "hit" else column.astype(np.float64) for name, column in columns.items()}
     states = {"states": np.concatenate([found[i]["states"] for i in answers])} if keep_states else {}
     return {"start": start, "row": np.array(one.row), "kind": np.array(one.kind), **part, **states}
-
-
-def _like(states: NDArray[np.float32], scores: Scores) -> Tensor:
-    return torch.from_numpy(states).to(scores.targets.device)
 
 
 def likelihood_of(part: Part, one: EncodedSet) -> Likelihood:

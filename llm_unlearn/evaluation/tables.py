@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -171,12 +172,19 @@ class Sample:
         """Percentile bootstrap interval over rows; None where resampling rows does not make sense (a p-value)."""
         if not self.interval or any(len(group) < 2 for group in self.groups):
             return None
-        rng = np.random.default_rng(seed)
         values = [
-            self.statistic(tuple(group[rng.integers(0, len(group), len(group))] for group in self.groups)) for _ in range(draws)
+            self.statistic(tuple(group[at] for group, at in zip(self.groups, chosen, strict=True)))
+            for chosen in _resampled(tuple(len(group) for group in self.groups), draws, seed)
         ]
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
+
+
+@lru_cache(16)
+def _resampled(sizes: tuple[int, ...], draws: int, seed: int) -> list[tuple[Ints, ...]]:
+    """Which rows of each group every resample takes; the same ones for all measures on sets of these sizes, so drawn once."""
+    rng = np.random.default_rng(seed)
+    return [tuple(rng.integers(0, size, size) for size in sizes) for _ in range(draws)]
 
 
 def mean_of(rows: Floats) -> Sample:

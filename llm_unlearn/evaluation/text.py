@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import ClassVar, Literal
+from functools import cache, lru_cache
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -18,11 +20,26 @@ def rouge_l(truth: list[str], text: list[str], stem: bool, part: Literal["recall
 
     Words are those of the `rouge_score` package, runs of a–z and 0–9 in lower case, so another script scores 0.
     """
+    scores = [_rouge_l(one, other, stem) for one, other in zip(truth, text, strict=True)]
+    return np.array([recall if part == "recall" else fmeasure for recall, fmeasure in scores], dtype=float)
+
+
+@cache
+def _scorer(stem: bool) -> Any:
+    """`rouge_score` with a stemmer that knows the words it has seen: without, most of the time goes there."""
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score import tokenize
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=stem)
-    scores = [scorer.score(one, other)["rougeL"] for one, other in zip(truth, text, strict=True)]
-    return np.array([score.recall if part == "recall" else score.fmeasure for score in scores], dtype=float)
+    stemmer = SimpleNamespace(stem=lru_cache(1 << 16)(PorterStemmer().stem)) if stem else None
+    return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=lambda text: tokenize.tokenize(text, stemmer)))
+
+
+@lru_cache(1 << 14)
+def _rouge_l(truth: str, text: str, stem: bool) -> tuple[float, float]:
+    """Recall and f-measure. Kept, as several measures of a suite, and the table of rows, ask for the same pair."""
+    score = _scorer(stem).score(truth, text)["rougeL"]
+    return score.recall, score.fmeasure
 
 
 def _written(table: SetTable, measure: str, set: str) -> list[str]:

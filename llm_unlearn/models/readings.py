@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llm_unlearn.data.batch import Batch
 from llm_unlearn.models.load import causal
-from llm_unlearn.models.scores import Head, Scorer, Scores, head_of, score
+from llm_unlearn.models.scores import Head, Scorer, Scores, head_of, parts, score
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.spec import Refused
 
@@ -26,9 +26,8 @@ def renormalised(scores: Scores, temperature: float, top_k: int | None, top_p: f
     """(N,) log p of each target when tokens are drawn from softmax(logits / temperature), cut to the `top_k` likeliest and then to
     the fewest of them that hold `top_p`; −inf where the target is never drawn. The order of the cuts, and that tokens as likely as
     the last one of the top k stay, is transformers'."""
-    parts = []
-    for start in range(0, len(scores.targets), scores.chunk):
-        here = scores.rows(slice(start, start + scores.chunk))
+    found = []
+    for here in map(scores.rows, parts(scores)):
         logits = here.logits / temperature  # (n, V)
         if top_k is not None and top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -38,8 +37,8 @@ def renormalised(scores: Scores, temperature: float, top_k: int | None, top_p: f
             out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, place, p.cumsum(-1) - p >= top_p)
             out.scatter_(-1, place[:, :1], False)  # the likeliest token always stays
             logits = logits.masked_fill(out, -torch.inf)
-        parts.append(logits.log_softmax(-1).gather(-1, here.targets[:, None])[:, 0].cpu())
-    return torch.cat(parts)
+        found.append(logits.log_softmax(-1).gather(-1, here.targets[:, None])[:, 0].cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -81,8 +80,7 @@ def distances(scores: Scores, other: Tensor, head: Head) -> tuple[Tensor, Tensor
         head: the other model's.
     """
     kl, js = [], []
-    for start in range(0, len(scores.targets), scores.chunk):
-        part = slice(start, start + scores.chunk)
+    for part in parts(scores):
         mine = scores.rows(part).logits.double().log_softmax(-1)  # (n, V)
         theirs = head(other[part]).double().log_softmax(-1)
         middle = torch.logaddexp(mine, theirs) - np.log(2)
