@@ -165,23 +165,16 @@ def state_of(wanted: recipe.Recipe, suite_hash: str) -> State:
         return "changed"
     if not (path / folder.RESULTS).is_file():
         return "begun" if earlier.hash == wanted.hash else "changed"
-    results = results_in(path)
-    same = results is not None and results["suite_hash"] == suite_hash and _unplaced(earlier) == _unplaced(wanted)
+    try:
+        same = folder.results_in(path)["suite_hash"] == suite_hash and _unplaced(earlier) == _unplaced(wanted)
+    except Refused:
+        return "changed"
     return "finished" if same else "changed"
 
 
 def _unplaced(one: recipe.Recipe) -> str:
     """The hash without the path of the suite, whose content is compared by itself: it may be written in more than one way."""
     return replace(one, evaluation=None).hash
-
-
-def results_in(output: Path) -> dict[str, Any] | None:
-    """The `evaluation.json` of a run folder; None where there is none that can be read."""
-    try:
-        found = json.loads((output / folder.RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"numbers", "run", "models", "suite_hash"} <= found.keys() else None
 
 
 def _summary(asked: Asked, runs: Sequence[Run]) -> str:
@@ -228,8 +221,11 @@ def _write_board(asked: Asked, runs: Sequence[Run], failures: Mapping[str, str])
 
 def outcome_of(run: Run, failures: Mapping[str, str]) -> dict[str, Any] | str:
     """What a run's folder says, or how it failed. A run that a loss broke has numbers, but not those of its recipe."""
-    results = results_in(run.output)
-    if results is None or run.name in failures:
-        return failures.get(run.name, f"ended without {folder.RESULTS}")
+    if run.name in failures:
+        return failures[run.name]
+    try:
+        results = folder.results_in(run.output)
+    except Refused:
+        return f"ended without {folder.RESULTS}"
     facts = results["run"]
     return f"stopped: {facts['reason']}" if facts.get("broken") else results

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from llm_unlearn.report.likeness import Run
 
 RESULTS, PAGE = "comparison.json", "comparison.html"
-KEYS = {"title", "suite", "suite_hash", "models", "numbers", "curves", "answers"}
 """What an `evaluation.json` must have."""
 WILD = re.compile(r"[*?\[]")
 ANY_RUN = re.compile(r"(seed|step|checkpoint)-\d+|adapter|model|checkpoints")
@@ -161,31 +160,12 @@ def read(folders: Sequence[Path]) -> list[Run]:
     runs, problems = [], []
     for path, name in zip(folders, names_of([str(path) for path in folders]), strict=True):
         try:
-            runs.append(Run(name, str(path), results_in(path), log_in(path)))
+            runs.append(Run(name, str(path), folder.results_in(path), log_in(path)))
         except Refused as error:
             problems.append(str(error))
     if problems:
         raise Refused("\n".join(problems))
     return runs
-
-
-def results_in(path: Path) -> dict[str, Any]:
-    """The `evaluation.json` of a folder.
-
-    Raises:
-        Refused: it is not what `run` and `evaluate` write.
-    """
-    file = path / folder.RESULTS
-    try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(f"{file}: cannot be read ({error}). Make it again with llm-unlearn evaluate … --overwrite.") from None
-    if not isinstance(held, dict) or not held.keys() >= KEYS:
-        lacking = ", ".join(sorted(KEYS - set(held))) if isinstance(held, dict) else "an object"
-        raise Refused(
-            f"{file}: not an evaluation of this project; expected {lacking}. Name a folder that `run` or `evaluate` wrote."
-        )
-    return held
 
 
 def log_in(path: Path) -> list[Mapping[str, Any]]:

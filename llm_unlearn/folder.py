@@ -12,9 +12,11 @@ runs/forget_lora/
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from llm_unlearn import recipe
 from llm_unlearn.spec import Refused
@@ -22,6 +24,8 @@ from llm_unlearn.spec import Refused
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
 RESULTS, REPORT, CHECKPOINTS, ALONG = "evaluation.json", "report.html", "checkpoints", "evaluations.jsonl"
 ROWS = "evaluation.parquet"
+KEYS = {"title", "suite", "suite_hash", "models", "numbers", "curves", "answers"}
+"""What an `evaluation.json` cannot be without."""
 
 
 def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
@@ -70,6 +74,25 @@ def write(path: Path, text: str) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def results_in(path: Path) -> dict[str, Any]:
+    """The `evaluation.json` of a folder.
+
+    Raises:
+        Refused: it is not what `run` and `evaluate` write.
+    """
+    file = path / RESULTS
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{file}: cannot be read ({error}). Make it again with llm-unlearn evaluate … --overwrite.") from None
+    if not isinstance(held, dict) or not held.keys() >= KEYS:
+        lacking = ", ".join(sorted(KEYS - set(held))) if isinstance(held, dict) else "an object"
+        raise Refused(
+            f"{file}: not an evaluation of this project; expected {lacking}. Name a folder that `run` or `evaluate` wrote."
+        )
+    return held
 
 
 def adapter_in(name: str) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.attacks.audit import Target, audit
+from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import encode_set
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tables import Tables
+from llm_unlearn.evaluation.tasks import Answered
 from llm_unlearn.models.load import Loaded, load
 from llm_unlearn.recipe import Model
+from llm_unlearn.spec import fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,6 +32,8 @@ class Seen:
     tables: Tables
     name: str
     target: Target
+    answered: tuple[Answered, ...] = ()
+    """What it scored on the suite's tasks."""
 
 
 class Look:
@@ -47,7 +52,17 @@ class Look:
 
     def seen(self, loaded: Loaded, title: str, name: str, model: Model, adapter: str | None = None) -> Seen:
         """What it said, and how to load it again."""
-        return Seen(self(loaded, title), name, Target(model, adapter, loaded.identity, self.sets))
+        answered = self._answered(loaded, title)  # first: a task that cannot be had is said before the long passes
+        return Seen(self(loaded, title), name, Target(model, adapter, loaded.identity, self.sets), answered)
+
+    def _answered(self, loaded: Loaded, title: str) -> tuple[Answered, ...]:
+        if not self.suite.tasks:
+            return ()
+        from llm_unlearn.evaluation.harness import answers_of  # an extra that only suites with tasks need
+
+        return answers_of(
+            self.suite.tasks, loaded, self.accelerator, batch_tokens=self.suite.batch_tokens, cache=self.cache, title=title
+        )
 
     def __call__(self, loaded: Loaded, title: str, keep: bool = True) -> Tables:
         suite = self.suite
@@ -57,14 +72,43 @@ class Look:
         )  # fmt: skip
 
 
-def see(
-    suite: Suite, model: Model, adapter: str | None, name: str, accelerator: Accelerator, cache: Path,
-    controls: Mapping[str, Control] | None = None, leave: dict[str, Control] | None = None,
-) -> Seen:  # fmt: skip
-    """Load a model, look at it, and let it go."""
-    loaded = load(model, accelerator.device, adapter=adapter)
-    look = Look(suite, loaded, accelerator, cache, None if leave is not None else controls, leave)
-    return look.seen(loaded, name, name, model, adapter)
+@dataclass(frozen=True)
+class Looks:
+    """One suite on many columns, one after the other; what the retrained model left for the others goes along."""
+
+    suite: Suite
+    accelerator: Accelerator
+    cache: Path
+    controls: dict[str, Control] = field(default_factory=dict)
+    shared: dict[tuple[str, str | None], Seen] = field(default_factory=dict)
+    """Models that others are seen beside, before and retrained: each is looked at once."""
+
+    def __call__(self, asked: Mapping[str, tuple[Model, str | None]], name: str | None = None) -> dict[str, Seen]:
+        """Every column; the retrained model first, as the others are compared with it.
+
+        Args:
+            asked: column -> model and adapter.
+            name: of the model after, or of the only one; without it, its adapter or base.
+        """
+        found: dict[str, Seen] = {}
+        for column in sorted(asked, key=lambda column: column != "retrained"):
+            model, adapter = asked[column]
+            if column in ("after", "model"):  # this candidate's own, which nobody asks for again
+                found[column] = self._see(model, adapter, name or adapter or model.base)
+                continue
+            key = (fingerprint(model), adapter)
+            if key not in self.shared:
+                leave = self.controls if column == "retrained" else None
+                self.shared[key] = self._see(model, adapter, adapter or model.base, leave)
+            found[column] = self.shared[key]
+        return found
+
+    def _see(self, model: Model, adapter: str | None, name: str, leave: dict[str, Control] | None = None) -> Seen:
+        """Load a model, look at it, and let it go."""
+        model = embedded(model, self.cache)
+        loaded = load(model, self.accelerator.device, adapter=adapter)
+        controls = None if leave is not None else self.controls
+        return Look(self.suite, loaded, self.accelerator, self.cache, controls, leave).seen(loaded, name, name, model, adapter)
 
 
 def attacked(suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path) -> list[dict[str, Any]]:

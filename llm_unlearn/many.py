@@ -24,9 +24,7 @@ from llm_unlearn.spec import Refused, fingerprint
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from llm_unlearn.evaluation.likelihood import Control
-    from llm_unlearn.look import Seen
-    from llm_unlearn.report.likeness import Run
+    from llm_unlearn.look import Looks, Seen
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ def evaluate(asked: Asked, cache: Path) -> int:
     Raises:
         Refused: the output folder holds other evaluations, or the models cannot be measured alike; nothing was changed.
     """
+    from llm_unlearn.look import Looks
+    from llm_unlearn.report.likeness import Run
     from llm_unlearn.run import start
 
     names = compare.names_of([one.place for one in asked.candidates])
@@ -58,20 +58,23 @@ def evaluate(asked: Asked, cache: Path) -> int:
     known = _known(asked, names, folders, accelerator, cache)
     accelerator.wait_for_everyone()
     main = accelerator.is_main_process
-    seen: dict[tuple[str, str | None], Seen] = {}
-    controls: dict[str, Control] = {}
+    look = Looks(asked.suite, accelerator, cache)
     runs: list[Run] = []
     failed: list[str] = []
     for place, (name, one) in enumerate(zip(names, asked.candidates, strict=True), 1):
         if main:
             print(f"[{place}/{len(names)}] {name}{': measured before' if name in known else ''}", flush=True)
         try:
-            results = known.get(name) or _measure(asked, one, accelerator, cache, seen, controls)
+            results = known.get(name)
+            if new := results is None:
+                results, looks = _measure(asked, one, look)
         except Refused as error:
             failed.append(f"{name}: {error}")
             continue
         if main:
-            runs.append(_keep(results, name, one, folders[name], new=name not in known))
+            if new:
+                _keep(results, asked.suite, looks, one, folders[name])
+            runs.append(Run(name, str(folders[name] or one.place), results, compare.log_in(one.run)))
     if main and runs:
         compare.publish(runs, asked.output)
     if main and failed:
@@ -123,7 +126,7 @@ def _known(
         if place is None or not (place / folder.RESULTS).is_file():
             continue
         try:
-            results = compare.results_in(place)
+            results = folder.results_in(place)
             same = results["suite_hash"] == fingerprint(asked.suite) and _identities(asked, one, accelerator, cache) == {
                 column: model["identity"] for column, model in results["models"].items()
             }
@@ -163,8 +166,8 @@ def _other_comparison(output: Path | None, overwrite: bool) -> list[str]:
 
 def _identities(asked: Asked, one: Candidate, accelerator: Accelerator, cache: Path) -> dict[str, str]:
     """What each column's numbers depend on, from files alone."""
+    from llm_unlearn.embedded.target import embedded
     from llm_unlearn.models.load import dtype_of, parts_of, read_tokenizer
-    from llm_unlearn.run import embedded
 
     found = {}
     for column, (asked_model, adapter) in _asked_of(asked, one).items():
@@ -174,84 +177,65 @@ def _identities(asked: Asked, one: Candidate, accelerator: Accelerator, cache: P
     return found
 
 
-def _measure(
-    asked: Asked, one: Candidate, accelerator: Accelerator, cache: Path, seen: dict[tuple[str, str | None], Seen],
-    controls: dict[str, Control],
-) -> dict[str, Any]:  # fmt: skip
-    """One candidate beside its base and the retrained model, which are looked at once for all candidates that share them; the
-    retrained one first, as others are compared with it."""
-    from llm_unlearn.look import attacked, see
-    from llm_unlearn.run import embedded, results_of
+def _measure(asked: Asked, one: Candidate, look: Looks) -> tuple[dict[str, Any], dict[str, Seen]]:
+    """One candidate beside its base and the retrained model: what is said of it, and what it said."""
+    from llm_unlearn.look import attacked
+    from llm_unlearn.run import results_of
 
-    looks: dict[str, Seen] = {}
-    for column, (wanted, adapter) in sorted(_asked_of(asked, one).items(), key=lambda item: item[0] != "retrained"):
-        key, model = (fingerprint(wanted), adapter), embedded(wanted, cache)
-        if column in ("after", "model") and one.under_way:
-            looks[column] = see_checkpoint(asked.suite, one.under_way, adapter, one.place, accelerator, cache, controls)
-        elif column in ("after", "model"):
-            looks[column] = see(asked.suite, model, adapter, one.place, accelerator, cache, controls)
-        else:
-            if key not in seen:
-                leave = controls if column == "retrained" else None
-                seen[key] = see(asked.suite, model, adapter, wanted.base, accelerator, cache, controls, leave)
-            looks[column] = seen[key]
-    attacks = [] if one.under_way else attacked(asked.suite, looks, accelerator, cache)  # a checkpoint cannot be loaded afresh
-    return results_of(asked.suite, looks, attacks, title=one.place, suite_name=asked.suite_name, run=_facts(one, looks))
+    columns = _asked_of(asked, one)
+    if one.under_way:
+        looks = look({column: wanted for column, wanted in columns.items() if column not in ("after", "model")})
+        looks["after"] = see_checkpoint(one, look)
+        attacks = []  # a checkpoint cannot be loaded afresh
+    else:
+        looks = look(columns, one.place)
+        attacks = attacked(asked.suite, looks, look.accelerator, look.cache)
+    return results_of(asked.suite, looks, attacks, title=one.place, suite_name=asked.suite_name, run=_facts(one, looks)), looks
 
 
-def see_checkpoint(
-    suite: Suite, wanted: recipe.Model, checkpoint: str | None, name: str, accelerator: Accelerator, cache: Path,
-    controls: Mapping[str, Control],
-) -> Seen:  # fmt: skip
-    """Look at a run as it was at its newest checkpoint, which holds only the weights that are trained.
-
-    Args:
-        wanted: the recipe's model, with the adapter or the choice of weights.
-    """
+def see_checkpoint(one: Candidate, look: Looks) -> Seen:
+    """Look at a run as it was at its newest checkpoint, which holds only the weights that are trained."""
     from safetensors.torch import load_file
 
+    from llm_unlearn.embedded.target import embedded
     from llm_unlearn.look import Look
     from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, parts_of
-    from llm_unlearn.run import embedded
     from llm_unlearn.training.checkpoint import WEIGHTS, restore
 
-    if wanted.adapter and wanted.adapter.init == "fila":
-        raise Refused(f"{name}: with init fila the base changes too, and a checkpoint has none of it; finish the run first.")
-    model = embedded(wanted, cache)
-    loaded = load(model, accelerator.device)
+    assert one.under_way, "of a checkpoint"
+    if one.under_way.adapter and one.under_way.adapter.init == "fila":
+        raise Refused(f"{one.place}: with init fila the base changes too, and a checkpoint has none of it; finish the run first.")
+    model, device = embedded(one.under_way, look.cache), look.accelerator.device
+    loaded = load(model, device)
     net = loaded.model
-    if wanted.adapter:
-        net = add_adapter(net, wanted.adapter, seed=0)  # the checkpoint replaces what the seed draws
-    elif wanted.trainable:
-        choose_weights(net, wanted.trainable)
-    restore(net, load_file(str(Path(checkpoint or name) / WEIGHTS)))
-    parts = parts_of(model, loaded.tokenizer, dtype_of(model, accelerator.device), checkpoint)
-    now = Loaded(net.eval(), loaded.tokenizer, parts)
-    return Look(suite, now, accelerator, cache, controls).seen(now, name, name, model, checkpoint)
+    if model.adapter:
+        net = add_adapter(net, model.adapter, seed=0)  # the checkpoint replaces what the seed draws
+    elif model.trainable:
+        choose_weights(net, model.trainable)
+    restore(net, load_file(str(Path(one.place) / WEIGHTS)))
+    now = Loaded(net.eval(), loaded.tokenizer, parts_of(model, loaded.tokenizer, dtype_of(model, device), one.adapter))
+    return Look(look.suite, now, look.accelerator, look.cache, look.controls).seen(now, one.place, one.place, model, one.adapter)
 
 
 def _facts(one: Candidate, looks: Mapping[str, Seen]) -> dict[str, Any] | None:
     """How the run went, if the run folder says so of these very weights."""
     try:
-        results = compare.results_in(one.run)
+        results = folder.results_in(one.run)
     except Refused:
         return None
     same = "after" in looks and results["models"].get("after", {}).get("identity") == looks["after"].target.identity
     return results.get("run") if same else None
 
 
-def _keep(results: dict[str, Any], name: str, one: Candidate, place: Path | None, new: bool) -> Run:
+def _keep(results: dict[str, Any], suite: Suite, looks: Mapping[str, Seen], one: Candidate, place: Path | None) -> None:
     """Write one evaluation as soon as it is there, so that nothing is asked twice."""
-    from llm_unlearn.report.likeness import Run
     from llm_unlearn.report.verdict import headline
     from llm_unlearn.run import keep
 
-    log = one.run / folder.LOG
-    if new:
-        print(f"  {headline(results)}", flush=True)
-    if place and new:
+    print(f"  {headline(results)}", flush=True)
+    if place:
         place.mkdir(parents=True, exist_ok=True)
+        log = one.run / folder.LOG
         if log.is_file():
             shutil.copyfile(log, place / folder.LOG)
-        keep(results, place, log if results["run"] else None)
-    return Run(name, str(place or one.place), results, compare.log_in(one.run))
+        keep(results, suite, looks, place, log if results["run"] else None)

@@ -19,11 +19,13 @@ from llm_unlearn import folder as run_folder
 from llm_unlearn.attacks.robustness import robustness_of
 from llm_unlearn.data.examples import Examples, read_examples
 from llm_unlearn.data.schedule import Schedule, build
-from llm_unlearn.embedded import target
+from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.likelihood import Control
+from llm_unlearn.evaluation.numbers import answers, curves, numbers
 from llm_unlearn.evaluation.rows import records
-from llm_unlearn.evaluation.suite import Suite, answers, curves, numbers
-from llm_unlearn.look import COLUMNS, Look, Seen, attacked, see
+from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.evaluation.tasks import task_numbers
+from llm_unlearn.look import COLUMNS, Look, Looks, Seen, attacked
 from llm_unlearn.models import fila
 from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
@@ -31,7 +33,7 @@ from llm_unlearn.recipe import Model, Recipe
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.spec import Refused, fingerprint, plain, to_yaml
 from llm_unlearn.training.fisher import fisher, some
-from llm_unlearn.training.guard import Outcome, Probe, ask
+from llm_unlearn.training.guard import Outcome, aim_of
 from llm_unlearn.training.loop import check, train
 from llm_unlearn.training.window import Job
 
@@ -59,7 +61,7 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
         without = embedded(replace(recipe.model, base=control, start=None), cache)
         other = load(without, accelerator.device)
         seen["retrained"] = Look(suite, other, accelerator, cache, leave=controls).seen(other, control, control, without)
-        job = replace(job, aim=aim_of(job, other, accelerator))
+        job = replace(job, aim=aim_of(job, other.model, accelerator))
         del other
     elif recipe.train.stop and recipe.train.stop.until == "retrained":
         raise Refused("train.stop.until: compares with the retrained model, and neither evaluation nor its suite names one.")
@@ -93,8 +95,7 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
         attacks = attacked(suite, seen, accelerator, cache)
         if accelerator.is_main_process:
             results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
-            write_columns(records(suite, {column: one.tables for column, one in seen.items()}), folder / run_folder.ROWS)
-            publish(results, folder, folder / run_folder.LOG)
+            publish(results, suite, seen, folder, folder / run_folder.LOG)
     if accelerator.is_main_process:
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -111,17 +112,11 @@ def evaluate(
         output: folder for `evaluation.json`, `evaluation.parquet` and `report.html`; None prints the table only.
     """
     accelerator = start(next(iter(asked.values()))[0])
-    seen: dict[str, Seen] = {}
-    controls: dict[str, Control] = {}
-    for column in sorted(asked, key=lambda column: column != "retrained"):  # first the one that others are compared with
-        model, adapter = asked[column]
-        leave = controls if column == "retrained" else None
-        seen[column] = see(suite, embedded(model, cache), adapter, adapter or model.base, accelerator, cache, controls, leave)
+    seen = Looks(suite, accelerator, cache)(asked)
     attacks = attacked(suite, seen, accelerator, cache)
     if accelerator.is_main_process:
-        if output:
-            write_columns(records(suite, {column: one.tables for column, one in seen.items()}), output / run_folder.ROWS)
-        publish(results_of(suite, seen, attacks, title=suite_name, suite_name=suite_name, run=None), output, None)
+        results = results_of(suite, seen, attacks, title=suite_name, suite_name=suite_name, run=None)
+        publish(results, suite, seen, output)
     accelerator.wait_for_everyone()
 
 
@@ -131,11 +126,6 @@ def start(model: Model) -> Accelerator:
     if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
         raise Refused("the processes that were launched did not find each other; start them with one of the files in launch/.")
     return Accelerator(mixed_precision="bf16" if dtype_of(model, state.device) == torch.bfloat16 else "no")
-
-
-def embedded(model: Model, cache: Path) -> Model:
-    """The same model with `embedded:…` names replaced by the folders they stand for."""
-    return replace(model, base=target.folder_of(model.base, cache))
 
 
 def make_job(recipe: Recipe, examples: Examples) -> Job:
@@ -152,15 +142,6 @@ def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:
     companions = {name: [len(of_row) for of_row in found] for name, found in examples.companions.items()}
     sizes = {name: len(examples.streams[name]) for name in recipe.sources}
     return build(sizes, recipe.window, recipe.seed, recipe.train.epochs, recipe.train.steps, companions)
-
-
-def aim_of(job: Job, retrained: Loaded, accelerator: Accelerator) -> float | None:
-    """The perplexity at which the run is to end; that of the retrained model, where the recipe says so."""
-    stop = job.settings.stop
-    if not stop or stop.until != "retrained":
-        return job.aim
-    rows = Probe.of(stop, job.examples, job.seed, job.settings.batch_tokens, None).sets["forget"]
-    return ask(rows, job.settings.batch_tokens, Scorer(retrained.model), head_of(retrained.model), accelerator)[0]
 
 
 def prepare(net: Any, wanted: Model, job: Job, accelerator: Accelerator) -> Any:
@@ -234,7 +215,7 @@ def results_of(
     """Everything that `evaluation.json` says."""
     columns = [column for column in COLUMNS if column in seen]
     models = {column: seen[column].tables for column in columns}
-    found = numbers(suite, models)
+    found = numbers(suite, models) + task_numbers(suite.tasks, {column: seen[column].answered for column in columns})
     return {
         "format": 1,
         "title": title,
@@ -249,6 +230,12 @@ def results_of(
         "curves": curves(suite, models),
         "answers": answers(models),
     }
+
+
+def rows_of(suite: Suite, seen: Mapping[str, Seen]) -> list[dict[str, Any]]:
+    """Everything that `evaluation.parquet` says."""
+    answered = {column: one.answered for column, one in seen.items()}
+    return records(suite, {column: one.tables for column, one in seen.items()}, answered)
 
 
 def run_facts(recipe: Recipe, outcome: Outcome, accelerator: Accelerator, began: float, weights: int) -> dict[str, Any]:
@@ -280,20 +267,23 @@ def flattened(recipe: Recipe) -> str:
     return f"# hash {recipe.hash}\n# {ran_under}\n{to_yaml(plain(recipe))}"
 
 
-def publish(results: Mapping[str, Any], folder: Path | None, log: Path | None) -> None:
-    """The terminal table, and in a folder the JSON file and the page."""
+def publish(
+    results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path | None, log: Path | None = None
+) -> None:
+    """The terminal table, and in a folder what is kept."""
     from llm_unlearn.report.terminal import print_table
 
     print_table(results)
     if folder:
-        keep(results, folder, log)
+        keep(results, suite, seen, folder, log)
         print(f"\n{folder / run_folder.REPORT}")
 
 
-def keep(results: Mapping[str, Any], folder: Path, log: Path | None) -> None:
-    """Write the page, then the JSON file, which says that both are there."""
+def keep(results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path, log: Path | None) -> None:
+    """Write the values of every row, the page, then the JSON file, which says that all are there."""
     from llm_unlearn.report.page import write_page
 
+    write_columns(rows_of(suite, seen), folder / run_folder.ROWS)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log and log.is_file() else []
     write_page(results, rows, folder / run_folder.REPORT)
     run_folder.write(folder / run_folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))

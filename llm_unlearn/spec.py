@@ -42,6 +42,8 @@ NaturalInts = Annotated[tuple[NaturalInt, ...], pydantic.Field(min_length=1)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Part = Annotated[float, pydantic.Field(gt=0, lt=1)]
 """A share that leaves something on both sides."""
+Portion = Annotated[float, pydantic.Field(gt=0, le=1)]
+"""A share of something, or all of it."""
 
 by_name = pydantic.Field(discriminator="name")
 """Marks a union of specs whose `name` says which one is meant: `Annotated[NPO | KL, by_name]`. The union is the registry."""

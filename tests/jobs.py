@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 
@@ -20,24 +21,46 @@ from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.recipe import Adapter, Train
+from llm_unlearn.training import gradients
 from llm_unlearn.training.checkpoint import snapshot
-from llm_unlearn.training.gradients import (
-    AnyRule,
-    Bilevel,
-    Latent,
-    Orthogonal,
-    Project,
-    Saliency,
-    Sharpness,
-    Tamper,
-    TrustRegion,
-)  # fmt: skip
 from llm_unlearn.training.loop import train
 from llm_unlearn.training.window import Job
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"forget": 8, "retain": 10}
 WINDOW = {"forget": 5, "retain": 7}
+
+
+RECIPE = """\
+output: runs/x
+model: {base: embedded:target}
+data:
+  forget: {source: embedded:forget, prompt: question, answer: answer}
+  retain: {source: embedded:retain, prompt: question, answer: answer}
+objective:
+  forget: {loss: {name: npo}}
+  retain: {loss: {name: nll}}
+"""
+"""A recipe of the embedded default, as short as one can be."""
+
+
+def straight_and_resumed(wanted: Job, make: Callable[[], Any], folder: Path, at: int) -> tuple[Any, Any]:
+    """Two models: of a run that nothing disturbs (`folder`/straight), and of one whose power is cut after step `at` and which is
+    then resumed (`folder`/cut)."""
+    straight, resumed = make(), make()
+    train(wanted, straight, Accelerator(cpu=True), folder / "straight")
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(step: int) -> None:
+        if step == at:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        train(wanted, make(), Accelerator(cpu=True), folder / "cut", look=cut)
+    train(wanted, resumed, Accelerator(cpu=True), folder / "cut", resume=True)
+    return straight, resumed
 
 
 def rows(stream: str, count: int, seed: int, longest: int = 20) -> list[Example]:
@@ -93,22 +116,22 @@ NPO_AND_NLL = {"forget": Term(loss=NPO(), weight=0.7), "retain": Term(loss=NLL()
 """kl has no gradient at the first step, where the model is the model as it was."""
 
 
-def rules(name: str, folder: Path, make_model: Callable[..., Any] | None = None) -> tuple[AnyRule, ...]:
+def rules(name: str, folder: Path, make_model: Callable[..., Any] | None = None) -> tuple[gradients.AnyRule, ...]:
     """A rule with settings that show on a tiny model; that which compares adapters finds two of them in `folder`."""
     if name == "orthogonal":
         for k in (1, 2):
             if make_model and not (folder / f"earlier{k}").exists():
                 away(add_adapter(make_model(), Adapter(rank=2 * k), seed=k), 0.1).save_pretrained(str(folder / f"earlier{k}"))
-        return (Orthogonal(adapters=(str(folder / "earlier1"), str(folder / "earlier2")), weight=0.05),)
-    found: dict[str, AnyRule] = {
-        "project": Project(),
-        "project_ema": Project(ema=0.8),
-        "bilevel": Bilevel(gamma=0.5),
-        "sharpness": Sharpness(rho=0.05),
-        "latent": Latent(layer=0, epsilon=0.5, iterations=4),
-        "tamper": Tamper(steps=2, lr=0.05),
-        "saliency": Saliency(quantile=0.5, rows=6),
-        "trust_region": TrustRegion(distance=0.05, kl=1e-3),
+        return (gradients.Orthogonal(adapters=(str(folder / "earlier1"), str(folder / "earlier2")), weight=0.05),)
+    found: dict[str, gradients.AnyRule] = {
+        "project": gradients.Project(),
+        "project_ema": gradients.Project(ema=0.8),
+        "bilevel": gradients.Bilevel(gamma=0.5),
+        "sharpness": gradients.Sharpness(rho=0.05),
+        "latent": gradients.Latent(layer=0, epsilon=0.5, iterations=4),
+        "tamper": gradients.Tamper(steps=2, lr=0.05),
+        "saliency": gradients.Saliency(quantile=0.5, rows=6),
+        "trust_region": gradients.TrustRegion(distance=0.05, kl=1e-3),
     }
     return (found[name],)
 

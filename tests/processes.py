@@ -58,5 +58,14 @@ if what == "whitebox":
     Scorer.forward = lambda self, ids, at, *more, **named: read.append(len(at)) or call(self, ids, at, *more, **named)  # type: ignore
     found = found_by(make_llama, make_tokenizer())
     (folder / f"{accelerator.process_index}.json").write_text(json.dumps({"found": found, "read": sum(read)}))
+if what == "harness":
+    from test_harness import ask, make_tokenizer, of_each_kind, written
+    from test_harness import loaded as as_loaded
+
+    if accelerator.is_main_process:
+        written(folder)
+    accelerator.wait_for_everyone()
+    answered = ask(as_loaded(make_llama, make_tokenizer()), *of_each_kind(folder))
+    torch.save(answered, folder / f"found-{accelerator.process_index}.pt")
 accelerator.wait_for_everyone()
 accelerator.end_training()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import RECIPE
 from tqdm.auto import tqdm
 
 from llm_unlearn import recipe
@@ -20,16 +21,6 @@ from llm_unlearn.cli import main
 from llm_unlearn.embedded import population
 from llm_unlearn.spec import Refused
 
-RECIPE = """\
-output: runs/x
-model: {base: embedded:target}
-data:
-  forget: {source: embedded:forget, prompt: question, answer: answer}
-  retain: {source: embedded:retain, prompt: question, answer: answer}
-objective:
-  forget: {loss: {name: npo}}
-  retain: {loss: {name: nll}}
-"""
 ROWS = [row for split in ("forget", "retain") for row in population.rows(split)]
 
 

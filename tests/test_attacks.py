@@ -28,6 +28,7 @@ from llm_unlearn.attacks.quantization import Quantization
 from llm_unlearn.attacks.registry import AnyAttack
 from llm_unlearn.attacks.relearning import Relearning
 from llm_unlearn.attacks.robustness import robustness_of
+from llm_unlearn.attacks.shadows import Shadows
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.models.forms import Again, adapter_scaled
@@ -455,9 +456,17 @@ def test_an_interrupted_audit_goes_on_where_it_was(asked: Audit) -> None:
 
 def test_what_an_attack_is_kept_under(asked: Audit) -> None:
     one, other = asked.targets["after"], asked.targets["before"]
-    keys = {key_of(RELEARN, one, other, 0, "no"), key_of(RELEARN, one, other, 0, "bf16"), key_of(RELEARN, one, None, 0, "no"),
-            key_of(Relearning(set="forget", lr=1e-3), one, other, 0, "no"), key_of(RELEARN, other, other, 0, "no")}  # fmt: skip
-    assert len(keys) == 5
+    both = {"after": one, "before": other}
+    keys = {
+        key_of(RELEARN, "after", both, 0, "no"),
+        key_of(RELEARN, "after", both, 0, "bf16"),
+        key_of(RELEARN, "after", both, 1, "no"),
+        key_of(RELEARN, "before", both, 0, "no"),
+        key_of(RELEARN, "after", {"after": one}, 0, "no"),
+        key_of(RELEARN, "after", {**both, "retrained": one}, 0, "no"),
+        key_of(Relearning(set="forget", lr=1e-3), "after", both, 0, "no"),
+    }
+    assert len(keys) == 7
 
 
 def test_a_file_that_an_attack_reads_stands_in_its_key(asked: Audit, tmp_path: Path) -> None:
@@ -471,14 +480,14 @@ def test_a_file_that_an_attack_reads_stands_in_its_key(asked: Audit, tmp_path: P
     files = tuple(write(path, "me") for path in paths)
     probe = LayerProbe(set="forget", labels=files, trained_on="retain")
     assert [where for where, part in parts_of(probe) if isinstance(part, Source)] == [("labels", 0), ("labels", 1)]
-    first = key_of(probe, one, None, 0, "no")
+    first = key_of(probe, "after", {"after": one}, 0, "no")
     write(paths[1], "me")
-    assert key_of(probe, one, None, 0, "no") == first
+    assert key_of(probe, "after", {"after": one}, 0, "no") == first
     write(paths[1], "you")
-    assert key_of(probe, one, None, 0, "no") != first
+    assert key_of(probe, "after", {"after": one}, 0, "no") != first
     retain = replace(one, sets={**one.sets, "retain": answers_of(one.sets["retain"], [0])})
     write(paths[1], "me")
-    assert key_of(probe, one, None, 0, "no") == first != key_of(probe, retain, None, 0, "no")
+    assert key_of(probe, "after", {"after": one}, 0, "no") == first != key_of(probe, "after", {"after": retain}, 0, "no")
     paths[0].unlink()
     asked.done(probe)
     assert "first.jsonl" in asked.results[0]["curves"]["after"]["missing"], "what cannot be read is said, and no more"
@@ -489,7 +498,8 @@ def test_a_file_that_an_attack_reads_stands_in_its_key(asked: Audit, tmp_path: P
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_every_attack_is_a_setting_that_says_what_it_is(attack: Any) -> None:
-    one: Attack = attack(set="forget")
+    more = {"against": "holdout", "retain": "retain", "recipe": "r.yaml"} if attack is Shadows else {}
+    one: Attack = attack(set="forget", **more)
     assert (
         one.name == attack.__dataclass_fields__["name"].default
         and one.title

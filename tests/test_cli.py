@@ -192,7 +192,7 @@ measures:
     [
         ("- {name: rouge, set: froget}\n", ":6: measures[1].set: found 'froget'; did you mean 'forget'?"),
         (
-            "- {name: membership, attack: loss, set: forget, against: hold}\n",
+            "- {name: membership, attack: {name: loss}, set: forget, against: hold}\n",
             ":6: measures[1].against: found 'hold'; Valid: forget, text.",
         ),
         (

@@ -34,7 +34,10 @@ BEFORE = {"probability": 0.99, "rouge": 1.0, "membership": 0.98, "kept": 0.9}
 RETRAINED = {"probability": 0.54, "rouge": 0.78, "membership": 0.52, "kept": 0.9}
 SETTINGS = {
     "sets": {"forget": {"source": "f.jsonl", "limit": None}, "retain": {"source": "r.jsonl"}, "holdout": {"source": "h.jsonl"}},
-    "measures": [{"name": "probability", "set": "forget"}, {"name": "membership", "attack": "loss", "set": "forget", "k": 0.2}],
+    "measures": [
+        {"name": "probability", "set": "forget"},
+        {"name": "membership", "attack": {"name": "min_k", "k": 0.2}, "set": "forget"},
+    ],
     "max_new_tokens": 48,
 }
 
@@ -45,7 +48,9 @@ def results_of(after: Mapping[str, float], **more: Any) -> dict[str, Any]:
     def of(measure: str, key: str, **rest: Any) -> dict[str, Any]:
         return number(measure, {"before": BEFORE[key], "after": after[key], "retrained": RETRAINED[key]}, **rest)
 
-    member = of("membership", "membership", knowing="moves") | {"settings": {"attack": "loss", "against": "holdout", "k": 0.2}}
+    member = of("membership", "membership", knowing="moves") | {
+        "settings": {"attack": {"name": "min_k", "k": 0.2}, "against": "holdout"}
+    }
     rows = {
         name: [example(i, "before", "after", "retrained", text=name) | {"id": f"{name}/{i}"} for i in range(2)]
         for name in ("forget", "holdout")
@@ -200,12 +205,12 @@ def test_roc_is_that_of_the_loss_attack_and_says_what_it_rests_on() -> None:
 def test_another_suite_is_refused_with_the_keys_that_differ() -> None:
     changed = json.loads(json.dumps(SETTINGS))
     changed["max_new_tokens"] = 20
-    changed["measures"][1]["k"] = 0.4
+    changed["measures"][1]["attack"]["k"] = 0.4
     changed["sets"]["retain"]["source"] = "other.jsonl"
     first, other = run("a", suite_settings=SETTINGS), run("b", suite_settings=changed, suite_hash="other")
     assert differing(first, other) == [
         'sets.retain.source: "other.jsonl", not "r.jsonl"',
-        "measures.membership loss forget.k: 0.4, not 0.2",
+        "measures.membership min_k forget.attack.k: 0.4, not 0.2",
         "max_new_tokens: 20, not 48",
     ]
     with pytest.raises(Refused) as error:
@@ -221,10 +226,10 @@ def test_another_suite_is_refused_with_the_keys_that_differ() -> None:
 
 def test_suites_without_settings_are_told_apart_by_their_measures() -> None:
     other = results_of(GOOD, suite_hash="other", suite="eval/mine.yaml")
-    other["numbers"][2]["settings"] = {"attack": "loss", "against": "holdout", "k": 0.4}
+    other["numbers"][2]["settings"] = {"attack": {"name": "min_k", "k": 0.4}, "against": "holdout"}
     found = differing(run("a"), Run("b", "runs/b", other))
     assert found[0] == "suite: eval/mine.yaml, not eval/quick.yaml" and len(found) == 3
-    assert "membership on forget (attack loss, against holdout, k 0.4) is only in runs/b" in found
+    assert "membership on forget (attack min_k (k 0.4), against holdout) is only in runs/b" in found
     shown, _ = comparable([run("a"), Run("b", "runs/b", other)], common=True)
     assert [one["measure"] for one in shown[0].results["numbers"]] == ["probability", "probability"]
     nothing = results_of(GOOD, suite_hash="other", numbers=[])
@@ -510,8 +515,8 @@ def test_two_models_are_measured_once_and_compared(
         ["max_new_tokens=4", *(f"sets.{name}.limit=3" for name in ("forget", "retain", "holdout", "general"))],
     )  # fmt: skip
     output, looks = tmp_path / "out", []
-    plain_see: Callable[..., Any] = room.see
-    monkeypatch.setattr(room, "see", lambda *words: looks.append(words[3]) or plain_see(*words))
+    plain_see: Callable[..., Any] = room.Looks._see
+    monkeypatch.setattr(room.Looks, "_see", lambda *words: looks.append(words[3]) or plain_see(*words))
 
     def evaluate(other: Any = suite) -> int:
         found = candidates.candidates_of([str(trained / "done"), str(trained / "begun")], [], None, None)
@@ -521,13 +526,14 @@ def test_two_models_are_measured_once_and_compared(
     with pytest.raises(pytest.fail.Exception, match="killed"):
         evaluate()
     monkeypatch.undo()
-    monkeypatch.setattr(room, "see", lambda *words: looks.append(words[3]) or plain_see(*words))
+    monkeypatch.setattr(room.Looks, "_see", lambda *words: looks.append(words[3]) or plain_see(*words))
     assert evaluate() == 0
     assert looks.count(str(trained / "done")) == 1, "the model that was measured before the kill is not asked again"
     files = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
     assert files == [
-        "begun/checkpoints/step-000007/evaluation.json", "begun/checkpoints/step-000007/report.html",
-        "comparison.html", "comparison.json", "done/evaluation.json", "done/log.jsonl", "done/report.html",
+        *(f"begun/checkpoints/step-000007/{name}" for name in ("evaluation.json", "evaluation.parquet", "report.html")),
+        "comparison.html", "comparison.json",
+        *(f"done/{name}" for name in ("evaluation.json", "evaluation.parquet", "log.jsonl", "report.html")),
     ]  # fmt: skip
     made = json.loads((output / compare.RESULTS).read_text())
     assert set(made["columns"]) == {"before", "begun/checkpoints/step-000007", "done", "retrained"}

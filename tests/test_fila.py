@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import job, log, moved_by, on_processes, rows, weights
+from jobs import job, log, moved_by, on_processes, rows, straight_and_resumed, weights
 from torch import Tensor
 
 from llm_unlearn.models import fila
@@ -161,19 +161,7 @@ def test_the_saved_adapter_gives_the_trained_model_on_the_fresh_base(tiny_base: 
 
 def test_resume_gives_the_same_bits(make_model: Callable[..., Any], tmp_path: Path) -> None:
     wanted = npo_and_kl(steps=6, checkpoint_every=3)
-    straight, resumed = begun(make_model), begun(make_model)
-    train(wanted, straight, Accelerator(cpu=True), tmp_path / "straight")
-
-    class PowerCut(Exception):
-        pass
-
-    def cut(step: int) -> None:
-        if step == 4:
-            raise PowerCut
-
-    with pytest.raises(PowerCut):
-        train(wanted, begun(make_model), Accelerator(cpu=True), tmp_path / "cut", look=cut)
-    train(wanted, resumed, Accelerator(cpu=True), tmp_path / "cut", resume=True)
+    straight, resumed = straight_and_resumed(wanted, lambda: begun(make_model), tmp_path, at=4)
     assert torch.equal(weights(resumed), weights(straight)) and torch.equal(answers(resumed), answers(straight))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import NPO_AND_NLL, adapted, job, log, moved_by, on_processes, rules, weights
+from jobs import NPO_AND_NLL, adapted, job, log, moved_by, on_processes, rules, straight_and_resumed, weights
 from torch import Tensor, nn
 
 from llm_unlearn.data.batch import lay_out
@@ -336,19 +336,7 @@ def test_resume_gives_the_same_bits(make_model: Callable[..., Any], tmp_path: Pa
         wanted = job(terms=terms, **settings)
     else:
         wanted = a_job(name, tmp_path, make_model, **settings)
-    straight, broken, resumed = (a_model(make_model, True) for _ in range(3))
-    train(wanted, straight, Accelerator(cpu=True), tmp_path / "straight")
-
-    class PowerCut(Exception):
-        pass
-
-    def cut(step: int) -> None:
-        if step == 5:
-            raise PowerCut
-
-    with pytest.raises(PowerCut):
-        train(wanted, broken, Accelerator(cpu=True), tmp_path / "cut", look=cut)
-    train(wanted, resumed, Accelerator(cpu=True), tmp_path / "cut", resume=True)
+    straight, resumed = straight_and_resumed(wanted, lambda: a_model(make_model, True), tmp_path, at=5)
     assert torch.equal(weights(resumed), weights(straight))
     assert log(tmp_path / "cut") == log(tmp_path / "straight")
 

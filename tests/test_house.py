@@ -33,6 +33,7 @@ ROOMS = (
     "evaluation",
     "attacks",
     "evaluation.suite",  # names attacks beside measures, and is read before anything heavy
+    "evaluation.numbers",
     "evaluation.rows",
     "look",
     "report",
@@ -49,7 +50,8 @@ ROOMS = (
 """In the order in which they are built: a room imports only itself and rooms that stand before it."""
 
 MEASURES = {
-    f"evaluation/{name}.py" for name in ("memorization", "membership", "extraction", "utility", "text", "distribution", "tables")
+    f"evaluation/{name}.py"
+    for name in ("memorization", "membership", "membership_attacks", "extraction", "utility", "text", "distribution", "tables")
 }
 LINES, LINES_OF_A_FUNCTION = 320, 65
 LONG_FILES = {"embedded/population.py"}  # mostly names, towns and sentences
@@ -266,11 +268,15 @@ LIGHT = {
     "children.py",
     "bench.py",
     "evaluation/suite.py",
+    "evaluation/numbers.py",
+    "evaluation/tasks.py",
+    "evaluation/task_files.py",
     "attacks/finding.py",
     "attacks/registry.py",
     "attacks/relearning.py",
     "attacks/quantization.py",
     "attacks/adapter_removal.py",
+    "attacks/shadows.py",
     "attacks/asking.py",
     "attacks/gap.py",
     "attacks/robustness.py",
@@ -301,12 +307,13 @@ LIBRARIES = {  # rule 5: who may import what
     "peft": r"models/\w+\.py",
     "bitsandbytes": r"models/\w+\.py",
     # an attack that trains has an accelerator of its own (audit), and says so (finding); many.py: the type only
-    "accelerate": r"training/\w+\.py|run\.py|evaluation/(passes|likelihood|generation)\.py|embedded/target\.py"
+    "accelerate": r"training/\w+\.py|run\.py|evaluation/(passes|likelihood|generation|harness)\.py|embedded/target\.py"
     r"|attacks/(audit|finding)\.py|look\.py|many\.py",
     "yaml": r"(spec|tree)\.py",
     "pydantic": r"(spec|tree)\.py",
     "pydantic_core": r"nowhere",
     "datasets": r"data/sources\.py",
+    "lm_eval": r"evaluation/(harness|scoring|task_files)\.py",  # an extra: task_files imports it late
     "pyarrow": r"report/columns\.py",
 }
 

@@ -20,13 +20,13 @@ from llm_unlearn.evaluation.kept import read_part, write_part
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import EncodedSet, behind, encode_set
-from llm_unlearn.evaluation.tables import Cut, Draws, Need, Sampler, Shots, Tables
+from llm_unlearn.evaluation.tables import Cut, Draws, Need, Neighbours, Sampler, Shots, Tables
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.readings import gradient_norm
 from llm_unlearn.source import Source
 
 SAMPLERS = (Sampler(0.7, None, 1.0), Sampler(1.0, 5, 1.0), Sampler(1.0, None, 0.6), Sampler(1.5, 50, 0.8))
-SHOTS, DRAWS = Shots("holdout", 2), Draws(3, 0)
+SHOTS, DRAWS, NEIGHBOURS = Shots("holdout", 2), Draws(3, 0), Neighbours(7)
 FORGET: tuple[Need, ...] = ("answer", "perturbed", "gradient", "distance", "keyword", "generation", Cut(3), SHOTS, DRAWS, *SAMPLERS)
 QA = {"prompt": "question", "answer": "answer"}
 
@@ -120,8 +120,8 @@ def test_gradient_norms_equal_one_backward_pass_in_float64(
     both: tuple[Loaded, Loaded, Tables, Tables], sets: dict[str, EncodedSet]
 ) -> None:
     model, _, mine, _ = both
-    assert mine["forget"].gradient is not None and mine["holdout"].gradient is None
-    for found, example in zip(mine["forget"].gradient, sets["forget"].asked, strict=True):
+    assert "gradient" in mine["forget"].per_row and "gradient" not in mine["holdout"].per_row
+    for found, example in zip(mine["forget"].per_row["gradient"], sets["forget"].asked, strict=True):
         net = copy.deepcopy(model.model).double()
         told = net(input_ids=torch.tensor([example.ids])).logits[0, example.answer - 1 : -1].log_softmax(-1)
         (-told.gather(-1, torch.tensor(example.ids[example.answer :])[:, None]).mean()).backward()
@@ -156,13 +156,31 @@ def test_losses_behind_other_rows_equal_one_call_per_row(
     model, _, mine, _ = both
     first, second = (example.ids for example in sets["holdout"].asked[:2])
     for name in ("forget", "holdout"):
-        for found, example in zip(mine[name].behind[SHOTS], sets[name].asked, strict=True):
+        for found, example in zip(mine[name].per_row[SHOTS], sets[name].asked, strict=True):
             ids = (*first, *second[second[0] == first[0] :], *example.ids[example.ids[0] == first[0] :])
             told = logits(model, ids, len(ids) - example.targets).log_softmax(-1)
             expected = -told.gather(-1, torch.tensor(example.ids[example.answer :])[:, None]).mean()
             assert found == pytest.approx(float(expected), abs=1e-5)
     texts = [one.ids for one in behind(SHOTS, sets["forget"], sets["holdout"])]
     assert all(ids.count(first[0]) == 1 for ids in texts), "one begin-of-text token"
+
+
+def test_neighbours_are_the_likeliest_swaps_of_one_token(make_model: Callable[..., Any], tokenizer: Any) -> None:
+    """Every swap of every token by its odds, in float64; the best seven scored one by one."""
+    model, source = loaded(make_model, tokenizer), Source(source="embedded:forget", limit=4, **QA)
+    asked = encode_set("forget", source, ("answer", NEIGHBOURS), tokenizer)
+    mine = ask(model, {"forget": asked})["forget"].per_row[NEIGHBOURS]
+    for found, example in zip(mine, asked.asked, strict=True):
+        target = torch.tensor(example.ids[example.answer :])[:, None]
+        told = logits(model, example.ids, example.answer).softmax(-1)
+        odds = (told / (1 - told.gather(-1, target))).scatter(-1, target, 0)
+        losses = []
+        for place in odds.flatten().topk(NEIGHBOURS.n).indices.tolist():
+            at, token = divmod(place, odds.shape[-1])
+            ids = (*example.ids[: example.answer + at], token, *example.ids[example.answer + at + 1 :])
+            swapped = torch.tensor(ids[example.answer :])[:, None]
+            losses.append(-float(logits(model, ids, example.answer).log_softmax(-1).gather(-1, swapped).mean()))
+        assert found == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_samples_follow_the_model_and_not_the_batch(make_model: Callable[..., Any], tokenizer: Any) -> None:
@@ -259,9 +277,8 @@ def test_another_models_parts_are_never_shown(
 ) -> None:
     """Kept by name alone, a second model evaluated into the same folder would print the first one's numbers."""
     first, second = (ask(loaded(make_model, tokenizer, seed), sets, cache=tmp_path)["forget"] for seed in (0, 1))
-    assert first.gradient is not None and second.gradient is not None
-    assert not np.allclose(first.gradient, second.gradient, rtol=1e-2)
-    assert not np.allclose(first.behind[SHOTS], second.behind[SHOTS], rtol=1e-2)
+    for need in ("gradient", SHOTS):
+        assert not np.allclose(first.per_row[need], second.per_row[need], rtol=1e-2)
     assert first.samples != second.samples and first.generated != second.generated
 
 

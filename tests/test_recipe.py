@@ -507,6 +507,7 @@ def docs(path: Path) -> dict[str, dict[str, str]]:
         ("objectives/terms.py", recipe.Recipe),
         ("evaluation/suite.py", suites.Suite),
         ("evaluation/membership.py", suites.Suite),
+        ("evaluation/membership_attacks.py", suites.Suite),
     ],
 )
 def test_the_schema_says_what_the_fields_say(file: str, kind: type[object]) -> None:

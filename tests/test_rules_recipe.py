@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from jobs import RECIPE
 
 from llm_unlearn import recipe
 from llm_unlearn.objectives.terms import Budget, Ramp
@@ -13,22 +14,12 @@ from llm_unlearn.spec import Refused, plain, to_yaml
 from llm_unlearn.training.dose import Harm
 from llm_unlearn.training.gradients import Project, Sharpness
 
-WHOLE = """\
-output: runs/x
-model: {base: embedded:target}
-data:
-  forget: {source: embedded:forget, prompt: question, answer: answer}
-  retain: {source: embedded:retain, prompt: question, answer: answer}
-objective:
-  forget: {loss: {name: npo}}
-  retain: {loss: {name: nll}}
-"""
 NO_RETAIN = ("data.retain=null", "objective.retain=null")
 
 
 def loaded(folder: Path, *overrides: str) -> recipe.Recipe:
     path = folder / "r.yaml"
-    path.write_text(WHOLE, encoding="utf-8")
+    path.write_text(RECIPE, encoding="utf-8")
     return recipe.load(path, overrides)
 
 

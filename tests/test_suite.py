@@ -11,8 +11,10 @@ import pytest
 
 from llm_unlearn.data.sources import rows
 from llm_unlearn.evaluation import suite as suites
+from llm_unlearn.evaluation.membership import Membership
+from llm_unlearn.evaluation.membership_attacks import AnyMembershipAttack
+from llm_unlearn.evaluation.numbers import answers, curves, numbers, titles
 from llm_unlearn.evaluation.rows import records
-from llm_unlearn.evaluation.suite import numbers, titles
 from llm_unlearn.evaluation.tables import Cut, Draws, Likelihood, Sampler, SetTable, Shots
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.report.verdict import AS_RETRAINED, OVER, RECOGNISED, has_collapsed, judge
@@ -48,8 +50,8 @@ def table(*losses: float, hit: bool = False, logp: float | None = None) -> SetTa
 def test_a_set_gets_what_the_measures_that_read_it_need(tmp_path: Path) -> None:
     suite = read(
         tmp_path,
-        "name: membership, attack: recall, set: forget, against: holdout, shots: 3",
-        "name: membership, attack: gradient, set: forget, against: holdout",
+        "name: membership, attack: {name: recall, shots: 3}, set: forget, against: holdout",
+        "name: membership, attack: {name: gradient}, set: forget, against: holdout",
         "name: leak_at_k, set: forget, by: exact, n: 4",
         "name: rouge, set: forget, cut: 9",
         "name: discoverable_extraction, set: forget, top_k: 7",
@@ -89,7 +91,7 @@ def test_like_measures_are_told_apart(tmp_path: Path) -> None:
         "name: extraction_strength, set: forget",
         "name: extraction_strength, set: forget, floor: peer",
         "name: leak_at_k, set: forget, by: exact, k: 3",
-        "name: membership, attack: loss, set: forget, against: holdout",
+        "name: membership, attack: {name: loss}, set: forget, against: holdout",
     )
     assert titles(suite) == [
         "rouge", "rouge (no stem, cut 3)", "rouge", "extraction strength", "extraction strength (floor peer)", "leak@3 exact",
@@ -103,8 +105,8 @@ def test_every_row_is_in_the_file_with_its_own_values(tmp_path: Path) -> None:
         "name: probability, set: forget",
         "name: exact_match, set: forget",
         "name: keyword_recall, set: forget",
-        "name: membership, attack: loss, set: forget, against: holdout",
-        "name: membership, attack: reference, set: forget, against: holdout",
+        "name: membership, attack: {name: loss}, set: forget, against: holdout",
+        "name: membership, attack: {name: reference}, set: forget, against: holdout",
         "name: forget_quality, set: forget",
     )
     models = {
@@ -131,7 +133,9 @@ def test_every_row_is_in_the_file_with_its_own_values(tmp_path: Path) -> None:
 
 def test_a_value_that_is_no_number_says_so_in_the_results(tmp_path: Path) -> None:
     suite = read(
-        tmp_path, "name: exact_memorization, set: forget", "name: membership_tpr, attack: loss, set: forget, against: holdout"
+        tmp_path,
+        "name: exact_memorization, set: forget",
+        "name: membership, statistic: tpr, attack: {name: loss}, set: forget, against: holdout",
     )
     models = {"after": {"forget": table(1, 2, logp=np.nan), "holdout": table(2, 3)}}
     for number in numbers(suite, models):
@@ -181,9 +185,9 @@ def test_a_few_broken_answers_are_no_collapse_and_many_are(before: float, now: f
 def test_a_curve_leaves_out_a_model_whose_logits_are_nan(tmp_path: Path) -> None:
     suite = read(tmp_path, "name: discoverable_extraction, set: forget, prefix: 1")
     models = {"before": {"forget": table(0.1, 2)}, "after": {"forget": table(1, 2, logp=np.nan)}}
-    curve = suites.curves(suite, models)["extraction"]
+    curve = curves(suite, models)["extraction"]
     assert set(curve) == {"set", "n", "before"} and curve["before"][-1] == 1
-    assert [row["probability"].keys() for row in suites.answers(models)["forget"]] == [{"before"}] * 2
+    assert [row["probability"].keys() for row in answers(models)["forget"]] == [{"before"}] * 2
 
 
 # ------------------------------------------------------------------------------------------------ choices
@@ -216,7 +220,8 @@ def test_the_full_suite_has_every_measure(monkeypatch: pytest.MonkeyPatch) -> No
     kinds = set(typing.get_args(typing.get_args(suites.AnyMeasure)[0]))
     suite = suites.load(ROOT / "eval" / "full.yaml")
     assert {type(one) for one in suite.measures} == kinds
-    assert {one.attack for one in suite.measures if hasattr(one, "attack")} >= {"gradient", "recall", "reference", "min_k++"}
+    attacks = set(typing.get_args(typing.get_args(AnyMembershipAttack)[0]))
+    assert {type(one.attack) for one in suite.measures if isinstance(one, Membership)} == attacks
 
 
 def test_every_measure_is_in_the_table_of_the_docs() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import NPO_AND_NLL, SIZES, adapted, job, log, moved_by, on_processes, weights
+from jobs import NPO_AND_NLL, SIZES, adapted, job, log, moved_by, on_processes, straight_and_resumed, weights
 from torch import Tensor, nn
 
 from llm_unlearn.data.schedule import build
@@ -181,19 +181,7 @@ def test_sophia_clips_every_step_and_passes_over_what_has_no_gradient() -> None:
 
 def test_sophia_trains_and_goes_on_where_it_was(make_model: Callable[..., Any], tmp_path: Path) -> None:
     wanted = job(steps=6, optimizer="sophia", lr=3e-3, checkpoint_every=3, terms=NPO_AND_NLL)
-    straight, resumed = make_model(), make_model()
-    train(wanted, straight, Accelerator(cpu=True), tmp_path / "straight")
-
-    class PowerCut(Exception):
-        pass
-
-    def cut(step: int) -> None:
-        if step == 4:
-            raise PowerCut
-
-    with pytest.raises(PowerCut):
-        train(wanted, make_model(), Accelerator(cpu=True), tmp_path / "cut", look=cut)
-    train(wanted, resumed, Accelerator(cpu=True), tmp_path / "cut", resume=True)
+    straight, resumed = straight_and_resumed(wanted, make_model, tmp_path, at=4)
     assert torch.equal(weights(resumed), weights(straight))
     rows = log(tmp_path / "straight")
     assert rows[-1]["retain"] < rows[0]["retain"]

@@ -86,8 +86,9 @@ def make(wanted: Request, cache: Path) -> None:
     Raises:
         Refused: the rows cannot be read, the model cannot be loaded, or no question got an answer.
     """
+    from llm_unlearn.embedded.target import embedded
     from llm_unlearn.models.load import load
-    from llm_unlearn.run import embedded, start
+    from llm_unlearn.run import start
 
     accelerator = start(wanted.recipe.model)
     loaded = load(embedded(wanted.recipe.model, cache), accelerator.device)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from llm_unlearn import folder
 from llm_unlearn.attacks.finding import Attack, Curve, Subject
 from llm_unlearn.attacks.gap import finding_of, gap_of
+from llm_unlearn.attacks.shadows import Shadows
 from llm_unlearn.data.sources import rows
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.models.forms import Again
@@ -23,7 +24,8 @@ from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, fingerprint, parts_of, plain
 
 FORMAT = 2  # of what is kept; raise it when an attack means something else than before
-ORIGINAL = "before"
+ORIGINAL, CONTROL = "before", "retrained"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,50 +75,72 @@ def _carried_out(
     attack: Attack, column: str, targets: Mapping[str, Target], accelerator: Accelerator, batch_tokens: int, seed: int, cache: Path
 ) -> dict[str, Any]:
     """One attack on one model, from the cache where it was carried out before; {"missing": why} where it cannot be."""
-    target = targets[column]
-    original = targets.get(ORIGINAL)
-    try:
-        path = cache / f"{key_of(attack, target, original, seed, accelerator.mixed_precision)}.json"
-    except Refused as error:  # data of its own that cannot be read
-        return {"missing": str(error)}
-    kept = torch.tensor(float(path.is_file()), device=accelerator.device)
-    if int(accelerator.reduce(kept, "sum")) == accelerator.num_processes:  # all or nobody: it is work for every process
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    target, precision = targets[column], accelerator.mixed_precision
     tell = print if accelerator.is_main_process else _silent
-    tell(f"attack: {attack.title}, on {column}")
-    subject = Subject(
-        column, target.model, target.adapter, Again(target.model, target.adapter, accelerator.device), target.sets,
-        Again(original.model, original.adapter, accelerator.device) if original else None,
-        # of its own: what an attack prepares for training stays with the accelerator that prepared it
-        Accelerator(mixed_precision=accelerator.mixed_precision), batch_tokens, seed, tell,
-    )  # fmt: skip
+    keep = _Kept(cache, accelerator)
+
+    def carry_out() -> dict[str, Any]:
+        tell(f"attack: {attack.title}, on {column}")
+        original, control = (
+            Again(one.model, one.adapter, accelerator.device, one.identity) if (one := targets.get(name)) else None
+            for name in (ORIGINAL, CONTROL)
+        )
+        subject = Subject(
+            column, target.model, target.adapter, Again(target.model, target.adapter, accelerator.device, target.identity),
+            target.sets, original,
+            # of its own: what an attack prepares for training stays with the accelerator that prepared it
+            Accelerator(mixed_precision=precision), batch_tokens, seed, tell, control,
+            lambda key, make: keep(fingerprint(FORMAT, key, seed, precision), make),
+        )  # fmt: skip
+        try:
+            return _plain(attack(subject))
+        finally:
+            subject.accelerator.free_memory()
+            del subject
+            gc.collect()
+
     try:
-        result = _plain(attack(subject))
+        return keep(key_of(attack, column, targets, seed, precision), carry_out)
     except Refused as error:  # the other attacks, and this one on other models, still say what they say
         tell(f"attack: {attack.title}, on {column}: {error}")
         return {"missing": str(error)}
-    finally:
-        subject.accelerator.free_memory()
-        del subject
-        gc.collect()
-    if accelerator.is_main_process:
-        folder.write(path, json.dumps(result))
-    accelerator.wait_for_everyone()
-    return result
 
 
-def key_of(attack: Attack, target: Target, original: Target | None, seed: int, precision: str) -> str:
+@dataclass(frozen=True)
+class _Kept:
+    """What was found, one file each, so that a killed audit goes on where it was."""
+
+    cache: Path
+    accelerator: Accelerator
+
+    def __call__(self, key: str, make: Callable[[], T]) -> T:
+        """What is kept under a key, or what is made now; the same on all processes."""
+        path = self.cache / f"{key}.json"
+        there = torch.tensor(float(path.is_file()), device=self.accelerator.device)
+        if int(self.accelerator.reduce(there, "sum")) == self.accelerator.num_processes:  # all or nobody: it is work for every one
+            found: T = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        result = make()
+        if self.accelerator.is_main_process:
+            folder.write(path, json.dumps(result))
+        self.accelerator.wait_for_everyone()
+        return result
+
+
+def key_of(attack: Attack, column: str, targets: Mapping[str, Target], seed: int, precision: str) -> str:
     """Stands for all that decides what an attack finds: its settings, the models, the sets that it names, the rows of the sources
-    that it reads by itself, the seed.
+    and the recipe that it reads by itself, the seed.
 
     Raises:
-        Refused: a source cannot be read.
+        Refused: a source or recipe cannot be read.
     """
+    target = targets[column]
     named = [part for _, part in parts_of(attack)]
     sets = {part: target.sets[part].fingerprint for part in named if isinstance(part, str) and part in target.sets}
     read = [fingerprint(rows(part)) for part in named if isinstance(part, Source)]
-    beside = original.identity if original else None
-    return fingerprint(FORMAT, plain(attack), target.identity, beside, sets, read, seed, precision)
+    beside = [targets[name].identity if name in targets else None for name in (ORIGINAL, CONTROL)]
+    recipe = plain(attack.forgetting()) if isinstance(attack, Shadows) else None
+    return fingerprint(FORMAT, plain(attack), target.identity, beside, sets, read, recipe, seed, precision)
 
 
 def _plain(curve: Curve) -> dict[str, Any]:

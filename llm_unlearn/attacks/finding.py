@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 class Load(Protocol):
     """Reads the model afresh, so that an attack may change it."""
 
+    @property
+    def identity(self) -> str:
+        """Stands for the model."""
+        ...
+
     def __call__(self, *, quantize: Bits | None = None, merged: bool = False, adapter: bool = True) -> Loaded:
         """
         Args:
@@ -31,6 +36,23 @@ class Load(Protocol):
             Refused: the model cannot be had in this form, and why.
         """
         ...
+
+
+class Once(Protocol):
+    """Numbers that an attack needs for every column alike."""
+
+    def __call__(self, key: str, make: Callable[[], list[float]]) -> list[float]:
+        """
+        Args:
+            key: stands for all that decides the numbers, beside the seed and the precision.
+            make: called on every process where the numbers are not kept from before.
+        """
+        ...
+
+
+def _now(key: str, make: Callable[[], list[float]]) -> list[float]:
+    """Kept nowhere."""
+    return make()
 
 
 @dataclass(frozen=True)
@@ -51,6 +73,10 @@ class Subject:
     seed: int
     tell: Callable[[str], None] = print
     """Progress, in words."""
+    control: Load | None = None
+    """The model that never saw the forget set, for attacks that start from it."""
+    once: Once = _now
+    """Makes what does not depend on the model attacked: once for all columns, and kept."""
 
 
 @dataclass(frozen=True)

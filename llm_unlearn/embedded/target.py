@@ -11,11 +11,12 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn.embedded import population
-from llm_unlearn.recipe import Train
+from llm_unlearn.recipe import Model, Train
 from llm_unlearn.spec import Refused, fingerprint, nearest, plain
 
 NAMES = ("target", "retrained")
@@ -64,6 +65,11 @@ def folder_of(name: str, cache: Path) -> str:
     if short not in NAMES:
         raise Refused(f"{name}: no such model; {nearest(short, NAMES)}")
     return str(models(cache)[short])
+
+
+def embedded(model: Model, cache: Path) -> Model:
+    """The same model with `embedded:…` names replaced by the folders they stand for."""
+    return replace(model, base=folder_of(model.base, cache))
 
 
 def _train_both(home: Path, show: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from llm_unlearn.data.examples import draw
 from llm_unlearn.evaluation.likelihood import dealt, gathered
@@ -50,20 +50,53 @@ def generation_pass(
     loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: tqdm[Any],
     guide: Guide | None = None,
 ) -> list[str]:  # fmt: skip
-    """(R,) let the model answer every prompt of a set greedily, a second one guiding it or none; prompts are padded on the left."""
+    """(R,) let the model answer every prompt of a set greedily, a second one guiding it or none."""
     wanted = one.asked
+    prompts = [example.ids[: example.answer] for example in wanted]
+    texts = greedy_pass(loaded, prompts, wanted[0].ids[-1], max_new_tokens, accelerator, batch_tokens, show, guide=guide)
+    return [text.strip() for text in texts]
+
+
+def greedy_pass(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], end: int, most: int, accelerator: Accelerator, batch_tokens: int,
+    show: tqdm[Any], until: Sequence[str] = (), guide: Guide | None = None,
+) -> list[str]:  # fmt: skip
+    """(R,) let the model go on from each prompt greedily; prompts are padded on the left.
+
+    Args:
+        end: the token that ends a turn, beside those that the tokenizer and the model name.
+        most: tokens.
+        until: texts after which nothing more is wanted; what is written ends with one of them, or a little after it.
+        guide: a second model that has a say in every token.
+    """
     tokenizer, device = loaded.tokenizer, accelerator.device
-    settings = _writing(loaded, wanted[0].ids[-1], max_new_tokens)
+    settings = _writing(loaded, end, most)
     mine: list[tuple[int, str]] = []
-    for chosen in dealt([example.answer + max_new_tokens for example in wanted], batch_tokens, accelerator):
-        ids, mask = _padded([wanted[i].ids[: wanted[i].answer] for i in chosen], settings.pad_token_id, device)
+    for chosen in dealt([len(prompt) + most for prompt in prompts], batch_tokens, accelerator):
+        ids, mask = _padded([prompts[i] for i in chosen], settings.pad_token_id, device)
+        ends = StoppingCriteriaList([_Said(tokenizer, until, ids.shape[1])] if until else [])
         guided = LogitsProcessorList([_Guided(guide, ids.shape[1] - mask.sum(1))] if guide else [])
-        written = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=guided)
-        written = written[:, ids.shape[1] :]
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        mine.extend((i, text.strip()) for i, text in zip(chosen, texts, strict=True))
+        written = loaded.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=ends, logits_processor=guided
+        )[:, ids.shape[1] :]  # fmt: skip
+        mine.extend(zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True))
         show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
-    return gathered(mine, len(wanted))
+    return gathered(mine, len(prompts))
+
+
+@dataclass(frozen=True)
+class _Said:
+    """Which rows have said one of some texts since their prompt; transformers' own criterion looks into the prompt too."""
+
+    tokenizer: Any
+    until: Sequence[str]
+    begin: int  # length of the padded prompts
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(B, L) -> (B,); a token is at least a byte of text, so no more than so many of the last ones can hold it."""
+        most = 2 + max(len(text.encode()) for text in self.until)
+        texts = self.tokenizer.batch_decode(ids[:, max(self.begin, ids.shape[1] - most) :])
+        return torch.tensor([any(text in said for text in self.until) for said in texts], device=ids.device)
 
 
 def samples_pass(

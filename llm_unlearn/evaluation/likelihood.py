@@ -6,7 +6,7 @@ Work is sorted by length, cut by tokens and dealt to all processes; every proces
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from llm_unlearn.evaluation.kept import Part
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Likelihood, Sampler
 from llm_unlearn.models.load import Loaded
-from llm_unlearn.models.readings import distances, gradient_norm, head_from, renormalised, top_states
+from llm_unlearn.models.readings import distances, gradient_norm, head_from, renormalised, swaps, top_states
 from llm_unlearn.models.scores import Scorer, Scores, head_of, score, statistics
 
 Found = TypeVar("Found")
@@ -130,6 +130,28 @@ def loss_pass(
     """(R,) NLL/T of each example."""
     found = teacher_forced(loaded, examples, accelerator, batch_tokens, show, lambda scores, _: {"logp": scores.logps})
     return np.array([-answer["logp"].astype(np.float64).mean() for answer in found])
+
+
+def neighbours_pass(
+    loaded: Loaded, examples: Sequence[Example], n: int, accelerator: Accelerator, batch_tokens: int, show: tqdm[Any]
+) -> NDArray[np.float64]:
+    """(R,) the mean NLL/T of each answer's n neighbours: the answer with one token swapped, where the swap has the largest odds
+    (fewer where the answer and the vocabulary have no more)."""
+
+    def read(scores: Scores, members: Sequence[int]) -> Mapping[str, Tensor]:
+        return dict(zip(("odds", "token"), swaps(scores, n), strict=True))  # (N, n) each
+
+    neighbours: list[Example] = []
+    counts: list[int] = []
+    for example, found in zip(examples, teacher_forced(loaded, examples, accelerator, batch_tokens, show, read), strict=True):
+        odds, tokens = found["odds"].ravel(), found["token"].ravel()
+        best = [i for i in np.argsort(-odds, kind="stable")[:n] if odds[i] > -np.inf]
+        for i in best:
+            at = example.answer + int(i) // found["odds"].shape[1]
+            neighbours.append(replace(example, ids=(*example.ids[:at], int(tokens[i]), *example.ids[at + 1 :])))
+        counts.append(len(best))
+    losses = np.split(loss_pass(loaded, neighbours, accelerator, batch_tokens, show), np.cumsum(counts)[:-1])
+    return np.array([row.mean() for row in losses])
 
 
 def gradient_pass(loaded: Loaded, one: EncodedSet, accelerator: Accelerator, show: tqdm[Any]) -> NDArray[np.float64]:

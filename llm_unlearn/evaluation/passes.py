@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,15 +19,24 @@ from tqdm.auto import tqdm
 
 from llm_unlearn.evaluation.generation import generation_pass, samples_pass
 from llm_unlearn.evaluation.kept import Part, read_part, write_part
-from llm_unlearn.evaluation.likelihood import Control, gradient_pass, likelihood_of, likelihood_pass, loss_pass, sorted_samplers
+from llm_unlearn.evaluation.likelihood import (
+    Control,
+    gradient_pass,
+    likelihood_of,
+    likelihood_pass,
+    loss_pass,
+    neighbours_pass,
+    sorted_samplers,
+)
 from llm_unlearn.evaluation.sets import EncodedSet, behind
-from llm_unlearn.evaluation.tables import Draws, Need, SetTable, Shots, Tables
+from llm_unlearn.evaluation.tables import Draws, Need, Neighbours, SetTable, Shots, Tables
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.readings import head_arrays
 from llm_unlearn.models.scores import head_of
 from llm_unlearn.spec import fingerprint
 
-FORMAT = 2  # of the kept parts; raise it when their content changes
+At = TypeVar("At")
+FORMAT = 3  # of the kept parts; raise it when their content changes
 
 
 @dataclass(frozen=True)
@@ -66,10 +75,12 @@ class Asking:
                 found[need] = self._job(
                     ("gradient", one.fingerprint_asked),
                     len(one.ids),
-                    lambda show: {"norm": gradient_pass(self.loaded, one, self.accelerator, show)},
+                    lambda show: {"row": gradient_pass(self.loaded, one, self.accelerator, show)},
                 )
             elif isinstance(need, Shots):
                 found[need] = self._shots(one, need)
+            elif isinstance(need, Neighbours):
+                found[need] = self._neighbours(one, need)
             elif isinstance(need, Draws):
                 found[need] = self._draws(one, need)
         return found
@@ -93,7 +104,13 @@ class Asking:
         examples = behind(shots, one, self.sets[shots.set])
         key = ("shots", [[example.answer, *example.ids] for example in examples])
         return self._job(key, len(examples), lambda show: {
-            "loss": loss_pass(self.loaded, examples, self.accelerator, self.batch_tokens, show)
+            "row": loss_pass(self.loaded, examples, self.accelerator, self.batch_tokens, show)
+        })  # fmt: skip
+
+    def _neighbours(self, one: EncodedSet, wanted: Neighbours) -> Job:
+        key = ("neighbours", one.fingerprint_asked, wanted.n)
+        return self._job(key, len(one.ids) * (wanted.n + 1), lambda show: {
+            "row": neighbours_pass(self.loaded, one.asked, wanted.n, self.accelerator, self.batch_tokens, show)
         })  # fmt: skip
 
     def _draws(self, one: EncodedSet, draws: Draws) -> Job:
@@ -123,6 +140,16 @@ def tables_of(
     }
     asking = Asking(loaded, sets, accelerator, batch_tokens, max_new_tokens, fitting, leave is not None)
     jobs = {(name, need): job for name in sets for need, job in asking.jobs(name).items()}
+    parts = made(jobs, loaded, accelerator, cache, title)
+    if leave is not None:
+        leave.update(_controls(asking, parts))
+    return {name: _table(one, {need: parts[of, need] for of, need in jobs if of == name}) for name, one in sets.items()}
+
+
+def made(
+    jobs: Mapping[At, Job], loaded: Loaded, accelerator: Accelerator, cache: Path | None, title: str
+) -> dict[At, Part]:  # fmt: skip
+    """The part of every job: from the cache where it was made before, else made now and kept as soon as it is there."""
     paths = {at: cache / f"{job.key}.npz" if cache else None for at, job in jobs.items()}
     parts = {at: read_part(path) for at, path in paths.items() if path and path.is_file()}
     if accelerator.num_processes > 1:  # all or nobody: a pass is work for every process
@@ -142,9 +169,7 @@ def tables_of(
                         write_part(parts[at], path)
         finally:
             loaded.model.train(was_training)
-    if leave is not None:
-        leave.update(_controls(asking, parts))
-    return {name: _table(one, {need: parts[of, need] for of, need in jobs if of == name}) for name, one in sets.items()}
+    return parts
 
 
 def _table(one: EncodedSet, parts: Mapping[Need, Part]) -> SetTable:
@@ -156,8 +181,7 @@ def _table(one: EncodedSet, parts: Mapping[Need, Part]) -> SetTable:
         list(parts["generation"]["texts"]) if "generation" in parts else None,
         one.keywords,
         one.cut,
-        parts["gradient"]["norm"] if "gradient" in parts else None,
-        {need: part["loss"] for need, part in parts.items() if isinstance(need, Shots)},
+        {need: part["row"] for need, part in parts.items() if need == "gradient" or isinstance(need, (Shots, Neighbours))},
         {need: part["texts"] for need, part in parts.items() if isinstance(need, Draws)},
     )
 

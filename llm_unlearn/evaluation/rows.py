@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from llm_unlearn.evaluation.suite import Suite, compares, sample_of, sets_of, titles
+from llm_unlearn.evaluation.numbers import compares, sample_of, titles
+from llm_unlearn.evaluation.suite import Suite, sets_of
 from llm_unlearn.evaluation.tables import Floats, SetTable, Tables, Unavailable
+from llm_unlearn.evaluation.tasks import Answered, task_records
 
 
-def records(suite: Suite, models: Mapping[str, Tables]) -> list[dict[str, Any]]:
-    """One record per set × row × model: what was asked, what is true, what was written, the sums over the answer's tokens, and
-    the row's own value of every measure that has one, under the measure's title; None where it has none.
+def records(
+    suite: Suite, models: Mapping[str, Tables], answered: Mapping[str, Sequence[Answered]] | None = None
+) -> list[dict[str, Any]]:
+    """One record per set × row × model, then per task × document × model: what was asked, what is true, what was written, the
+    sums over the answer's tokens, and the row's own value of every measure that has one, under the measure's title; None where
+    it has none.
 
     Args:
         models: "before", "after", "retrained", … -> tables.
+        answered: the same -> what it scored on the suite's tasks.
     """
     columns = titles(suite)
     found: list[dict[str, Any]] = []
@@ -27,7 +33,9 @@ def records(suite: Suite, models: Mapping[str, Tables]) -> list[dict[str, Any]]:
             for row, facts in enumerate(_facts(table)):
                 own = {title: _plain(mine[title][row]) if title in mine else None for title in columns}
                 found.append({"set": name, "id": table.ids[row], "model": model, **facts, **own})
-    return found
+    found.extend(task_records(suite.tasks, answered or {}))
+    keys = dict.fromkeys(key for record in found for key in record)
+    return [{key: record.get(key) for key in keys} for record in found]
 
 
 def _facts(table: SetTable) -> Iterator[dict[str, Any]]:

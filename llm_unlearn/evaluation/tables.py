@@ -45,13 +45,22 @@ class Shots:
 
 
 @dataclass(frozen=True)
+class Neighbours:
+    """The answers scored again with one token swapped, in `n` ways."""
+
+    n: int
+
+
+@dataclass(frozen=True)
 class Cut:
     """The truth as text, cut to so many tokens."""
 
     tokens: int
 
 
-Need = Literal["answer", "paraphrase", "perturbed", "generation", "keyword", "gradient", "distance"] | Sampler | Draws | Shots | Cut
+PerRow = Literal["gradient"] | Shots | Neighbours
+"""Passes that give one number per row: the norm of the gradient of NLL/T, or NLL/T of the answer in other company."""
+Need = Literal["answer", "paraphrase", "perturbed", "generation", "keyword", "distance"] | PerRow | Sampler | Draws | Cut
 """What a measure must have of a set: answers to score, texts to write, and what is kept only where it is asked for."""
 Column = Distance | Sampler
 """Further numbers per answer token."""
@@ -123,8 +132,7 @@ class SetTable:
     generated: list[str] | None = None  # (R,) greedy answers, where a measure asked for them
     keywords: list[list[str]] | None = None  # (R,) the key spans of each truth, where the set has a column of them
     cut: Mapping[Cut, list[str]] = field(default_factory=dict)  # (R,) each: the truth, cut
-    gradient: Floats | None = None  # (R,) norm of the gradient of NLL/T
-    behind: Mapping[Shots, Floats] = field(default_factory=dict)  # (R,) each: NLL/T of the answer behind rows of another set
+    per_row: Mapping[PerRow, Floats] = field(default_factory=dict)  # (R,) each, where a measure asked for it
     samples: Mapping[Draws, list[list[str]]] = field(default_factory=dict)  # (R, n) each: answers that were drawn
 
 

@@ -27,6 +27,8 @@ class Again:
     model: Model
     adapter: str | None
     device: torch.device
+    identity: str = ""
+    """Stands for the model, where that is asked."""
 
     def __call__(self, *, quantize: Bits | None = None, merged: bool = False, adapter: bool = True) -> Loaded:
         """

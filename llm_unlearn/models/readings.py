@@ -43,6 +43,36 @@ def renormalised(scores: Scores, temperature: float, top_k: int | None, top_p: f
 
 
 @torch.no_grad()
+def swaps(scores: Scores, n: int) -> tuple[Tensor, Tensor]:
+    """(N, n) twice: the log of p(w) / (1 − p(target)) for the n likeliest tokens w other than the target, −inf where there are no
+    more, and these tokens."""
+    odds, tokens = [], []
+    for start in range(0, len(scores.targets), scores.chunk):
+        here = scores.rows(slice(start, start + scores.chunk))
+        logp = here.logits.double().log_softmax(-1).scatter(-1, here.targets[:, None], -torch.inf)  # (n, V), the target never
+        found = logp.topk(min(n, logp.shape[-1]), dim=-1)
+        odds.append((found.values - logp.logsumexp(-1, keepdim=True)).cpu())  # 1 − p(target) without its rounding
+        tokens.append(found.indices.cpu())
+    return torch.cat(odds), torch.cat(tokens)
+
+
+@torch.no_grad()
+def alternatives(scores: Scores, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What could stand at each answer position: (N, K) log p of the tokens given, (N,) the first choice.
+
+    Args:
+        tokens: (N, K)
+    """
+    logps, first = [], []
+    for start in range(0, len(scores.targets), scores.chunk):
+        part = slice(start, start + scores.chunk)
+        logits = scores.rows(part).logits  # (n, V)
+        logps.append(logits.log_softmax(-1).gather(-1, tokens[part]).cpu())
+        first.append(logits.argmax(-1).cpu())
+    return torch.cat(logps), torch.cat(first)
+
+
+@torch.no_grad()
 def distances(scores: Scores, other: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """(N,) KL(other ‖ model) and Jensen–Shannon divergence of the two, nats, over the whole vocabulary.
 

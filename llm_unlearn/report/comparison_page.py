@@ -15,7 +15,7 @@ from llm_unlearn.report.comparison_plots import DASHES, comparison_plots
 from llm_unlearn.report.comparison_terminal import chosen
 from llm_unlearn.report.likeness import Run
 from llm_unlearn.report.plots import MARKS, RUNS
-from llm_unlearn.report.verdict import BAD, by_set, shown, value_of
+from llm_unlearn.report.verdict import BAD, by_set, settings_text, shown, value_of
 
 TEMPLATE, SCRIPT = "comparison.html.jinja", "comparison.js"
 FIRST = 6
@@ -113,9 +113,8 @@ def _row(number: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> dic
                 "word": number["judgements"].get(column["name"], ""),
             }
         )
-    settings = ", ".join(f"{key} {value}" for key, value in number["settings"].items() if value is not None)
     facts = {key: number[key] for key in ("title", "definition", "goal")}
-    return facts | {"settings": settings, "cells": cells}
+    return facts | {"settings": settings_text(number["settings"]), "cells": cells}
 
 
 # -------------------------------------------------------------------------------------------------------------- answers

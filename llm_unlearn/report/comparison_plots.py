@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.report.frontier import CROWD, frontier_plot
 from llm_unlearn.report.likeness import Run
-from llm_unlearn.report.plots import HALF, LABEL, RUNS, SOFT, WHOLE, Plot, colour_of, drawing, number_of
+from llm_unlearn.report.plots import HALF, LABEL, RUNS, SOFT, Plot, colour_of, drawing, number_of, panels
 from llm_unlearn.report.verdict import printable
 
 if TYPE_CHECKING:
@@ -149,23 +149,17 @@ def _training(runs: Sequence[Run], order: Mapping[str, int]) -> Plot | None:
     keys = sorted((key for key in keys if key not in rare), key=lambda key: key in ("grad_norm", "lr"))
     if not keys:
         return None
-    wide = min(3, len(keys))
-    tall = math.ceil(len(keys) / wide)
 
-    def draw(figure: Figure) -> None:
-        for at, key in enumerate(keys, 1):
-            axes = figure.add_subplot(tall, wide, at)
-            for name in sorted(logs, key=lambda name: -order[name]):  # the best on top
-                found = [(row["step"], row[key]) for row in logs[name] if key in row]
-                if found:
-                    steps, values = zip(*found, strict=True)
-                    _line(axes, steps, values, name, order)
-            _scale(axes, [number_of(row[key]) for log in logs.values() for row in log if key in row])
-            axes.set_title(printable(str(key).replace("_", " "), LABEL), loc="left")
-            axes.set_xlabel("step")
+    def draw(axes: Axes, key: str) -> None:
+        for name in sorted(logs, key=lambda name: -order[name]):  # the best on top
+            found = [(row["step"], row[key]) for row in logs[name] if key in row]
+            if found:
+                steps, values = zip(*found, strict=True)
+                _line(axes, steps, values, name, order)
+        _scale(axes, [number_of(row[key]) for log in logs.values() for row in log if key in row])
 
     missing = [run.name for run in runs if run.name not in logs]
     caption = f"Training, step by step: {len(logs)} runs" + (f"; no log of {len(missing)}" if missing else "")
     if rare:
         caption += f"; left out, as fewer than half of the runs have it: {', '.join(printable(key, LABEL) for key in rare)}"
-    return Plot(caption, drawing(draw, WHOLE if wide > 1 else HALF, 0.3 + 2.9 * tall, caption), wide=wide > 1)
+    return panels(keys, draw, caption, beside=3, height=2.9)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_unlearn.report.verdict import Number, Results, printable
+from llm_unlearn.report.verdict import Number, Results, printable, settings_text
 from llm_unlearn.spec import Refused, dotted
 
 MOST = 12
@@ -90,7 +90,7 @@ def differing(one: Run, other: Run) -> list[str]:
 
 
 def _settings(number: Number) -> str:
-    found = ", ".join(f"{key} {value}" for key, value in number["settings"].items() if value is not None)
+    found = settings_text(number["settings"])
     return f"({found}) " if found else ""
 
 
@@ -106,11 +106,15 @@ def _leaves(value: object, path: tuple[str | int, ...] = ()) -> Iterable[tuple[s
     elif isinstance(value, (list, tuple)) and all(isinstance(one, Mapping) and "name" in one for one in value):
         count: dict[str, int] = {}
         for one in value:
-            name = " ".join(str(one[key]) for key in ("name", "attack", "set") if one.get(key))
+            name = " ".join(_named(one[key]) for key in ("name", "attack", "set") if one.get(key))
             count[name] = count.get(name, 0) + 1
             yield from _leaves(one, (*path, name if count[name] == 1 else f"{name} ({count[name]})"))
     else:
         yield dotted(path), value
+
+
+def _named(value: object) -> str:
+    return str(value["name"] if isinstance(value, Mapping) else value)
 
 
 def shared_keys(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
@@ -124,11 +128,11 @@ def shared_keys(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 def _same_set(one: Run, other: Run, key: tuple[str, str, str]) -> bool:
     name, of, settings = key
     sets = [of, *([against] if (against := json.loads(settings).get("against")) else [])]
-    suites = [run.results.get("suite_settings") for run in (one, other)]
+    first, second = suites = [run.results.get("suite_settings") for run in (one, other)]
     for each in sets:
         if _rows(one, each) != _rows(other, each):
             return False
-        if all(suites) and suites[0]["sets"].get(each) != suites[1]["sets"].get(each):  # type: ignore[index]
+        if first and second and first["sets"].get(each) != second["sets"].get(each):
             return False
     lengths = [suite and suite.get("max_new_tokens") for suite in suites]  # a file that does not say it may have any
     return name not in ("rouge", "exact_match") or (lengths[0] is not None and lengths[0] == lengths[1])

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_unlearn import folder
 from llm_unlearn.report.plots import MARKS, plots_of
-from llm_unlearn.report.verdict import Number, by_set, columns_of, gained, has_collapsed, headline, judge, shown
+from llm_unlearn.report.verdict import Number, by_set, columns_of, gained, has_collapsed, headline, judge, settings_text, shown
 
 TEMPLATE = "page.html.jinja"
 MOST_ROWS = 500
@@ -75,11 +75,10 @@ def page(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
 
 def _row(number: Number, columns: Sequence[str]) -> dict[str, Any]:
     """One line of the table of numbers."""
-    settings = {key: value for key, value in number["settings"].items() if value is not None}
     return {
         "title": number["title"],
         "definition": number["definition"],
-        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+        "settings": settings_text(number["settings"]),
         "goal": number["goal"],
         "judgement": judge(number),
         "n": " / ".join(dict.fromkeys(str(found["n"]) for found in number["values"].values() if "n" in found)),
@@ -95,7 +94,7 @@ def _attack(attack: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]
         "gain": attack["y"]["name"].replace("_", " "),
         "set": attack["set"],
         "definition": attack["definition"],
-        "settings": ", ".join(f"{key} {value}" for key, value in attack["settings"].items() if value is not None),
+        "settings": settings_text(attack["settings"]),
         "finding": attack["finding"],
         "cells": [_cell(gained(attack, column) or attack["curves"].get(column)) for column in columns],
         "gap": "" if gap is None else f"{gap:+.3f}",

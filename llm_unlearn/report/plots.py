@@ -176,25 +176,32 @@ def _training(log: Sequence[Mapping[str, Any]], run: Mapping[str, Any] | None) -
     keys = sorted(keys, key=lambda key: key == "grad_norm")
     if not keys:
         return None
-    wide = min(4, len(keys))
+
+    def draw(axes: Axes, key: str) -> None:
+        found = [(number_of(row["step"]), number_of(row[key])) for row in log if key in row]
+        steps, values = zip(*found, strict=True)
+        lone = "o" if len(found) <= 10 else "None"
+        axes.plot(steps, values, color=OTHER, linewidth=1.4, marker=lone, markersize=4, markeredgecolor=OTHER)
+        if run and run["kept_step"] != run["steps"]:
+            axes.axvline(run["kept_step"], color=SOFT, linewidth=1, linestyle="--")
+
+    kept = "; dashed is the step whose weights were kept" if run and run["kept_step"] != run["steps"] else ""
+    return panels(keys, draw, f"Training, step by step: each loss, and what was watched{kept}", beside=4, height=2.6)
+
+
+def panels(keys: Sequence[str], draw: Callable[[Axes, str], None], caption: str, beside: int, height: float) -> Plot:
+    """A panel over the steps for each key, at most `beside` in a row, each `height` inches tall."""
+    wide = min(beside, len(keys))
     tall = math.ceil(len(keys) / wide)
 
-    def draw(figure: Figure) -> None:
+    def whole(figure: Figure) -> None:
         for place, key in enumerate(keys, 1):
             axes = figure.add_subplot(tall, wide, place)
-            found = [(number_of(row["step"]), number_of(row[key])) for row in log if key in row]
-            steps, values = zip(*found, strict=True)
-            lone = "o" if len(found) <= 10 else "None"
-            axes.plot(steps, values, color=OTHER, linewidth=1.4, marker=lone, markersize=4, markeredgecolor=OTHER)
-            if run and run["kept_step"] != run["steps"]:
-                axes.axvline(run["kept_step"], color=SOFT, linewidth=1, linestyle="--")
+            draw(axes, key)
             axes.set_title(printable(str(key).replace("_", " "), LABEL), loc="left")
             axes.set_xlabel("step")
 
-    kept = "; dashed is the step whose weights were kept" if run and run["kept_step"] != run["steps"] else ""
-    width = WHOLE if len(keys) > 1 else HALF
-    caption = f"Training, step by step: each loss, and what was watched{kept}"
-    return Plot(caption, drawing(draw, width, 0.3 + 2.6 * tall, caption), wide=len(keys) > 1)
+    return Plot(caption, drawing(whole, WHOLE if wide > 1 else HALF, 0.3 + height * tall, caption), wide=wide > 1)
 
 
 def colour_of(column: str) -> str:

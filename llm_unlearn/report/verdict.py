@@ -223,6 +223,18 @@ def shown(value: float) -> str:
     return f"{value:,.0f}" if size >= 1000 else f"{value:.{1 if size >= 100 else 2 if size >= 10 else 3}f}"
 
 
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Settings in words, those that are not set left out: `attack min_k (k 0.4), against holdout`."""
+    return ", ".join(f"{key} {_setting(value)}" for key, value in settings.items() if value is not None)
+
+
+def _setting(value: object) -> str:
+    if not isinstance(value, Mapping) or "name" not in value:
+        return str(value)
+    more = settings_text({key: inner for key, inner in value.items() if key != "name"})
+    return f"{value['name']} ({more})" if more else str(value["name"])
+
+
 def printable(text: str, most: int | None = None) -> str:
     """Text on one line without control characters, cut to `most` characters: for plots and terminals."""
     line = "".join(letter if letter.isprintable() else " " for letter in text)

@@ -6,16 +6,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
 
 from llm_unlearn.data.batch import cut, lay_out
 from llm_unlearn.data.examples import Example
-from llm_unlearn.models.scores import Head, Scorer, score, statistics
+from llm_unlearn.models.scores import Head, Scorer, head_of, score, statistics
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.fisher import some
+
+if TYPE_CHECKING:
+    from llm_unlearn.training.window import Job
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ def ask(
                     total += torch.stack([-found.logp.double().sum(), found.hit.sum(), torch.tensor(len(found.hit))])
     nll, hits, tokens = accelerator.reduce(total.to(accelerator.device, torch.float32), "sum").tolist()
     return math.exp(min(700.0, nll / tokens)), hits / tokens
+
+
+def aim_of(job: Job, retrained: Any, accelerator: Accelerator) -> float | None:
+    """The perplexity at which a run is to end: that of a model that never saw the forget set, where its `stop` says so."""
+    stop = job.settings.stop
+    if not stop or stop.until != "retrained":
+        return job.aim
+    rows = Probe.of(stop, job.examples, job.seed, job.settings.batch_tokens, None).sets["forget"]
+    return ask(rows, job.settings.batch_tokens, Scorer(retrained), head_of(retrained), accelerator)[0]
 
 
 @dataclass(frozen=True)
