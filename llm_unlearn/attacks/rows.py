@@ -62,7 +62,7 @@ def with_original(subject: Subject, attack: str) -> tuple[Loaded, Loaded]:
     from llm_unlearn.models.scores import head_of
 
     if subject.original is None:
-        raise Refused(f"{attack} needs the model before unlearning beside the one attacked; name it, as with --base.")
+        raise Refused(f"{attack} needs the model before unlearning beside the one attacked; name it with --before.")
     loaded, original = subject.load(), subject.original()
     mine, theirs = ((one.tokenizer.get_vocab(), head_of(one.model).vocabulary) for one in (loaded, original))
     if mine != theirs:
