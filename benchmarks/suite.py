@@ -7,7 +7,8 @@ the head, in micro-batches of like length under the same budget of tokens; each 
 batches that are put together by what each row is going to write, which nobody can know beforehand, so that no row waits for a
 longer one; and one row at a time forward and backward where the suite asks for norms of gradients.
 
-Rounds alternate between the two. The breakdown is of the suite's own time, each second in one place.
+Rounds alternate between the two. The breakdown is of the suite's own time, each second in one place. One thread; seconds are of the
+processor, so that other jobs on the machine count little.
 
     python benchmarks/suite.py [--small] [--rounds 3] [--json FILE]                    # eval/full.yaml, embedded models
     python benchmarks/suite.py --tofu DIR [--model FOLDER] [--small] [--rounds 2]      # eval/tofu.yaml on TOFU's jsonl files
@@ -78,10 +79,10 @@ class Clock:
 
     seconds: Counter[str] = field(default_factory=Counter)
     running: list[str] = field(default_factory=lambda: ["everything else"])
-    since: float = field(default_factory=time.perf_counter)
+    since: float = field(default_factory=time.process_time)
 
     def turn(self) -> None:
-        now = time.perf_counter()
+        now = time.process_time()
         self.seconds[self.running[-1]] += now - self.since
         self.since = now
 
@@ -184,15 +185,15 @@ def bare(model: Any, work: Work, batch_tokens: int) -> Callable[[], dict[str, fl
         return [model.lm_head(part) for part in states.split(chunk)]
 
     def do() -> dict[str, float]:
-        began = time.perf_counter()
+        began = time.process_time()
         with torch.no_grad():
             for batch in batches:
                 logits(batch)
-        scored = time.perf_counter()
+        scored = time.process_time()
         for ids, mask, length in texts:
             settings = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0)
             model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-        wrote = time.perf_counter()
+        wrote = time.process_time()
         for weight in weights:
             weight.requires_grad_()
         for row in rows:
@@ -200,7 +201,7 @@ def bare(model: Any, work: Work, batch_tokens: int) -> Callable[[], dict[str, fl
             torch.autograd.grad(loss, weights)
         for weight in weights:
             weight.requires_grad_(False)
-        sloped = time.perf_counter()
+        sloped = time.process_time()
         return {"forward": scored - began, "generation": wrote - scored, "forward and backward": sloped - wrote}
 
     return do
