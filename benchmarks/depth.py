@@ -27,7 +27,7 @@ from llm_unlearn.models.scores import Scorer, freeze_unreached, head_of
 from llm_unlearn.objectives.likelihood import NLL, Ascent
 from llm_unlearn.objectives.representation import RMU, EmbedMatch
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.recipe import Adapter, Train
+from llm_unlearn.sections import Adapter, Train
 from llm_unlearn.training.window import Job, Model, Window
 
 

@@ -30,7 +30,7 @@ from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.objectives.distribution import KL
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.recipe import Adapter, Train
+from llm_unlearn.sections import Adapter, Train
 from llm_unlearn.training.window import Job, Model, Window
 
 

@@ -47,7 +47,7 @@ from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.generation import Ask
 from llm_unlearn.models import scores
 from llm_unlearn.models.load import Loaded, load
-from llm_unlearn.recipe import Model
+from llm_unlearn.sections import Model
 
 ROOT = Path(__file__).parents[1]
 TOFU = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from llm_unlearn import compare, folder, recipe
+from llm_unlearn import compare, folder, recipe, sections
 from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused
 
@@ -27,12 +27,12 @@ class Candidate:
 
     place: str
     """Where it was found: a run folder, an adapter, a model, a hub id."""
-    model: recipe.Model
+    model: sections.Model
     adapter: str | None = None
     """A saved adapter; or, of a run that is under way, the folder of its newest checkpoint."""
-    before: recipe.Model | None = None
+    before: sections.Model | None = None
     """The model that it was made from, where that is known."""
-    under_way: recipe.Model | None = None
+    under_way: sections.Model | None = None
     """Of a checkpoint: the recipe's model, with what it trains."""
 
     @property
@@ -41,7 +41,7 @@ class Candidate:
         return Path(self.place).parents[1] if self.under_way else Path(self.place)
 
     @property
-    def columns(self) -> dict[str, tuple[recipe.Model, str | None]]:
+    def columns(self) -> dict[str, tuple[sections.Model, str | None]]:
         """What is asked: the model before and after, or one alone."""
         if self.before is None:
             return {"model": (self.model, self.adapter)}
@@ -148,5 +148,5 @@ def _in(path: Path, quantize: Bits) -> list[Candidate]:
     return [Candidate(str(path), _model(str(path), quantize))] if (path / MODEL_FILE).is_file() else []
 
 
-def _model(base: str, quantize: Bits) -> recipe.Model:
-    return recipe.Model(base=base, adapter=None, quantize=quantize)
+def _model(base: str, quantize: Bits) -> sections.Model:
+    return sections.Model(base=base, adapter=None, quantize=quantize)

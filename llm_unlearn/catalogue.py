@@ -77,8 +77,10 @@ def header_of(text: str) -> tuple[str, str]:
 
 
 def terms_of(recipe: Recipe) -> str:
-    """The objective on one line: `npo(forget) + 30 × kl(retain)`."""
-    return " + ".join(f"{_factor(term)}{term.loss.name}({term.stream or name})" for name, term in recipe.objective.items())
+    """The objective on one line: `npo(forget) + 30 × kl(retain)`; of a method, its name."""
+    if recipe.method:
+        return recipe.method.name
+    return " + ".join(f"{_factor(term)}{term.loss.name}({term.stream or name})" for name, term in recipe.terms.items())
 
 
 def _factor(term: Term) -> str:
@@ -91,7 +93,7 @@ def _factor(term: Term) -> str:
 
 def needs_of(recipe: Recipe) -> list[str]:
     """What one must have to run a recipe, and what it moves, in words. A new kind of need is a line here."""
-    losses = [term.loss for term in recipe.objective.values()]
+    losses = [term.loss for term in recipe.terms.values()]
     reference = dict.fromkeys(loss.needs.reference for loss in losses if loss.needs.reference != "none")
     needs = [f"reference {' and '.join(REFERENCE.get(one, one) for one in reference)}"] if reference else []
     kinds = {kind for loss in losses for kind in (*loss.needs.reads, *loss.needs.contrasts)}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe
+from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused, schema
@@ -201,8 +201,8 @@ def evaluate(options: argparse.Namespace) -> int:
         raise Refused(
             f"--output: {options.output} has an {folder.RESULTS} already. Nothing was changed; add --overwrite, or choose another."
         )
-    model = recipe.Model(base=folder.model_in(options.model), adapter=None, quantize=options.quantize)
-    asked: dict[str, tuple[recipe.Model, str | None]] = {"model": (model, None)}
+    model = sections.Model(base=folder.model_in(options.model), adapter=None, quantize=options.quantize)
+    asked: dict[str, tuple[sections.Model, str | None]] = {"model": (model, None)}
     if options.adapter:
         asked = {"before": (model, None), "after": (model, folder.adapter_in(options.adapter))}
     if retrained := options.retrained or suite.retrained:

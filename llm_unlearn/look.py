@@ -16,7 +16,7 @@ from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tables import Tables
 from llm_unlearn.evaluation.tasks import Answered
 from llm_unlearn.models.load import Loaded, load
-from llm_unlearn.recipe import Model
+from llm_unlearn.sections import Model
 from llm_unlearn.spec import fingerprint
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_unlearn import compare, folder, recipe
+from llm_unlearn import compare, folder, sections
 from llm_unlearn.candidates import Candidate
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.spec import Refused, fingerprint
@@ -97,7 +97,7 @@ def _folders(output: Path | None, names: Sequence[str]) -> Iterator[Path | None]
         yield output / unique if output else None
 
 
-def _asked_of(asked: Asked, one: Candidate) -> dict[str, tuple[recipe.Model, str | None]]:
+def _asked_of(asked: Asked, one: Candidate) -> dict[str, tuple[sections.Model, str | None]]:
     """Column -> model and adapter, the retrained model among them."""
     if not asked.retrained:
         return one.columns

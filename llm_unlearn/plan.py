@@ -114,7 +114,8 @@ def memory(
 def _kind(recipe: Recipe) -> str:
     adapter = recipe.model.adapter
     how = f"LoRA of rank {adapter.rank}" if adapter else "full weights"
-    losses = " + ".join(f"{_weight(term)} × {term.loss.name}({term.stream or name})" for name, term in recipe.objective.items())
+    losses = " + ".join(f"{_weight(term)} × {term.loss.name}({term.stream or name})" for name, term in recipe.terms.items())
+    losses = f"{recipe.method.name}: {losses}" if recipe.method else losses
     return f"{losses}, {how}{f' over {recipe.model.quantize}' if recipe.model.quantize else ''}"
 
 

@@ -5,127 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Literal
 
+from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
+from llm_unlearn.sections import Data, Evaluation, Model, Train
 from llm_unlearn.source import Source, missing, source_problems
 from llm_unlearn.spec import (
     NaturalInt,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
     Refused,
-    Share,
     dotted,
     fingerprint,
     nearest,
     plain,
     spec,
 )
-from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.gradients import AnyRule, Bilevel, Latent, Orthogonal, Project, Saliency, TrustRegion
 from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
-
-
-@spec
-class Adapter:
-    """A LoRA adapter (Hu et al. 2021, 2106.09685) that is trained instead of the weights."""
-
-    kind: Literal["lora"] = "lora"
-    rank: PositiveInt = 16
-    """Rank r of the update B·A."""
-    alpha: PositiveFloat = 32
-    """Scale: the update counts alpha / rank times."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """Names of the linear layers that get one, or all-linear (every linear layer but the output head)."""
-    layers: tuple[NaturalInt, ...] | None = None
-    """Only these decoder layers, from 0; without it, all."""
-    init: Literal["zero", "fila"] = "zero"
-    """zero: B = 0, A at random. fila: from the weights that matter to the forget set and not to the retain set, by a
-    Fisher-weighted singular value decomposition (LoKU, Cha et al. 2024, 2408.06621)."""
-
-
-@spec
-class Model:
-    """The model that is to forget."""
-
-    base: str
-    """A hub id, a folder that `save_pretrained` wrote, or embedded:target."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub id."""
-    start: str | None = None
-    """An adapter that belongs to the model as it is now (the fine-tuning to be unlearned, an earlier run); it is merged before
-    anything else."""
-    adapter: Adapter | None = Adapter()
-    """The adapter to train; null trains the full weights."""
-    trainable: tuple[str, ...] | None = None
-    """Of the full weights, train only those whose name holds one of these, such as `layers.7.mlp.down_proj`."""
-    quantize: Literal["nf4", "fp4", "int8"] | None = None
-    """Load the frozen base in 4 or 8 bits (QLoRA, 2305.14314); needs an adapter and bitsandbytes."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the accelerator computes in it, fp32 elsewhere."""
-    chat_template: str | None = None
-    """A Jinja file that replaces the tokenizer's chat template; without either, a plain question–answer layout is used."""
-
-
-@spec
-class Data:
-    """What is to be forgotten and what is to be kept."""
-
-    forget: Source
-    retain: Source | None = None
-    holdout: Source | None = None
-    """Rows of the same kind that the model never saw; only looked at, by `train.stop`."""
-    overlap: Literal["error", "drop"] = "error"
-    """Rows that stand in both: refuse the run, or let them leave the retain set."""
-
-
-@spec
-class Train:
-    """How the weights are moved."""
-
-    epochs: PositiveFloat = 5
-    """Passes over the forget set; the retain set goes along, window by window."""
-    steps: PositiveInt | None = None
-    """Optimizer steps, instead of epochs."""
-    lr: PositiveFloat = 1e-4
-    """Peak learning rate."""
-    window: Mapping[str, PositiveInt] = field(default_factory=dict)
-    """Examples of each stream in one optimizer step, over all processes; 16 of a stream that is not named."""
-    batch_tokens: PositiveInt = 8192
-    """At most so many tokens, padding included, in one forward pass per process. Sets speed and memory, never the result."""
-    optimizer: Literal["adamw", "sgd", "sophia", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """sophia divides by a running mean of squared gradients and clips (second order; SOUL, Jia et al. 2024, 2404.18239). The 8-bit
-    ones keep their states in 8 bits, the paged one moves them to the CPU when memory is short; both need CUDA."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay of matrices; norms and biases do not decay."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after the warm-up."""
-    warmup: Share = 0.05
-    """Share of the steps over which the learning rate rises from 0."""
-    clip: PositiveFloat | None = 1.0
-    """Largest global norm of the gradient."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
-    checkpoint_every: PositiveInt = 50
-    """Optimizer steps between two checkpoints, from which `--resume` goes on."""
-    rules: tuple[AnyRule, ...] = ()
-    """What acts on the whole step besides: project, bilevel, sharpness, latent, tamper, orthogonal, saliency, trust_region."""
-    stop: Stop | None = None
-    """How far to forget, and what it may cost."""
-
-
-@spec
-class Evaluation:
-    """Which suite tells what is left."""
-
-    suite: str
-    """A suite file, such as eval/quick.yaml."""
-    retrained: str | None = None
-    """The model that never saw the forget set; without it, the one that the suite names."""
-    every: PositiveInt | None = None
-    """Also run the suite every so many optimizer steps."""
 
 
 @spec
@@ -138,8 +34,10 @@ class Recipe:
     """The run folder."""
     model: Model
     data: Data
-    objective: Mapping[str, Term]
+    objective: Mapping[str, Term] = field(default_factory=dict)
     """Terms of the total loss, each on the stream it is named after (or on its `stream`)."""
+    method: AnyMethod | None = None
+    """A way to forget that is not one loss on the whole model, instead of an objective."""
     train: Train = Train()
     evaluation: Evaluation | None = None
     """A suite file, or {suite, retrained, every}."""
@@ -148,6 +46,11 @@ class Recipe:
     def sources(self) -> dict[str, Source]:
         """Stream name -> where its rows come from."""
         return {"forget": self.data.forget} | ({"retain": self.data.retain} if self.data.retain else {})
+
+    @property
+    def terms(self) -> Mapping[str, Term]:
+        """What is trained: the objective, or what the method stands for."""
+        return self.method.terms if self.method else self.objective
 
     @property
     def window(self) -> dict[str, int]:
@@ -197,7 +100,7 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
     looked_at = {"holdout": recipe.data.holdout} if recipe.data.holdout else {}
     for name, source in {**recipe.sources, **looked_at}.items():
         yield from (say(text, "data", name, *where) for where, text in source_problems(source))
-    yield from _objective_problems(recipe, say)
+    yield from _method_problems(recipe, say) if recipe.method else _objective_problems(recipe, say)
 
 
 def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
@@ -277,10 +180,20 @@ def _unable(rule: AnyRule, recipe: Recipe) -> Iterable[tuple[str | int, ...]]:
                     yield f"no such folder: {folder} (looked from {Path.cwd()}).", "adapters", k
 
 
+def _method_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
+    """A method must find its sets, and stands in the place of an objective."""
+    assert recipe.method
+    if recipe.objective:
+        yield say(f"{recipe.method.name} brings its own; take out one of the two.", "objective")
+    for name in recipe.method.terms:
+        if name not in recipe.sources:
+            yield say(f"missing; {recipe.method.name} reads it.", "data", name)
+
+
 def _objective_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     """Every term must find its stream, and every stream its loss."""
     if not recipe.objective:
-        yield say("has no terms; expected such as forget: {loss: {name: npo}}.", "objective")
+        yield say("missing; it has no terms, such as forget: {loss: {name: npo}}. (Or give a method.)", "objective")
     streams = {name: term.stream or name for name, term in recipe.objective.items()}
     for name, stream in streams.items():
         if stream not in recipe.sources:

@@ -29,8 +29,9 @@ from llm_unlearn.look import COLUMNS, Look, Looks, Seen, attacked
 from llm_unlearn.models import fila
 from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
-from llm_unlearn.recipe import Model, Recipe
+from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
+from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint, plain, to_yaml
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.guard import Outcome, aim_of
@@ -133,9 +134,7 @@ def make_job(recipe: Recipe, examples: Examples) -> Job:
     companions = {name: [example for of_row in found for example in of_row] for name, found in examples.companions.items()}
     stop = recipe.train.stop
     aim = stop.until if stop and isinstance(stop.until, float) else None
-    return Job(
-        recipe.objective, {**examples.streams, **companions}, make_schedule(recipe, examples), recipe.train, recipe.seed, aim
-    )
+    return Job(recipe.terms, {**examples.streams, **companions}, make_schedule(recipe, examples), recipe.train, recipe.seed, aim)
 
 
 def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:

@@ -20,7 +20,7 @@ from llm_unlearn.objectives.distribution import KL
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.recipe import Adapter, Train
+from llm_unlearn.sections import Adapter, Train
 from llm_unlearn.training import gradients
 from llm_unlearn.training.checkpoint import snapshot
 from llm_unlearn.training.loop import train

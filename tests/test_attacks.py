@@ -33,7 +33,7 @@ from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.models.forms import Again, adapter_scaled
 from llm_unlearn.models.load import Loaded, add_adapter
-from llm_unlearn.recipe import Adapter, Model
+from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import Source
 from llm_unlearn.spec import PositiveInt, Refused, parts_of, spec
 

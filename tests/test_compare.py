@@ -486,7 +486,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     from safetensors.torch import save_file
 
     from llm_unlearn.models.load import add_adapter, load, trainable
-    from llm_unlearn.recipe import Adapter, Model
+    from llm_unlearn.sections import Adapter, Model
     from llm_unlearn.training.checkpoint import WEIGHTS, snapshot
 
     top = tmp_path_factory.mktemp("trained")

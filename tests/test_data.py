@@ -22,7 +22,7 @@ from llm_unlearn.data.schedule import Schedule, build
 from llm_unlearn.data.sources import rows
 from llm_unlearn.embedded import population
 from llm_unlearn.embedded.target import make_tokenizer
-from llm_unlearn.recipe import Data
+from llm_unlearn.sections import Data
 from llm_unlearn.source import Alternate, Source
 from llm_unlearn.spec import Refused
 

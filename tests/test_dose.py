@@ -18,7 +18,7 @@ from jobs import job, log, on_processes, rows, weights
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.objectives.likelihood import NLL, Ascent
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.recipe import Train
+from llm_unlearn.sections import Train
 from llm_unlearn.training import loop
 from llm_unlearn.training.checkpoint import Progress
 from llm_unlearn.training.dose import Harm, Stop

@@ -21,8 +21,8 @@ from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.objectives.distribution import KL
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.recipe import Adapter, Model
 from llm_unlearn.run import prepare, save
+from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.fisher import fisher
 from llm_unlearn.training.loop import train

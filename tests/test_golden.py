@@ -248,7 +248,7 @@ SMOOTH = ("perplexity", "probability", "entropy", "truth ratio", "option probabi
 @pytest.mark.parametrize("name", ["target", "retrained"])
 def test_bf16_is_as_close_as_the_docs_say(name: str, embedded: dict[str, Path]) -> None:
     from llm_unlearn.models.load import load
-    from llm_unlearn.recipe import Model
+    from llm_unlearn.sections import Model
 
     suite = suites.load(FULL, ["retrained=null"])
     loaded = load(Model(base=str(embedded[name])), torch.device("cpu"))

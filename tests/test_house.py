@@ -20,9 +20,11 @@ ROOMS = (
     "objectives",
     "embedded.population",
     "source",
+    "methods",  # settings and equations, as of the rules below: what is heavy is asked of a protocol
     "training.vectors",
     "training.dose",
     "training.gradients",
+    "sections",
     "recipe",
     "folder",
     "catalogue",

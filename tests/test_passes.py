@@ -129,7 +129,7 @@ def test_tables_are_kept_by_content(
 def test_extraction_by_hits_is_extraction_by_generation(embedded: dict[str, Path], cache: Path) -> None:
     """Prefix extraction is read off teacher-forced choices; letting the model write gives the same verdict on every row."""
     from llm_unlearn.models.load import load
-    from llm_unlearn.recipe import Model
+    from llm_unlearn.sections import Model
 
     for name in ("target", "retrained"):
         model = load(Model(base=str(embedded[name]), adapter=None), torch.device("cpu"))

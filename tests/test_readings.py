@@ -135,7 +135,7 @@ def test_gradient_norms_with_an_adapter_are_those_of_the_merged_weights(
 ) -> None:
     """On the model's own weights: the adapter's must not count, and what was frozen stays so."""
     from llm_unlearn.models.load import add_adapter
-    from llm_unlearn.recipe import Adapter
+    from llm_unlearn.sections import Adapter
 
     model = add_adapter(make_model(0), Adapter(), 0)
     for name, weight in model.named_parameters():

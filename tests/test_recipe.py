@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import llm_unlearn
-from llm_unlearn import recipe, tree
+from llm_unlearn import recipe, sections, tree
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.objectives.terms import AnyLoss
 from llm_unlearn.source import Alternate
@@ -256,7 +256,7 @@ IN_THE_FILE = {
     ),
     "no terms": (
         edit("objective:\n  forget: {loss: {name: npo, beta: 0.1}}", "objective: {}"),
-        [":6: objective: has no terms", "npo"],
+        [":6: objective: missing", "npo"],
     ),
     "window of a stream that is not there": (
         edit("lr: 1.0e-4", "window: {froget: 3}"),
@@ -381,7 +381,7 @@ def test_overrides_change_what_they_name_and_leave_the_rest(tmp_path: Path) -> N
         recipe.load(path, ["train.lr=2e-3", "model.adapter={rank: 4}", "train.lr=1e-3", "output=a=b"]),
     )
     assert after.train.lr == 1e-3 and after.train.epochs == before.train.epochs
-    assert after.model.adapter == recipe.Adapter(rank=4) and after.output == "a=b"
+    assert after.model.adapter == sections.Adapter(rank=4) and after.output == "a=b"
     assert recipe.load(path).train.lr == before.train.lr
 
 

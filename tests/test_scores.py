@@ -34,7 +34,7 @@ from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Marg
 from llm_unlearn.objectives.likelihood import IDK, NLL, TNPO, WGA, WTNPO, Ascent, SatImp
 from llm_unlearn.objectives.preference import AP, DPO, NPO
 from llm_unlearn.objectives.views import TOP, beside
-from llm_unlearn.recipe import Adapter
+from llm_unlearn.sections import Adapter
 from llm_unlearn.spec import Refused
 
 SMALL = {

@@ -22,7 +22,7 @@ from llm_unlearn.evaluation.membership import auc
 from llm_unlearn.evaluation.sets import encode_set
 from llm_unlearn.models.forms import Again
 from llm_unlearn.models.load import add_adapter
-from llm_unlearn.recipe import Adapter, Model
+from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
 

@@ -20,7 +20,7 @@ from llm_unlearn.data.schedule import build
 from llm_unlearn.models.load import add_adapter, load
 from llm_unlearn.objectives.likelihood import NLL, Ascent
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.recipe import Adapter, Model, Train
+from llm_unlearn.sections import Adapter, Model, Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.checkpoint import latest
 from llm_unlearn.training.dose import Harm, Stop

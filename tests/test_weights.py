@@ -21,7 +21,7 @@ from llm_unlearn.objectives.distribution import Entropy
 from llm_unlearn.objectives.likelihood import NLL, Ascent
 from llm_unlearn.objectives.representation import EmbedMatch
 from llm_unlearn.objectives.terms import Budget, Ramp, Term
-from llm_unlearn.recipe import Train
+from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.loop import train
 

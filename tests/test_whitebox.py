@@ -41,7 +41,7 @@ from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.models.load import Loaded, load, read_tokenizer
 from llm_unlearn.models.scores import Scorer, embedding_of, last_norm
 from llm_unlearn.objectives.views import TOP
-from llm_unlearn.recipe import Model
+from llm_unlearn.sections import Model
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, by_name
 

@@ -27,7 +27,7 @@ from llm_unlearn.objectives.preference import AP, DPO, FLAT, NPO, SimNPO
 from llm_unlearn.objectives.representation import RMU, AdaptiveRMU, CircuitBreak, EmbedMatch, Lunar, RepNoise, _direction
 from llm_unlearn.objectives.terms import AnyLoss, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP, beside
-from llm_unlearn.recipe import Adapter, Train
+from llm_unlearn.sections import Adapter, Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import window as window_module
 from llm_unlearn.training.loop import Training

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.embedded.target import CHAT_TEMPLATE
-from llm_unlearn.recipe import Train
+from llm_unlearn.sections import Train
 
 FILES = {"target": "full.jsonl", "retrained": "retain90.jsonl"}
 """Model -> what it is trained on."""

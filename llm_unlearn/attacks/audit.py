@@ -19,7 +19,7 @@ from llm_unlearn.attacks.shadows import Shadows
 from llm_unlearn.data.sources import rows
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.models.forms import Again
-from llm_unlearn.recipe import Model
+from llm_unlearn.sections import Model
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, fingerprint, parts_of, plain
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from llm_unlearn.evaluation.memorization import Knowing
-from llm_unlearn.recipe import Model
+from llm_unlearn.sections import Model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,6 +112,8 @@ class Gain:
 
     name: str
     knowing: Knowing = "raises"
+    at_last: bool = False
+    """The value at the whole budget counts, not the best one: with less of it the same is only estimated worse."""
     against_control: bool = True
     """Whether the retrained model's value stands for what is known without the data. Where it does not, as its states are of their
     own kind, no share of what was forgotten is read off the curves, and no leak."""

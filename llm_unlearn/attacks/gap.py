@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from llm_unlearn.attacks.finding import Attack, Axis
+from llm_unlearn.attacks.finding import Attack
 
 Curves = Mapping[str, Mapping[str, Any]]
 
@@ -33,7 +33,7 @@ def gap_of(attack: Attack, curves: Curves) -> dict[str, Any]:
     sign = {"raises": 1.0, "lowers": -1.0}.get(attack.y.knowing)
     if sign is None:
         return {"best": {}, "gap": None, "came_back": None, "half": {}, "leaks": False}
-    best = {column: _best(curve, sign, attack.x) for column, curve in curves.items() if curve.get("y")}
+    best = {column: _best(curve, sign, attack) for column, curve in curves.items() if curve.get("y")}
     if not attack.y.against_control:
         return {"best": best, "gap": None, "came_back": None, "half": {}, "leaks": False}
     after, before = best.get("after") or best.get("model"), best.get("before")
@@ -51,8 +51,9 @@ def gap_of(attack: Attack, curves: Curves) -> dict[str, Any]:
     return {"best": best, "gap": gap, "came_back": share, "half": _halves(attack, curves, sign), "leaks": leaks}
 
 
-def _best(curve: Mapping[str, Any], sign: float, axis: Axis) -> dict[str, Any]:
-    at = max(range(len(curve["y"])), key=lambda i: sign * curve["y"][i])
+def _best(curve: Mapping[str, Any], sign: float, attack: Attack) -> dict[str, Any]:
+    points, axis = range(len(curve["y"])), attack.x
+    at = points[-1] if attack.y.at_last else max(points, key=lambda i: sign * curve["y"][i])
     low, high = (curve[key][at] if curve.get(key) else None for key in ("low", "high"))
     x = curve["x"][at]
     words = (

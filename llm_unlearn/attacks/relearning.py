@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llm_unlearn.attacks.asking import Asked, answers_of, curve_of, known
 from llm_unlearn.attacks.finding import Axis, Curve, Gain, Subject
-from llm_unlearn.recipe import Adapter, Train
+from llm_unlearn.sections import Adapter, Train
 from llm_unlearn.spec import PositiveFloat, PositiveInt, Refused, Share, spec
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from llm_unlearn.attacks.finding import Axis, Curve, Gain, Subject
 from llm_unlearn.attacks.relearning import Relearning, fine_tune
 from llm_unlearn.evaluation.membership import auc, tpr
 from llm_unlearn.evaluation.tables import Floats, Sample
-from llm_unlearn.recipe import Adapter, Recipe, load
+from llm_unlearn.recipe import Recipe, load
+from llm_unlearn.sections import Adapter
 from llm_unlearn.spec import PositiveFloat, PositiveInt, Refused, fingerprint, plain, spec
 from llm_unlearn.tree import locate
 
@@ -75,7 +76,7 @@ class Shadows:
 
     @property
     def y(self) -> Gain:
-        return Gain("AUC")
+        return Gain("AUC", at_last=True)
 
     def __call__(self, subject: Subject) -> Curve:
         asked = [answers_of(subject.sets[name]) for name in (self.set, self.against)]
@@ -191,5 +192,5 @@ def forget_job(recipe: Recipe, forget: Sequence[Example], retain: Sequence[Examp
     sizes = {name: len(found) for name, found in examples.items()}
     schedule = build(sizes, recipe.window, recipe.seed, recipe.train.epochs, recipe.train.steps)
     settings = replace(recipe.train, checkpoint_every=schedule.steps + 1, batch_tokens=subject.batch_tokens)
-    job = Job(recipe.objective, examples, schedule, settings, recipe.seed)
+    job = Job(recipe.terms, examples, schedule, settings, recipe.seed)
     return replace(job, aim=aim_of(job, control.model, subject.accelerator))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn.data.sources import Row, read, rows
 from llm_unlearn.objectives.views import Kind, beside
-from llm_unlearn.recipe import Data
+from llm_unlearn.sections import Data
 from llm_unlearn.source import Alternate, Contrast, Source
 from llm_unlearn.spec import Refused, nearest
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.embedded import population
-from llm_unlearn.recipe import Model, Train
+from llm_unlearn.sections import Model, Train
 from llm_unlearn.spec import Refused, fingerprint, nearest, plain
 
 NAMES = ("target", "retrained")

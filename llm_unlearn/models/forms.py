@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_model
 
 from llm_unlearn.models.load import Loaded, has_adapter, load
-from llm_unlearn.recipe import Model
+from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused
 
 Bits = Literal["nf4", "fp4", "int8"]

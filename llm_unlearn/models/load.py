@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from llm_unlearn.data.examples import PLAIN_TEMPLATE
 from llm_unlearn.folder import adapter_in
 from llm_unlearn.models.depth import blocks_of
-from llm_unlearn.recipe import Adapter, Model
+from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused, fingerprint
 

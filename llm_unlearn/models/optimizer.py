@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_unlearn.recipe import Train
+from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
 
 

@@ -21,7 +21,7 @@ from llm_unlearn.models.reference import reference_of
 from llm_unlearn.models.scores import Scorer, check_depth, check_head, checkpoint_activations, freeze_unreached, head_of
 from llm_unlearn.objectives.terms import Ramp, Term, stream_of
 from llm_unlearn.objectives.views import TOP
-from llm_unlearn.recipe import Train
+from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.checkpoint import Checkpoints, Progress, restore, snapshot
 from llm_unlearn.training.fisher import fisher, some

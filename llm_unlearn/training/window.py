@@ -25,7 +25,7 @@ from llm_unlearn.models.scores import Head, Scorer, Scores, score, values
 from llm_unlearn.objectives.representation import Lunar
 from llm_unlearn.objectives.terms import Term, count, layers_read, stream_of, streams_read
 from llm_unlearn.objectives.views import TOP, window_of
-from llm_unlearn.recipe import Train
+from llm_unlearn.sections import Train
 from llm_unlearn.training.gradients import Latent
 
 

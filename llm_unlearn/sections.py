@@ -1,0 +1,112 @@
+"""The sections of a recipe: the model, the data, the training, the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Literal
+
+from llm_unlearn.source import Source
+from llm_unlearn.spec import NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Share, spec
+from llm_unlearn.training.dose import Stop
+from llm_unlearn.training.gradients import AnyRule
+
+
+@spec
+class Adapter:
+    """A LoRA adapter (Hu et al. 2021, 2106.09685) that is trained instead of the weights."""
+
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt = 16
+    """Rank r of the update B·A."""
+    alpha: PositiveFloat = 32
+    """Scale: the update counts alpha / rank times."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get one, or all-linear (every linear layer but the output head)."""
+    layers: tuple[NaturalInt, ...] | None = None
+    """Only these decoder layers, from 0; without it, all."""
+    init: Literal["zero", "fila"] = "zero"
+    """zero: B = 0, A at random. fila: from the weights that matter to the forget set and not to the retain set, by a
+    Fisher-weighted singular value decomposition (LoKU, Cha et al. 2024, 2408.06621)."""
+
+
+@spec
+class Model:
+    """The model that is to forget."""
+
+    base: str
+    """A hub id, a folder that `save_pretrained` wrote, or embedded:target."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+    start: str | None = None
+    """An adapter that belongs to the model as it is now (the fine-tuning to be unlearned, an earlier run); it is merged before
+    anything else."""
+    adapter: Adapter | None = Adapter()
+    """The adapter to train; null trains the full weights."""
+    trainable: tuple[str, ...] | None = None
+    """Of the full weights, train only those whose name holds one of these, such as `layers.7.mlp.down_proj`."""
+    quantize: Literal["nf4", "fp4", "int8"] | None = None
+    """Load the frozen base in 4 or 8 bits (QLoRA, 2305.14314); needs an adapter and bitsandbytes."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the accelerator computes in it, fp32 elsewhere."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template; without either, a plain question–answer layout is used."""
+
+
+@spec
+class Data:
+    """What is to be forgotten and what is to be kept."""
+
+    forget: Source
+    retain: Source | None = None
+    holdout: Source | None = None
+    """Rows of the same kind that the model never saw; only looked at, by `train.stop`."""
+    overlap: Literal["error", "drop"] = "error"
+    """Rows that stand in both: refuse the run, or let them leave the retain set."""
+
+
+@spec
+class Train:
+    """How the weights are moved."""
+
+    epochs: PositiveFloat = 5
+    """Passes over the forget set; the retain set goes along, window by window."""
+    steps: PositiveInt | None = None
+    """Optimizer steps, instead of epochs."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    window: Mapping[str, PositiveInt] = field(default_factory=dict)
+    """Examples of each stream in one optimizer step, over all processes; 16 of a stream that is not named."""
+    batch_tokens: PositiveInt = 8192
+    """At most so many tokens, padding included, in one forward pass per process. Sets speed and memory, never the result."""
+    optimizer: Literal["adamw", "sgd", "sophia", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """sophia divides by a running mean of squared gradients and clips (second order; SOUL, Jia et al. 2024, 2404.18239). The 8-bit
+    ones keep their states in 8 bits, the paged one moves them to the CPU when memory is short; both need CUDA."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay of matrices; norms and biases do not decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    warmup: Share = 0.05
+    """Share of the steps over which the learning rate rises from 0."""
+    clip: PositiveFloat | None = 1.0
+    """Largest global norm of the gradient."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    checkpoint_every: PositiveInt = 50
+    """Optimizer steps between two checkpoints, from which `--resume` goes on."""
+    rules: tuple[AnyRule, ...] = ()
+    """What acts on the whole step besides: project, bilevel, sharpness, latent, tamper, orthogonal, saliency, trust_region."""
+    stop: Stop | None = None
+    """How far to forget, and what it may cost."""
+
+
+@spec
+class Evaluation:
+    """Which suite tells what is left."""
+
+    suite: str
+    """A suite file, such as eval/quick.yaml."""
+    retrained: str | None = None
+    """The model that never saw the forget set; without it, the one that the suite names."""
+    every: PositiveInt | None = None
+    """Also run the suite every so many optimizer steps."""
