@@ -11,7 +11,7 @@ from llm_unlearn.attacks.audit import Target, audit
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.passes import tables_of
-from llm_unlearn.evaluation.sets import encode_set
+from llm_unlearn.evaluation.sets import EncodedSet, encode_set, spelling
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tables import Tables
 from llm_unlearn.evaluation.tasks import Answered
@@ -36,6 +36,10 @@ class Seen:
     """What it scored on the suite's tasks."""
 
 
+Encoded = dict[str, Mapping[str, EncodedSet]]
+"""A suite's sets by the tokenizer that encoded them: models with the same one share them."""
+
+
 class Look:
     """One look at a model: the suite's passes over its sets, from the cache where this model was asked before.
 
@@ -44,11 +48,16 @@ class Look:
 
     def __init__(
         self, suite: Suite, loaded: Loaded, accelerator: Accelerator, cache: Path,
-        controls: Mapping[str, Control] | None = None, leave: dict[str, Control] | None = None,
+        controls: Mapping[str, Control] | None = None, leave: dict[str, Control] | None = None, encoded: Encoded | None = None,
     ) -> None:  # fmt: skip
         self.suite, self.accelerator, self.cache = suite, accelerator, cache / "tables"
         self.controls, self.leave = controls, leave
-        self.sets = {name: encode_set(name, source, suite.needs(name), loaded.tokenizer) for name, source in suite.sets.items()}
+        encoded, key = {} if encoded is None else encoded, spelling(loaded.tokenizer)
+        if key not in encoded:
+            encoded[key] = {
+                name: encode_set(name, source, suite.needs(name), loaded.tokenizer) for name, source in suite.sets.items()
+            }
+        self.sets = encoded[key]
 
     def seen(self, loaded: Loaded, title: str, name: str, model: Model, adapter: str | None = None) -> Seen:
         """What it said, and how to load it again."""
@@ -80,6 +89,7 @@ class Looks:
     accelerator: Accelerator
     cache: Path
     controls: dict[str, Control] = field(default_factory=dict)
+    encoded: Encoded = field(default_factory=dict)
     shared: dict[tuple[str, str | None], Seen] = field(default_factory=dict)
     """Models that others are seen beside, before and retrained: each is looked at once."""
 
@@ -108,7 +118,8 @@ class Looks:
         model = embedded(model, self.cache)
         loaded = load(model, self.accelerator.device, adapter=adapter)
         controls = None if leave is not None else self.controls
-        return Look(self.suite, loaded, self.accelerator, self.cache, controls, leave).seen(loaded, name, name, model, adapter)
+        look = Look(self.suite, loaded, self.accelerator, self.cache, controls, leave, self.encoded)
+        return look.seen(loaded, name, name, model, adapter)
 
 
 def attacked(suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path) -> list[dict[str, Any]]:

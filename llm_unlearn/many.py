@@ -214,7 +214,8 @@ def see_checkpoint(one: Candidate, look: Looks) -> Seen:
         choose_weights(net, model.trainable)
     restore(net, load_file(str(Path(one.place) / WEIGHTS)))
     now = Loaded(net.eval(), loaded.tokenizer, parts_of(model, loaded.tokenizer, dtype_of(model, device), one.adapter))
-    return Look(look.suite, now, look.accelerator, look.cache, look.controls).seen(now, one.place, one.place, model, one.adapter)
+    mine = Look(look.suite, now, look.accelerator, look.cache, look.controls, encoded=look.encoded)
+    return mine.seen(now, one.place, one.place, model, one.adapter)
 
 
 def _facts(one: Candidate, looks: Mapping[str, Seen]) -> dict[str, Any] | None:

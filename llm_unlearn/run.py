@@ -25,7 +25,7 @@ from llm_unlearn.evaluation.numbers import answers, curves, numbers
 from llm_unlearn.evaluation.rows import records
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tasks import task_numbers
-from llm_unlearn.look import COLUMNS, Look, Looks, Seen, attacked
+from llm_unlearn.look import COLUMNS, Encoded, Look, Looks, Seen, attacked
 from llm_unlearn.models import fila
 from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
@@ -55,21 +55,23 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
     accelerator = start(recipe.model)
     seen: dict[str, Seen] = {}
     controls: dict[str, Control] = {}
+    encoded: Encoded = {}
     examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
     job = make_job(recipe, examples)
     if suite and (control := (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
         # before the model itself, so that a control that cannot be loaded is said before hours of training
         without = embedded(replace(recipe.model, base=control, start=None), cache)
         other = load(without, accelerator.device)
-        seen["retrained"] = Look(suite, other, accelerator, cache, leave=controls).seen(other, control, control, without)
+        at = Look(suite, other, accelerator, cache, leave=controls, encoded=encoded)
+        seen["retrained"] = at.seen(other, control, control, without)
         job = replace(job, aim=aim_of(job, other.model, accelerator))
-        del other
+        del at, other
     elif recipe.train.stop and recipe.train.stop.until == "retrained":
         raise Refused("train.stop.until: compares with the retrained model, and neither evaluation nor its suite names one.")
     model_before = embedded(recipe.model, cache)
     loaded = load(model_before, accelerator.device, train=True)
     check(job, loaded.model)
-    look = Look(suite, loaded, accelerator, cache, controls) if suite else None
+    look = Look(suite, loaded, accelerator, cache, controls, encoded=encoded) if suite else None
     if accelerator.is_main_process:
         if overwrite:
             run_folder.clear(folder)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from llm_unlearn.evaluation import passes
 from llm_unlearn.evaluation.extraction import PrefixExtraction
 from llm_unlearn.evaluation.passes import tables_of
-from llm_unlearn.evaluation.sets import EncodedSet, encode_set
+from llm_unlearn.evaluation.sets import EncodedSet, encode_set, spelling
 from llm_unlearn.evaluation.tables import Tables
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.source import Source
@@ -85,6 +85,28 @@ def test_generations_equal_one_call_per_prompt(make_model: Callable[..., Any], t
             if ids[-1] == example.ids[-1]:
                 break
         assert text == tokenizer.decode(ids[example.answer :], skip_special_tokens=True).strip()
+
+
+def test_a_row_that_is_cut_does_not_end_the_others(make_model: Callable[..., Any], tokenizer: Any) -> None:
+    """The first row's last token, once an ordinary word as the row is cut, would end every answer that holds it."""
+    longest = max(len(example.ids) for example in encode_set("forget", SOURCE, ("answer",), tokenizer).asked)
+    cut = encode_set("forget", replace(SOURCE, max_tokens=longest - 1), ("answer",), tokenizer)
+    asked = sorted(range(len(cut.ids)), key=lambda row: -len(cut.asked[row].ids))
+    first = replace(cut, examples=[cut.examples[row] for row in asked])
+    assert len(first.asked[0].ids) == longest - 1 and first.asked[0].ids[-1] != first.end
+    assert first.end == tokenizer.eos_token_id == cut.end
+
+
+def test_models_with_one_tokenizer_share_what_it_encoded(tokenizer: Any) -> None:
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    assert spelling(other) == spelling(tokenizer)
+    other.chat_template = str(other.chat_template) + " "
+    assert spelling(other) != spelling(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["Kirunavaara"])
+    assert spelling(other) != spelling(tokenizer)
 
 
 def test_the_budget_changes_nothing(make_model: Callable[..., Any], tokenizer: Any, sets: dict[str, EncodedSet]) -> None:

@@ -39,7 +39,8 @@ def generation_pass(
     guide: Guide | None = None,
 ) -> list[str]:  # fmt: skip
     """(R,) let the model answer every prompt of a set greedily, a second one guiding it or none."""
-    asks = [Ask(example.ids[: example.answer], one.asked[0].ids[-1], max_new_tokens, unfinished=True) for example in one.asked]
+    end = one.end
+    asks = [Ask(example.ids[: example.answer], end, max_new_tokens, unfinished=True) for example in one.asked]
     return [(text or "").strip() for text in writing_pass(loaded, asks, accelerator, batch_tokens, show, guide)]
 
 
@@ -50,8 +51,9 @@ def samples_pass(
 
     What is drawn depends on the seed, the prompt and the number of the draw.
     """
+    end = one.end
     asks = [
-        Ask(prompt, example.ids[-1], most, 1.0, seed=draw(draws.seed, prompt, n), unfinished=True)
+        Ask(prompt, end, most, 1.0, seed=draw(draws.seed, prompt, n), unfinished=True)
         for example in one.asked
         for prompt in [example.ids[: example.answer]]
         for n in range(draws.n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,6 +39,11 @@ class EncodedSet:
         return [example for example, kind in zip(self.examples, self.kind, strict=True) if kind == "answer"]
 
     @property
+    def end(self) -> int:
+        """The token that ends a turn: the last one of most rows, as some may be cut."""
+        return Counter(example.ids[-1] for example in self.asked).most_common(1)[0][0]
+
+    @property
     def fingerprint(self) -> str:
         """Stands for all that is scored."""
         scored = [[row, kind, one.answer, *one.ids] for row, kind, one in zip(self.row, self.kind, self.examples, strict=True)]
@@ -60,6 +66,14 @@ def behind(shots: Shots, one: EncodedSet, other: EncodedSet) -> list[Example]:
         ids = (*text, *example.ids[same:])
         result.append(Example(ids, len(text) + example.answer - same, example.stream, example.id))
     return result
+
+
+def spelling(tokenizer: Any) -> str:
+    """Stands for all that decides how a tokenizer encodes a conversation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    marks = {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()}
+    return fingerprint(rules, str(tokenizer.chat_template), marks)
 
 
 def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any) -> EncodedSet:
