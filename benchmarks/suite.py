@@ -146,8 +146,8 @@ def noted(works: list[Work]) -> Iterator[None]:
         works[-1].sloped.extend(batch.examples)
         return slope(model, batch)
 
-    def written(loaded: Loaded, asks: Sequence[Ask], device: torch.device) -> Any:
-        found = write(loaded, asks, device)
+    def written(loaded: Loaded, asks: Sequence[Ask], *more: Any) -> Any:
+        found = write(loaded, asks, *more)
         drawn = works[-1].drawn if asks[0].temperature else works[-1].greedy
         drawn.extend((ask.prompt, len(text) + ended) for ask, (text, ended) in zip(asks, found, strict=True))
         return found

@@ -20,6 +20,7 @@ from llm_unlearn.attacks.robustness import robustness_of
 from llm_unlearn.data.examples import Examples, read_examples
 from llm_unlearn.data.schedule import Schedule, build
 from llm_unlearn.embedded.target import embedded
+from llm_unlearn.evaluation.aggregates import aggregates
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.numbers import answers, curves, numbers
 from llm_unlearn.evaluation.rows import records
@@ -217,6 +218,7 @@ def results_of(
     columns = [column for column in COLUMNS if column in seen]
     models = {column: seen[column].tables for column in columns}
     found = numbers(suite, models) + task_numbers(suite.tasks, {column: seen[column].answered for column in columns})
+    found += aggregates(suite.aggregates, found, columns)
     return {
         "format": 1,
         "title": title,

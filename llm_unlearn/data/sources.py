@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ def rows(source: Source) -> list[Row]:
     found = _columns(read(source.source, source.config, source.split), source)
     for column, wanted in (source.where or {}).items():
         values = wanted if isinstance(wanted, tuple) else (wanted,)
-        found = [row for row in found if row[column] in values]
+        found = [row for row in found if row[column] in values or _like(row[column], values)]
     if not found:
         raise Refused(f"{source.source}: no rows are left after where = {dict(source.where or {})}; expected at least one.")
     found = found[: source.limit]
     return [_chosen(row, i, source) for i, row in enumerate(found)] if source.choices else found
+
+
+def _like(value: object, patterns: tuple[object, ...]) -> bool:
+    """Whether a value is like a text with a *, which stands for any text."""
+    stars = [one.split("*") for one in patterns if isinstance(one, str) and "*" in one]
+    return any(re.fullmatch(".*".join(map(re.escape, parts)), str(value), re.DOTALL) for parts in stars)
 
 
 def _chosen(row: Row, number: int, source: Source) -> Row:

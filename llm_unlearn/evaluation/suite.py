@@ -11,6 +11,7 @@ from typing import Annotated
 
 from llm_unlearn.attacks.registry import AnyAttack
 from llm_unlearn.attacks.shadows import Shadows
+from llm_unlearn.evaluation.aggregates import SET, Aggregate
 from llm_unlearn.evaluation.distribution import Entropy, KnowledgeGap
 from llm_unlearn.evaluation.extraction import DiscoverableExtraction, LeakAtK, PrefixExtraction
 from llm_unlearn.evaluation.membership import Membership, PrivLeak
@@ -69,6 +70,8 @@ class Suite:
     """What an adversary tries, on each model in the same way; after the measures, and slower than they are."""
     tasks: tuple[Task, ...] = ()
     """Tasks of lm-evaluation-harness, by name; asked before the measures."""
+    aggregates: tuple[Aggregate, ...] = ()
+    """Numbers made of these numbers, as benchmarks publish them."""
     seed: NaturalInt = 0
     """Every draw of an attack follows from it."""
     retrained: str | None = None
@@ -124,6 +127,7 @@ def _problems(suite: Suite, tree: Tree) -> Iterable[str]:
             for key, name in ((key, name) for key, name in named.items() if name is not None and name not in suite.sets):
                 yield say(f"found {name!r}; {nearest(name, suite.sets)}", section, i, key)
     yield from (say(text, *where) for where, text in _read_by_attacks(suite))
+    yield from (say(text, *where) for where, text in _unnamed(suite))
     for i, measure in enumerate(suite.measures):
         for name in sets_of(measure):
             if name not in suite.sets and name not in (measure.set, getattr(measure, "against", None)):
@@ -153,6 +157,15 @@ def _task_problems(suite: Suite) -> Iterable[tuple[int, str, str]]:
         if task.asked in [other.asked for other in suite.tasks[:i]]:
             yield i, "task", f"asks {task.task} as before; take one of the two out."
         yield from ((i, key, text) for key, text in task_problems(task))
+
+
+def _unnamed(suite: Suite) -> Iterable[tuple[tuple[str | int, ...], str]]:
+    """What aggregates name and nothing measures: (keys, text)."""
+    tasks = [task.task for task in suite.tasks]
+    for i, aggregate in enumerate(suite.aggregates):
+        for k, (_, of, _) in enumerate(aggregate.parts):
+            if of not in (*suite.sets, *tasks, SET) and not any(of.startswith(f"{task}_") for task in tasks):
+                yield ("aggregates", i, "of", k), f"found {of!r}; {nearest(of, [*suite.sets, *tasks, SET])}"
 
 
 def _lacking(measure: AnyMeasure, name: str, source: Source) -> Iterable[str]:
