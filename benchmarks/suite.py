@@ -47,6 +47,7 @@ from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.generation import Ask
 from llm_unlearn.models import scores
 from llm_unlearn.models.load import Loaded, load
+from llm_unlearn.report import page, terminal
 from llm_unlearn.sections import Model
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +62,7 @@ STAGES = {
     "loading": [(look, "load"), (run, "start")],
     "encoding": [(look, "encode_set")],
     "likelihood: model and head": [(likelihood, "score"), (scores.Head, "__call__")],
-    "likelihood: statistics, layout": [(passes, "likelihood_pass"), (passes, "loss_pass")],
+    "likelihood: statistics, layout": [(passes, "likelihood_pass"), (passes, "loss_pass"), (passes, "neighbours_pass")],
     "generation: model": [(transformers.GenerationMixin, "generate")],
     "generation: around it": [(passes, "generation_pass"), (passes, "samples_pass")],
     "gradients": [(passes, "gradient_pass")],
@@ -114,7 +115,7 @@ class Work:
 @contextmanager
 def watched(clock: Clock) -> Iterator[None]:
     """Every stage's functions, timed."""
-    with patch.object(run, "publish", lambda *_: None):
+    with patch.object(page, "write_page", lambda *_: None), patch.object(terminal, "print_table", lambda *_: None):
         changes = [
             patch.object(place, name, clock.timed(stage, getattr(place, name)))
             for stage, functions in STAGES.items()
