@@ -40,6 +40,7 @@ ROOMS = (
     "look",
     "report",
     "run",
+    "exact",  # runs in pieces: begins, looks and reports as `run` does
     "alternates",
     "plan",
     "compare",
