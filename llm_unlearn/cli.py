@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this recipe's run folder")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
     _takes_recipe(verb("plan", plan, "say what a run will do, and write nothing"))
-    one = verb("forget", forget, "delete rows from a finished run of an exact method; without rows, go on with a broken-off deletion")
+    one = verb(
+        "forget", forget, "delete rows from a finished run of an exact method; without rows, go on with a broken-off deletion"
+    )
     one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
     one.add_argument("--ids", nargs="+", default=[], metavar="ID", help="rows, by the column that the method names as id")
     one.add_argument("--where", nargs="+", type=_pair, default=[], metavar="column=value", help="rows that say so in all of these")
@@ -226,7 +228,11 @@ def verify(options: argparse.Namespace) -> int:
     for line in found:
         print(f"{options.run}: {line}")
     again = f"; {options.retrain} was trained again and has the same bits" if options.retrain else ""
-    print(f"{len(found)} problems" if found else f"{options.run}: every weight is as its manifest says, and none saw a deleted row{again}.")
+    print(
+        f"{len(found)} problems"
+        if found
+        else f"{options.run}: every weight is as its manifest says, and none saw a deleted row{again}."
+    )
     return int(bool(found))
 
 

@@ -196,7 +196,11 @@ def _method_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     if isinstance(recipe.method, EXACT):
         adapter, name = recipe.model.adapter, recipe.method.name
         if not adapter or adapter.init != "zero":
-            yield say(f"{name} trains adapters over a frozen base that no row decides; give an adapter with init: zero.", "model", "adapter")
+            yield say(
+                f"{name} trains adapters over a frozen base that no row decides; give an adapter with init: zero.",
+                "model",
+                "adapter",
+            )
         for key, given in (("rules", recipe.train.rules), ("stop", recipe.train.stop)):
             if given:
                 yield say(f"{name} trains each piece on its own rows alone, and has no use for it; take it out.", "train", key)

@@ -21,7 +21,7 @@ from llm_unlearn.sections import Model, Train
 from llm_unlearn.spec import Refused, fingerprint, nearest, plain
 
 LEARNED = {"target": ("forget", "retain", "general"), "retrained": ("retain", "general"), "base": ("general",)}
-"""Model -> the splits that it learns; each also learns to repeat names. `base` met none of the people: fine-tuning can begin there."""
+"""Model -> the splits that it learns; each also learns to repeat names. `base` met none of the people."""
 NAMES = tuple(LEARNED)
 TOGETHER = (("target", "retrained"), ("base",))
 """Models that are made together, as a run asks for both."""

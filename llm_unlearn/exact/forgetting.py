@@ -20,7 +20,7 @@ from llm_unlearn.exact.manifest import BEFORE, FILE, Manifest, new_manifest, rea
 from llm_unlearn.exact.pieces import Wanted, Workshop, wanted
 from llm_unlearn.exact.rows import Known, find, read_known
 from llm_unlearn.look import Looks, attacked
-from llm_unlearn.methods.exact import EXACT, Exact, S3T
+from llm_unlearn.methods.exact import EXACT, S3T, Exact
 from llm_unlearn.models.load import add_adapter, load, trainable
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.run import flattened, publish, results_of, run_facts, start, versions
@@ -55,7 +55,8 @@ class Session:
         self.base = fingerprint(*loaded.parts)
         self.workshop = Workshop(recipe, self.method, self.folder, net, self.accelerator)
         self.weights = sum(weight.numel() for weight in trainable(net).values())
-        if isinstance(self.method, S3T) and self.method.slices > (there := loaded.causal.config.get_text_config().num_hidden_layers):
+        there = loaded.causal.config.get_text_config().num_hidden_layers
+        if isinstance(self.method, S3T) and self.method.slices > there:
             raise Refused(f"method.slices: found {self.method.slices}, one block of layers each; this model has {there} layers.")
         if self.main:
             if overwrite:
@@ -78,15 +79,15 @@ class Session:
             Refused: it is not so.
         """
         if self.manifest.settings != settings_of(self.recipe):
-            raise Refused(f"{self.folder / FILE}: was made by other settings than {run_folder.RECIPE} says. Restore one of the two.")
+            raise Refused(f"{self.folder / FILE}: was made by other settings than {run_folder.RECIPE} says. Restore one.")
         if self.manifest.base != self.base:
             raise Refused(f"model.base: {self.recipe.model.base} is not the model that {self.folder} was trained on.")
         there = {self.manifest.hash(id) for id in self.known}
         gone = set(self.manifest.rows) - set(self.manifest.deleted) - there
         if gone:
             raise Refused(
-                f"data: {len(gone)} rows of this run are not in its data any more, or were changed. Put them back; rows that are to be "
-                "forgotten are deleted with llm-unlearn forget, before or after they leave the data."
+                f"data: {len(gone)} rows of this run are not in its data any more, or were changed. Put them back; rows that are "
+                "to be forgotten are deleted with llm-unlearn forget, before or after they leave the data."
             )
 
     @property
@@ -184,7 +185,7 @@ def run(
         facts = run_facts(recipe, outcome, accelerator, began, session.weights) | {"deletions": session.manifest.deletions}
         model = replace(session.model, adapter=None)
         del session.workshop
-        asked = {"before": (model, str(folder / BEFORE))} if (folder / BEFORE).is_dir() else {}
+        asked: dict[str, tuple[Model, str | None]] = {"before": (model, str(folder / BEFORE))} if (folder / BEFORE).is_dir() else {}
         asked["after"] = (model, str(folder / run_folder.ADAPTER))
         if control:
             asked["retrained"] = (control, None)
@@ -243,4 +244,3 @@ def said(facts: Mapping[str, Any]) -> str:
         f"({100 * facts['share']:.1f} % of a full retrain; the formula expects {100 * facts['expected_share']:.1f} %), "
         f"{facts['seconds']:g} s"
     )
-

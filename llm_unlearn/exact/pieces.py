@@ -199,7 +199,9 @@ class Workshop:
         save_joined(self.model, parts or [self.fresh], factor_of(self.method, len(serving)), unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
-        done = replace(manifest, pieces=self.finished(alive, manifest), serving=serving, state=state, adapter=adapter_files(self.folder))
+        done = replace(
+            manifest, pieces=self.finished(alive, manifest), serving=serving, state=state, adapter=adapter_files(self.folder)
+        )
         save(done, self.folder)
         sweep(self.folder, done)
         return done
@@ -236,5 +238,3 @@ def sweep(folder: Path, manifest: Manifest) -> None:
 
 def _cost(piece: Piece) -> dict[str, Any]:
     return {"steps": piece.steps, "examples": piece.examples, "seconds": piece.seconds}
-
-

@@ -78,7 +78,9 @@ def find(known: Mapping[str, Known], ids: list[str], where: Mapping[str, str]) -
         Refused: an id is not there, a column is not there, or nothing is found.
     """
     if unknown := [id for id in ids if id not in known]:
-        raise Refused(f"--ids: {unknown[0]!r} is no row of this run ({len(unknown)} of {len(ids)}); {nearest(unknown[0], list(known)[:5])}")
+        raise Refused(
+            f"--ids: {unknown[0]!r} is no row of this run ({len(unknown)} of {len(ids)}); {nearest(unknown[0], list(known)[:5])}"
+        )
     columns = {column for one in known.values() for row in one.rows for column in row}
     if absent := [column for column in where if column not in columns]:
         raise Refused(f"--where: no column {absent[0]!r}; {nearest(absent[0], sorted(columns))}")

@@ -1,5 +1,5 @@
-"""The proof of isolation, checked: that no kept weight depends on a deleted row, as far as files and hashes can tell, and on request by
-training a line again and comparing bits."""
+"""The proof of isolation, checked: that no kept weight depends on a deleted row, as far as files and hashes can tell, and on
+request by training a line again and comparing bits."""
 
 from __future__ import annotations
 
@@ -33,10 +33,16 @@ def problems(folder: Path) -> list[str]:
     if manifest.settings != settings_of(recipe):
         found.append(f"{run_folder.RECIPE}: is not the recipe that the manifest was made by")
     if manifest.state != "complete":
-        found.append(f"{FILE}: a {'deletion' if manifest.state == 'deleting' else 'training'} is under way; weights may depend on deleted rows")
+        found.append(
+            f"{FILE}: a {'deletion' if manifest.state == 'deleting' else 'training'} is under way; weights may depend on them"
+        )
     if not set(manifest.deleted) <= set(manifest.rows):
         found.append(f"{FILE}: lists deleted rows that were never given")
-    found += [f"{FILE}: piece {piece.key} ({piece.line}, {piece.stage}): {text}" for piece in manifest.pieces for text in _linked(piece, manifest)]
+    found += [
+        f"{FILE}: piece {piece.key} ({piece.line}, {piece.stage}): {text}"
+        for piece in manifest.pieces
+        for text in _linked(piece, manifest)
+    ]
     changed = list(_changed(folder, manifest))
     found += changed or _not_joined(folder, manifest, factor_of(method_of(recipe), len(manifest.serving)))
     return found
@@ -72,7 +78,8 @@ def _changed(folder: Path, manifest: Manifest) -> Iterator[str]:
         if not path.is_file():
             yield f"{name}: is gone"
         elif (now := sha256(path)) != piece.sha256:
-            yield f"{name} ({piece.line}, {piece.stage}): was changed; SHA-256 is {now[:16]}…, the manifest says {piece.sha256[:16]}…"
+            hashes = f"SHA-256 is {now[:16]}…, the manifest says {piece.sha256[:16]}…"
+            yield f"{name} ({piece.line}, {piece.stage}): was changed; {hashes}"
     here = adapter_files(folder)
     for file in sorted({*here, *manifest.adapter}):
         if here.get(file) != manifest.adapter.get(file):
@@ -116,6 +123,7 @@ def retrained(folder: Path, line: str, cache: Path) -> list[str]:
         for one in session.workshop.once_more(session.manifest, session.kept, line, set(manifest.by_key)):
             here, there = (path / PIECES / one.piece.key / WEIGHTS for path in (target, folder))
             if sha256(here) != sha256(there):
-                found.append(f"{there.relative_to(folder)} ({one.line.name}, {one.stage.name}): other bits than training it again makes")
+                found.append(
+                    f"{there.relative_to(folder)} ({one.line.name}, {one.stage.name}): other bits than training it again makes"
+                )
     return found
-

@@ -1,7 +1,7 @@
 """Ways to forget exactly: weights in pieces, each a function of few rows, so that a deletion touches only the pieces that saw it.
 
-All of them are lines of stages. A **stage** trains an adapter a little further on its rows, and a **line** is a chain of stages; what
-a stage ends with depends on the settings, on its own rows and on the stages before it, and on nothing else. Which row is in which
+All of them are lines of stages. A **stage** trains an adapter a little further on its rows, and a **line** is a chain of stages; what a
+stage ends with depends on the settings, on its own rows and on the stages before it, and on nothing else. Which row is in which
 stage follows from the row's id alone, so that deleting one row moves no other.
 
 `train.epochs` are passes over the rows of a line. With `train.steps`, every stage takes so many steps.
@@ -82,16 +82,15 @@ class Sisa:
 
     terms = OBJECTIVE
     retrains = True
-    owner = None
 
     def lines(self, rows: Sequence[Placed]) -> list[Line]:
         """Shard and slice by hash of the id; an empty slice is no stage."""
         epochs = 2 / (self.slices + 1)
         cells = _cells(rows, self.shards, self.slices)
         return [
-            Line(f"shard {s + 1}", f"shard {s + 1}", _filled(Stage(f"slice {r + 1}", cells[s][r], True, epochs) for r in range(self.slices)))
-            for s in range(self.shards)
-        ]  # fmt: skip
+            Line(name, name, _filled(Stage(f"slice {r + 1}", rows, True, epochs) for r, rows in enumerate(shard)))
+            for name, shard in cells.items()
+        ]
 
     def expected(self, deleted: int, sizes: Mapping[str, int]) -> float:
         """The share of a full retrain that deleting rows drawn at random costs, in examples seen: see `sisa_share`."""
@@ -110,8 +109,8 @@ def sisa_share(shards: int, slices: int, deleted: int) -> float:
 
 @spec
 class S3T:
-    """Sequence-aware sharded sliced training (S3T, Basu Roy Chowdhury et al. 2024, 2406.16257): slice i trains the LoRA layers of its
-    own block, from the top of the model down, above weights that stay as they are.
+    """Sequence-aware sharded sliced training (S3T, Basu Roy Chowdhury et al. 2024, 2406.16257): slice i trains the LoRA layers of
+    its own block, from the top of the model down, above weights that stay as they are.
 
     Deleting a row of slice i switches off its block and all that were trained after it, at once and without training. Each shard
     is trained in `orders` cyclic orders of its slices; the one with the most clean blocks serves. So with as many orders as
@@ -132,20 +131,17 @@ class S3T:
 
     terms = OBJECTIVE
     retrains = False
-    owner = None
 
     def lines(self, rows: Sequence[Placed]) -> list[Line]:
         """Shard and slice by hash of the id; order b begins with slice ⌊bL/B⌋."""
         cells = _cells(rows, self.shards, self.slices)
         return [
             Line(
-                f"shard {s + 1} order {b + 1}",
-                f"shard {s + 1}",
-                _filled(
-                    Stage(f"slice {at + 1}", cells[s][at], False, 1.0, (i, self.slices)) for i, at in enumerate(self.order(b))
-                ),
+                f"{name} order {b + 1}",
+                name,
+                _filled(Stage(f"slice {at + 1}", shard[at], False, 1.0, (i, self.slices)) for i, at in enumerate(self.order(b))),
             )
-            for s in range(self.shards)
+            for name, shard in cells.items()
             for b in range(self.orders)
         ]
 
@@ -202,12 +198,12 @@ Exact = Sisa | S3T | Modules
 EXACT = (Sisa, S3T, Modules)
 
 
-def _cells(rows: Sequence[Placed], shards: int, slices: int) -> list[list[tuple[str, ...]]]:
-    """[shard][slice] -> ids, ascending."""
+def _cells(rows: Sequence[Placed], shards: int, slices: int) -> dict[str, list[tuple[str, ...]]]:
+    """Shard -> for each slice its ids, ascending."""
     found: list[list[list[str]]] = [[[] for _ in range(slices)] for _ in range(shards)]
     for row in rows:
         found[share_of(row.id, "shard", shards)][share_of(row.id, "slice", slices)].append(row.id)
-    return [[tuple(sorted(ids)) for ids in shard] for shard in found]
+    return {f"shard {s + 1}": [tuple(sorted(ids)) for ids in shard] for s, shard in enumerate(found)}
 
 
 def _filled(stages: Iterable[Stage]) -> tuple[Stage, ...]:
