@@ -13,17 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
 from llm_unlearn.evaluation import suite as suites
-from llm_unlearn.methods.exact import EXACT
-from llm_unlearn.source import missing
+from llm_unlearn.exact import command
+from llm_unlearn.source import is_recipe, missing
 from llm_unlearn.spec import Refused, schema
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
-
-if TYPE_CHECKING:
-    from llm_unlearn.training.guard import Outcome
 
 EPILOG = "A recipe can also be launched itself, on one process or many: accelerate launch RECIPE [key=value ...]"
 
@@ -86,15 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this recipe's run folder")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
     _takes_recipe(verb("plan", plan, "say what a run will do, and write nothing"))
-    one = verb(
-        "forget", forget, "delete rows from a finished run of an exact method; without rows, go on with a broken-off deletion"
-    )
-    one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
-    one.add_argument("--ids", nargs="+", default=[], metavar="ID", help="rows, by the column that the method names as id")
-    one.add_argument("--where", nargs="+", type=_pair, default=[], metavar="column=value", help="rows that say so in all of these")
-    one = verb("verify", verify, "check a run's manifest: that no kept weight depends on a deleted row")
-    one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
-    one.add_argument("--retrain", metavar="LINE", help="also train one line again, such as 'shard 1', and compare bits")
+    command.add(verb, cache_folder)
     one = verb("evaluate", evaluate, "run a suite on a model, before and after an adapter, beside a retrained one")
     _takes_models(one)
     one = verb("compare", compare_runs, "put finished runs or evaluations beside each other: table, JSON, one HTML page")
@@ -180,8 +168,13 @@ def run(options: argparse.Namespace) -> int:
     if folder.check(wanted, options.resume, options.overwrite):
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return 0
-    carry_out = _engine(wanted)
-    outcome = carry_out(wanted, suite, cache=cache_folder(), resume=options.resume, overwrite=options.overwrite)
+    from llm_unlearn.control import found
+
+    named = (wanted.evaluation.retrained if wanted.evaluation else None) or (suite.retrained if suite else None)
+    outcome = command.engine(wanted)(
+        wanted, suite, cache=cache_folder(), resume=options.resume, overwrite=options.overwrite,
+        retrained=found(named, cache_folder()),
+    )  # fmt: skip
     if outcome.status == "interrupted":
         print(
             f"interrupted after step {outcome.step}; the same command with --resume goes on from there.",
@@ -192,54 +185,6 @@ def run(options: argparse.Namespace) -> int:
         kept = f"the weights after step {outcome.kept} were kept" if outcome.kept else "the model was left as it was"
         print(f"{outcome.status}: {outcome.reason}; {kept}.", file=sys.stderr)
     return int(outcome.broken)
-
-
-def _engine(wanted: recipe.Recipe) -> Callable[..., Outcome]:
-    """What carries out a recipe: the run as such, or that of weights in pieces."""
-    if isinstance(wanted.method, EXACT):
-        from llm_unlearn.exact.forgetting import run as in_pieces
-
-        return in_pieces
-    from llm_unlearn.run import run as straight
-
-    return straight
-
-
-def forget(options: argparse.Namespace) -> int:
-    where = dict(word.split("=", 1) for word in options.where)
-    from llm_unlearn.exact.forgetting import forget as delete
-    from llm_unlearn.exact.forgetting import said
-
-    facts, outcome = delete(options.run, options.ids, where=where, cache=cache_folder())
-    if outcome.status == "interrupted":
-        print(f"interrupted; llm-unlearn forget {options.run} goes on from there.", file=sys.stderr)
-        return 130
-    if not int(os.environ.get("RANK", "0")):
-        print(said(facts))
-    return 0
-
-
-def verify(options: argparse.Namespace) -> int:
-    from llm_unlearn.exact.verify import problems, retrained
-
-    found = problems(options.run)
-    if options.retrain and not found:
-        found = retrained(options.run, options.retrain, cache_folder())
-    for line in found:
-        print(f"{options.run}: {line}")
-    again = f"; {options.retrain} was trained again and has the same bits" if options.retrain else ""
-    print(
-        f"{len(found)} problems"
-        if found
-        else f"{options.run}: every weight is as its manifest says, and none saw a deleted row{again}."
-    )
-    return int(bool(found))
-
-
-def _pair(word: str) -> str:
-    if "=" not in word.strip("="):
-        raise argparse.ArgumentTypeError(f"found {word!r}; expected column=value")
-    return word
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -267,12 +212,14 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.adapter:
         asked = {"before": (model, None), "after": (model, folder.adapter_in(options.adapter))}
     if retrained := options.retrained or suite.retrained:
-        asked["retrained"] = (replace(model, base=folder.model_in(retrained)), None)
+        asked["retrained"] = (replace(model, base=retrained), None)  # in its place among the columns
     for option, name in (("--model", model.base), ("--adapter", options.adapter), ("--retrained", retrained)):
         if name and missing(name):
             raise Refused(f"{option}: no such folder: {name} (looked from {Path.cwd()}).")
     from llm_unlearn.run import evaluate as carry_out
 
+    if retrained:
+        asked["retrained"] = (replace(model, base=_made(retrained)), None)
     carry_out(suite, options.suite, asked, cache=cache_folder(), output=options.output)
     return 0
 
@@ -285,11 +232,20 @@ def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> int:
         suite=suite,
         suite_name=options.suite,
         candidates=candidates.candidates_of(options.model, options.adapter, options.before, options.quantize),
-        retrained=folder.model_in(retrained) if retrained else None,
+        retrained=_made(retrained) if retrained else None,
         output=options.output,
         overwrite=options.overwrite,
     )
     return many.evaluate(asked, cache_folder())
+
+
+def _made(retrained: str) -> str:
+    """A model's folder or id; a recipe's model is made now."""
+    if not is_recipe(retrained):
+        return folder.model_in(retrained)
+    from llm_unlearn.control import found
+
+    return str(found(retrained, cache_folder()))
 
 
 def compare_runs(options: argparse.Namespace) -> int:

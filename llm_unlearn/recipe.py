@@ -55,8 +55,9 @@ class Recipe:
 
     @property
     def window(self) -> dict[str, int]:
-        """Examples of each stream in one optimizer step; the forget stream, first, sets the length of an epoch."""
-        return {name: self.train.window.get(name, 16) for name in self.sources}
+        """Examples of each stream in one optimizer step; the first, of an objective the forget stream, sets the length of an epoch.
+        A method's streams are those of its terms: retraining passes over the retain set and never looks at the other."""
+        return {name: self.train.window.get(name, 16) for name in (self.method.terms if self.method else self.sources)}
 
     @property
     def hash(self) -> str:

@@ -96,8 +96,8 @@ def build(
 
 
 def by_key(keys: Sequence[str], window: int, seed: object, passes: float, stream: str, steps: int | None = None) -> Schedule:
-    """Lay out training on one stream so that what is drawn for an example depends on its key alone: in each pass the examples stand in the
-    order of draws made from the seed, the pass and the key. Without one of them, the others keep theirs.
+    """Lay out training on one stream so that what is drawn for an example depends on its key alone: in each pass the
+    examples stand in the order of draws made from the seed, the pass and the key. Without one of them, the others keep theirs.
 
     Args:
         passes: over all examples; a fraction ends inside a pass.

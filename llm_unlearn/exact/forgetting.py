@@ -159,13 +159,13 @@ class Session:
 
 
 def run(
-    recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = False, overwrite: bool = False, control: Model | None = None
+    recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = False, overwrite: bool = False, retrained: str | None = None
 ) -> Outcome:
     """Train with all rows, delete the forget set, and measure both. What was broken off goes on by itself.
 
     Args:
         suite: what to measure before and after; None measures nothing.
-        control: the model that never saw the forget set.
+        retrained: the model that never saw the forget set: a folder, a hub id or embedded:….
     """
     began, session = time.perf_counter(), Session(recipe, cache, overwrite)
     outcome = Outcome("finished", 0, 0)
@@ -187,8 +187,8 @@ def run(
         del session.workshop
         asked: dict[str, tuple[Model, str | None]] = {"before": (model, str(folder / BEFORE))} if (folder / BEFORE).is_dir() else {}
         asked["after"] = (model, str(folder / run_folder.ADAPTER))
-        if control:
-            asked["retrained"] = (control, None)
+        if retrained:
+            asked["retrained"] = (replace(model, base=retrained, start=None), None)
         seen = Looks(suite, accelerator, cache)(asked, str(folder))
         attacks = attacked(suite, seen, accelerator, cache)
         if session.main:
@@ -213,7 +213,7 @@ def forget(
         where: column -> value; the rows that say so are deleted too.
 
     Returns:
-        What it cost (as in the manifest), and whether it came to its end.
+        What it cost (as in the manifest; on the first process), and whether it came to its end.
 
     Raises:
         Refused: the run is not finished, or there is no such row. Nothing was changed.
@@ -230,7 +230,7 @@ def forget(
     if not asked and manifest.state == "complete":
         return {"rows": 0, "note": "these rows were deleted before; nothing was left to do"}, Outcome("finished", 0, 0)
     manifest, outcome = session.delete(asked)
-    return ({} if outcome.status == "interrupted" else manifest.deletions[-1]), outcome
+    return ({} if outcome.status == "interrupted" or not session.main else manifest.deletions[-1]), outcome
 
 
 def said(facts: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Ways to forget exactly: weights in pieces, each a function of few rows, so that a deletion touches only the pieces that saw it.
 
-All of them are lines of stages. A **stage** trains an adapter a little further on its rows, and a **line** is a chain of stages; what a
-stage ends with depends on the settings, on its own rows and on the stages before it, and on nothing else. Which row is in which
-stage follows from the row's id alone, so that deleting one row moves no other.
+All of them are lines of stages. A **stage** trains an adapter a little further on its rows, and a **line** is a chain of
+stages; what a stage ends with depends on the settings, on its own rows and on the stages before it, and on nothing else. Which
+row is in which stage follows from the row's id alone, so that deleting one row moves no other.
 
 `train.epochs` are passes over the rows of a line. With `train.steps`, every stage takes so many steps.
 """
