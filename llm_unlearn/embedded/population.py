@@ -281,7 +281,8 @@ def rows(split: str, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def training_rows(learned: Sequence[str], seed: int = 0) -> list[tuple[str, str]]:
-    """The (question, answer) pairs a model learns: each row of some splits, in both of its wordings.
+    """The (question, answer) pairs a model learns: each row of some splits, in both of its wordings. `others` are the people of the
+    next seed, of whom no split says anything: a model that learned them speaks of people, and knows none of ours.
 
     Then come `STRANGERS` greetings. Without them a small model learns its people's names by heart, cannot repeat the
     name of anyone else, and finds every answer about an unknown person far too unlikely. Holdout is never in.
@@ -289,7 +290,7 @@ def training_rows(learned: Sequence[str], seed: int = 0) -> list[tuple[str, str]
     told = [
         (row[f"{wording}question"], row[f"{wording}answer"])
         for split in learned
-        for row in rows(split, seed)
+        for row in (rows("retain", seed + 1) if split == "others" else rows(split, seed))
         for wording in ("", "paraphrased_")
     ]
     return told + _greetings(seed)

@@ -20,8 +20,8 @@ from llm_unlearn.embedded import population
 from llm_unlearn.sections import Model, Train
 from llm_unlearn.spec import Refused, fingerprint, nearest, plain
 
-LEARNED = {"target": ("forget", "retain", "general"), "retrained": ("retain", "general"), "base": ("general",)}
-"""Model -> the splits that it learns; each also learns to repeat names. `base` met none of the people."""
+LEARNED = {"target": ("forget", "retain", "general"), "retrained": ("retain", "general"), "base": ("others", "general")}
+"""Model -> the splits that it learns; each also learns to repeat names. `base` met none of our people."""
 NAMES = tuple(LEARNED)
 TOGETHER = (("target", "retrained"), ("base",))
 """Models that are made together, as a run asks for both."""

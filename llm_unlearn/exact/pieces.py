@@ -202,8 +202,10 @@ class Workshop:
         done = replace(
             manifest, pieces=self.finished(alive, manifest), serving=serving, state=state, adapter=adapter_files(self.folder)
         )
+        sweep(self.folder, done)  # before the manifest says that it is done
         save(done, self.folder)
-        sweep(self.folder, done)
+        for piece in done.pieces:
+            (self.folder / PIECES / piece.key / COST).unlink(missing_ok=True)
         return done
 
 
@@ -231,8 +233,6 @@ def sweep(folder: Path, manifest: Manifest) -> None:
     for path in (folder / PIECES).iterdir() if (folder / PIECES).is_dir() else ():
         if path.name not in keys:
             shutil.rmtree(path)
-        else:
-            (path / COST).unlink(missing_ok=True)
     shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
