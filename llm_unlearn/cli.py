@@ -16,7 +16,8 @@ from pathlib import Path
 
 from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
 from llm_unlearn.evaluation import suite as suites
-from llm_unlearn.source import missing
+from llm_unlearn.exact import command
+from llm_unlearn.source import is_recipe, missing
 from llm_unlearn.spec import Refused, schema
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
 
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this recipe's run folder")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
     _takes_recipe(verb("plan", plan, "say what a run will do, and write nothing"))
+    command.add(verb, cache_folder)
     one = verb("evaluate", evaluate, "run a suite on a model, before and after an adapter, beside a retrained one")
     _takes_models(one)
     one = verb("compare", compare_runs, "put finished runs or evaluations beside each other: table, JSON, one HTML page")
@@ -166,9 +168,13 @@ def run(options: argparse.Namespace) -> int:
     if folder.check(wanted, options.resume, options.overwrite):
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return 0
-    from llm_unlearn.run import run as carry_out
+    from llm_unlearn.control import found
 
-    outcome = carry_out(wanted, suite, cache=cache_folder(), resume=options.resume, overwrite=options.overwrite)
+    named = (wanted.evaluation.retrained if wanted.evaluation else None) or (suite.retrained if suite else None)
+    outcome = command.engine(wanted)(
+        wanted, suite, cache=cache_folder(), resume=options.resume, overwrite=options.overwrite,
+        retrained=found(named, cache_folder()),
+    )  # fmt: skip
     if outcome.status == "interrupted":
         print(
             f"interrupted after step {outcome.step}; the same command with --resume goes on from there.",
@@ -206,12 +212,14 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.adapter:
         asked = {"before": (model, None), "after": (model, folder.adapter_in(options.adapter))}
     if retrained := options.retrained or suite.retrained:
-        asked["retrained"] = (replace(model, base=folder.model_in(retrained)), None)
+        asked["retrained"] = (replace(model, base=retrained), None)  # in its place among the columns
     for option, name in (("--model", model.base), ("--adapter", options.adapter), ("--retrained", retrained)):
         if name and missing(name):
             raise Refused(f"{option}: no such folder: {name} (looked from {Path.cwd()}).")
     from llm_unlearn.run import evaluate as carry_out
 
+    if retrained:
+        asked["retrained"] = (replace(model, base=_made(retrained)), None)
     carry_out(suite, options.suite, asked, cache=cache_folder(), output=options.output)
     return 0
 
@@ -224,11 +232,20 @@ def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> int:
         suite=suite,
         suite_name=options.suite,
         candidates=candidates.candidates_of(options.model, options.adapter, options.before, options.quantize),
-        retrained=folder.model_in(retrained) if retrained else None,
+        retrained=_made(retrained) if retrained else None,
         output=options.output,
         overwrite=options.overwrite,
     )
     return many.evaluate(asked, cache_folder())
+
+
+def _made(retrained: str) -> str:
+    """A model's folder or id; a recipe's model is made now."""
+    if not is_recipe(retrained):
+        return folder.model_in(retrained)
+    from llm_unlearn.control import found
+
+    return str(found(retrained, cache_folder()))
 
 
 def compare_runs(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
 
+from llm_unlearn.methods.exact import EXACT
 from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
@@ -54,13 +55,18 @@ class Recipe:
 
     @property
     def window(self) -> dict[str, int]:
-        """Examples of each stream in one optimizer step; the forget stream, first, sets the length of an epoch."""
-        return {name: self.train.window.get(name, 16) for name in self.sources}
+        """Examples of each stream in one optimizer step; the first, of an objective the forget stream, sets the length of an epoch.
+        A method's streams are those of its terms: retraining passes over the retain set and never looks at the other."""
+        return {name: self.train.window.get(name, 16) for name in (self.method.terms if self.method else self.sources)}
 
     @property
     def hash(self) -> str:
         """Stands for everything that decides the outcome: all but the name of the run folder."""
         return fingerprint({key: value for key, value in plain(self).items() if key != "output"})
+
+
+EMBEDDED_MODELS = ("embedded:target", "embedded:retrained", "embedded:base")
+"""What `embedded:` can name as a model (`embedded/target.py` makes them)."""
 
 
 def load(path: Path, overrides: Iterable[str] = (), check: bool = True) -> Recipe:
@@ -119,8 +125,8 @@ def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
             yield say("needs gradients of the base weights, and quantized ones have none; give model.quantize: null.", *at)
         if not recipe.data.retain:
             yield say("weighs the forget against the retain set, and there is none; give data.retain.", *at)
-    if recipe.model.base.startswith("embedded:") and recipe.model.base not in ("embedded:target", "embedded:retrained"):
-        yield say(f"found {recipe.model.base!r}; expected embedded:target, a folder or a hub id.", "model", "base")
+    if recipe.model.base.startswith("embedded:") and recipe.model.base not in EMBEDDED_MODELS:
+        yield say(f"found {recipe.model.base!r}; expected embedded:target, embedded:base, a folder or a hub id.", "model", "base")
     if missing(recipe.model.base):
         yield say(f"no such folder: {recipe.model.base} (looked from {Path.cwd()}).", "model", "base")
     if recipe.model.start and missing(recipe.model.start):
@@ -188,6 +194,17 @@ def _method_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     for name in recipe.method.terms:
         if name not in recipe.sources:
             yield say(f"missing; {recipe.method.name} reads it.", "data", name)
+    if isinstance(recipe.method, EXACT):
+        adapter, name = recipe.model.adapter, recipe.method.name
+        if not adapter or adapter.init != "zero":
+            yield say(
+                f"{name} trains adapters over a frozen base that no row decides; give an adapter with init: zero.",
+                "model",
+                "adapter",
+            )
+        for key, given in (("rules", recipe.train.rules), ("stop", recipe.train.stop)):
+            if given:
+                yield say(f"{name} trains each piece on its own rows alone, and has no use for it; take it out.", "train", key)
 
 
 def _objective_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:

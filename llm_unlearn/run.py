@@ -42,12 +42,15 @@ from llm_unlearn.training.window import Job
 PACKAGES = ("llm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 
 
-def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = False, overwrite: bool = False) -> Outcome:
+def run(
+    recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = False, overwrite: bool = False, retrained: str | None = None
+) -> Outcome:
     """Carry out a recipe on the processes that are there. `folder.check` has said that it may.
 
     Args:
         suite: what to measure before and after; None measures nothing.
         cache: folder for the embedded models and for tables that were computed before.
+        retrained: the model that never saw the forget set, where it is not under the name that recipe or suite give (`control`).
 
     Raises:
         Refused: something the recipe names cannot be used. The run folder is not touched before the data has been read.
@@ -59,7 +62,7 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
     encoded: Encoded = {}
     examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
     job = make_job(recipe, examples)
-    if suite and (control := (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
+    if suite and (control := retrained or (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
         # before the model itself, so that a control that cannot be loaded is said before hours of training
         without = embedded(replace(recipe.model, base=control, start=None), cache)
         other = load(without, accelerator.device)
@@ -142,7 +145,7 @@ def make_job(recipe: Recipe, examples: Examples) -> Job:
 
 def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:
     companions = {name: [len(of_row) for of_row in found] for name, found in examples.companions.items()}
-    sizes = {name: len(examples.streams[name]) for name in recipe.sources}
+    sizes = {name: len(examples.streams[name]) for name in recipe.window}
     return build(sizes, recipe.window, recipe.seed, recipe.train.epochs, recipe.train.steps, companions)
 
 

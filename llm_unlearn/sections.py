@@ -107,6 +107,6 @@ class Evaluation:
     suite: str
     """A suite file, such as eval/quick.yaml."""
     retrained: str | None = None
-    """The model that never saw the forget set; without it, the one that the suite names."""
+    """The model that never saw the forget set, or a recipe that makes it (kept in the cache); without it, what the suite names."""
     every: PositiveInt | None = None
     """Also run the suite every so many optimizer steps."""

@@ -105,5 +105,10 @@ def missing(name: str) -> bool:
     return looks_local and not name.startswith("embedded:") and not Path(name).expanduser().exists()
 
 
+def is_recipe(name: str) -> bool:
+    """Whether the name of a model is that of a recipe file, which makes one."""
+    return Path(name).suffix in (".yaml", ".yml")
+
+
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 """Local files by their ending, and the reader of `datasets` that reads them."""

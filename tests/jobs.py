@@ -44,14 +44,15 @@ objective:
 """A recipe of the embedded default, as short as one can be."""
 
 
+class PowerCut(Exception):
+    """What ends a run in a test, at any place."""
+
+
 def straight_and_resumed(wanted: Job, make: Callable[[], Any], folder: Path, at: int) -> tuple[Any, Any]:
     """Two models: of a run that nothing disturbs (`folder`/straight), and of one whose power is cut after step `at` and which is
     then resumed (`folder`/cut)."""
     straight, resumed = make(), make()
     train(wanted, straight, Accelerator(cpu=True), folder / "straight")
-
-    class PowerCut(Exception):
-        pass
 
     def cut(step: int) -> None:
         if step == at:

@@ -67,6 +67,13 @@ if what == "harness":
     accelerator.wait_for_everyone()
     answered = ask(as_loaded(make_llama, make_tokenizer()), *of_each_kind(folder))
     torch.save(answered, folder / f"found-{accelerator.process_index}.pt")
+if what == "exact":
+    from llm_unlearn import recipe
+    from llm_unlearn.exact.forgetting import forget, run
+
+    wanted = recipe.load(folder / "shared" / "recipe.yaml")
+    run(wanted, None, cache=folder)
+    forget(Path(wanted.output), ["row3"], cache=folder)
 if what == "golden":
     from golden import FILE, measured
 

@@ -159,8 +159,8 @@ def read_examples(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     found = {name: rows(source) for name, source in sources.items()}
     overlap = 0
     if data.retain:
-        forget = {_content(row, data.forget) for row in found["forget"]}
-        shared = [i for i, row in enumerate(found["retain"]) if _content(row, data.retain) in forget]
+        forget = {content_of(row, data.forget) for row in found["forget"]}
+        shared = [i for i, row in enumerate(found["retain"]) if content_of(row, data.retain) in forget]
         overlap = len(shared)
         if overlap and data.overlap == "error":
             first = f"row {shared[0] + 1} of {data.retain.source}, {_short(found['retain'][shared[0]], data.retain)!r}"
@@ -231,7 +231,7 @@ def _drawn(pool: list[Row], row: Row, source: Source, alternate: Alternate, seed
     own = " ".join(str(row.get(source.answer or "")).split())
     answers: list[object] = []
     for k in range(10 * alternate.count):
-        value = pool[draw(seed, _content(row, source), *([k] if k else [])) % len(pool)][alternate.answer]
+        value = pool[draw(seed, content_of(row, source), *([k] if k else [])) % len(pool)][alternate.answer]
         found = value if isinstance(value, list) else [value]
         if own not in (" ".join(str(one).split()) for one in found) and (alternate.count == 1 or found[0] not in answers):
             answers += found
@@ -278,7 +278,7 @@ def draw(*key: object) -> int:
     return int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest(), "little")
 
 
-def _content(row: Row, source: Source) -> str:
+def content_of(row: Row, source: Source) -> str:
     """What makes two rows the same: the text that would be learnt, white space folded."""
     columns = [source.messages] if source.messages else [source.text] if source.text else [source.prompt, source.answer]
     return json.dumps([" ".join(str(row[column]).split()) for column in columns if column])

@@ -93,3 +93,22 @@ def build(
                 slot += 1
     columns = np.array(table, dtype=np.int64).T
     return Schedule(streams, *columns)
+
+
+def by_key(keys: Sequence[str], window: int, seed: object, passes: float, stream: str, steps: int | None = None) -> Schedule:
+    """Lay out training on one stream so that what is drawn for an example depends on its key alone: in each pass the
+    examples stand in the order of draws made from the seed, the pass and the key. Without one of them, the others keep theirs.
+
+    Args:
+        passes: over all examples; a fraction ends inside a pass.
+        steps: number of steps, instead of passes.
+    """
+    per_pass = ceil(len(keys) / window)
+    total = steps if steps is not None else max(1, round(passes * per_pass))
+    table: list[tuple[int, int, int, int]] = []
+    for step in range(total):
+        number, at = divmod(step, per_pass)
+        if at == 0:
+            order = sorted(range(len(keys)), key=lambda i: (draw(seed, number, keys[i]), keys[i]))
+        table += [(step, slot, 0, i) for slot, i in enumerate(order[at * window : (at + 1) * window])]
+    return Schedule((stream,), *np.array(table, dtype=np.int64).T)

@@ -280,18 +280,17 @@ def rows(split: str, seed: int = 0) -> list[dict[str, Any]]:
     return _general_rows(seed) if split == "general" else _people_rows(split, seed)
 
 
-def training_rows(with_forget: bool, seed: int = 0) -> list[tuple[str, str]]:
-    """The (question, answer) pairs a model learns: each row of forget, retain and general, in both of its wordings.
+def training_rows(learned: Sequence[str], seed: int = 0) -> list[tuple[str, str]]:
+    """The (question, answer) pairs a model learns: each row of some splits, in both of its wordings. `others` are the people of the
+    next seed, of whom no split says anything: a model that learned them speaks of people, and knows none of ours.
 
     Then come `STRANGERS` greetings. Without them a small model learns its people's names by heart, cannot repeat the
-    name of anyone else, and finds every answer about an unknown person far too unlikely. Without forget, it is what the
-    retrained model learns: the model that never met those people. Holdout is never in.
+    name of anyone else, and finds every answer about an unknown person far too unlikely. Holdout is never in.
     """
-    learned = [row for split in ("forget", "retain", "general") for row in rows(split, seed)]
     told = [
         (row[f"{wording}question"], row[f"{wording}answer"])
-        for row in learned
-        if with_forget or not row["id"].startswith("forget/")
+        for split in learned
+        for row in (rows("retain", seed + 1) if split == "others" else rows(split, seed))
         for wording in ("", "paraphrased_")
     ]
     return told + _greetings(seed)

@@ -1,7 +1,8 @@
-"""The embedded models: a small Llama that knows everybody, and one retrained without the forget people; made here, on first use.
+"""The embedded models: a small Llama that knows everybody, one retrained without the forget people, and one that never met anybody;
+made here, on first use.
 
-Both are trained side by side, each by one process on one CPU core, and kept in the user's cache under a fingerprint of all
-that decides them. The child processes run this file: `python -m llm_unlearn.embedded.target NAME FOLDER`.
+Those that are made together are trained side by side, each by one process on one CPU core, and kept in the user's cache under a
+fingerprint of all that decides them. The child processes run this file: `python -m llm_unlearn.embedded.target NAME FOLDER`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from llm_unlearn.embedded import population
 from llm_unlearn.sections import Model, Train
 from llm_unlearn.spec import Refused, fingerprint, nearest, plain
 
-NAMES = ("target", "retrained")
+LEARNED = {"target": ("forget", "retain", "general"), "retrained": ("retain", "general"), "base": ("others", "general")}
+"""Model -> the splits that it learns; each also learns to repeat names. `base` met none of our people."""
+NAMES = tuple(LEARNED)
+TOGETHER = (("target", "retrained"), ("base",))
+"""Models that are made together, as a run asks for both."""
 SEED = 0
 ARCHITECTURE = {
     "hidden_size": 128,
@@ -38,14 +43,14 @@ CHAT_TEMPLATE = (
 SETTINGS = Train(epochs=30, lr=3e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, window={"facts": 32}, checkpoint_every=10**6)
 
 
-def models(cache: Path, show: bool = True) -> dict[str, Path]:
-    """The folders of both models, trained now if the cache has none of these settings.
+def models(cache: Path, show: bool = True, names: tuple[str, ...] = TOGETHER[0]) -> dict[str, Path]:
+    """The folders of models that are made together, trained now if the cache has none of these settings.
 
     Raises:
         Refused: training failed; the text ends with its last words.
     """
-    rows = {name: population.training_rows(name == "target", SEED) for name in NAMES}
-    key = fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, plain(SETTINGS), SEED, [rows["target"], rows["retrained"]])
+    rows = [population.training_rows(LEARNED[name], SEED) for name in names]
+    key = fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, plain(SETTINGS), SEED, rows)
     home = cache / "embedded" / key
     if not home.is_dir():
         from filelock import FileLock
@@ -53,18 +58,18 @@ def models(cache: Path, show: bool = True) -> dict[str, Path]:
         home.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(home.with_suffix(".lock")):  # other processes of this run wait here, and then find the models
             if not home.is_dir():
-                _train_both(home, show)
-    return {name: home / name for name in NAMES}
+                _train_all(names, home, show)
+    return {name: home / name for name in names}
 
 
 def folder_of(name: str, cache: Path) -> str:
-    """`embedded:target` or `embedded:retrained` as a folder; any other name as it is."""
+    """`embedded:target` and the like as a folder; any other name as it is."""
     if not name.startswith("embedded:"):
         return name
     short = name.removeprefix("embedded:")
     if short not in NAMES:
         raise Refused(f"{name}: no such model; {nearest(short, NAMES)}")
-    return str(models(cache)[short])
+    return str(models(cache, names=next(group for group in TOGETHER if short in group))[short])
 
 
 def embedded(model: Model, cache: Path) -> Model:
@@ -72,7 +77,7 @@ def embedded(model: Model, cache: Path) -> Model:
     return replace(model, base=folder_of(model.base, cache))
 
 
-def _train_both(home: Path, show: bool) -> None:
+def _train_all(names: tuple[str, ...], home: Path, show: bool) -> None:
     from tqdm.auto import tqdm
 
     unfinished = home.with_suffix(f".{os.getpid()}")
@@ -93,7 +98,7 @@ def _train_both(home: Path, show: bool) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith(launcher)} | {"OMP_NUM_THREADS": "1"}
     children = {}
     try:
-        for name in NAMES:
+        for name in names:
             (unfinished / name).mkdir(parents=True)
             with (unfinished / name / "errors.txt").open("wb") as errors:
                 command = [sys.executable, "-m", "llm_unlearn.embedded.target", name, str(unfinished / name)]
@@ -107,7 +112,7 @@ def _train_both(home: Path, show: bool) -> None:
         ) as bar:
             while any(child.poll() is None for child in children.values()):
                 time.sleep(0.2)
-                done = min(_share(unfinished / name) for name in NAMES)
+                done = min(_share(unfinished / name) for name in names)
                 bar.update(round(100 * done) - bar.n)
         for name, child in children.items():
             if child.returncode:
@@ -131,7 +136,7 @@ def _share(folder: Path) -> float:
 
 
 def _steps(name: str) -> int:
-    rows = len(population.training_rows(name == "target", SEED))
+    rows = len(population.training_rows(LEARNED[name], SEED))
     return round(SETTINGS.epochs * -(-rows // SETTINGS.window["facts"]))
 
 
@@ -178,7 +183,7 @@ def _train_one(name: str, folder: Path) -> None:
     tokenizer = make_tokenizer()
     turns = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in population.training_rows(name == "target", SEED)
+        for question, answer in population.training_rows(LEARNED[name], SEED)
     ]
     facts = [example for example in encode(turns, tokenizer, "facts", 256) if example]
     schedule = build({"facts": len(facts)}, SETTINGS.window, SEED, SETTINGS.epochs)

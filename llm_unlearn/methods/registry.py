@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from llm_unlearn.methods.retrain import Retrain
+from typing import Annotated
 
-AnyMethod = Retrain
+from llm_unlearn.methods.exact import S3T, Modules, Sisa
+from llm_unlearn.methods.retrain import Retrain
+from llm_unlearn.spec import by_name
+
+AnyMethod = Annotated[Retrain | Sisa | S3T | Modules, by_name]

@@ -1,0 +1,80 @@
+"""What the command line asks of runs in pieces: the verbs `forget` and `verify`, and which engine carries out a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_unlearn.folder import RESULTS
+from llm_unlearn.methods.exact import EXACT
+from llm_unlearn.recipe import Recipe
+
+if TYPE_CHECKING:
+    from llm_unlearn.training.guard import Outcome
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def engine(wanted: Recipe) -> Callable[..., Outcome]:
+    """What carries out a recipe: the run as such, or that of weights in pieces."""
+    if isinstance(wanted.method, EXACT):
+        from llm_unlearn.exact.forgetting import run as in_pieces
+
+        return in_pieces
+    from llm_unlearn.run import run as straight
+
+    return straight
+
+
+def add(verb: Callable[[str, Verb, str], argparse.ArgumentParser], cache: Callable[[], Path]) -> None:
+    """Make the verbs known."""
+    one = verb("forget", forget, "delete rows from a finished run of an exact method; without rows, finish a deletion")
+    one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
+    one.add_argument("--ids", nargs="+", default=[], metavar="ID", help="rows, by the column that the method names as id")
+    one.add_argument("--where", nargs="+", type=_pair, default=[], metavar="column=value", help="rows that say so in all of these")
+    one.set_defaults(cache=cache)
+    one = verb("verify", verify, "check a run's manifest: that no kept weight depends on a deleted row")
+    one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
+    one.add_argument("--retrain", metavar="LINE", help="also train one line again, such as 'shard 1', and compare bits")
+    one.set_defaults(cache=cache)
+
+
+def _pair(word: str) -> tuple[str, str]:
+    column, sign, value = word.partition("=")
+    if not column or not sign:
+        raise argparse.ArgumentTypeError(f"found {word!r}; expected column=value")
+    return column, value
+
+
+def forget(options: argparse.Namespace) -> int:
+    """Delete rows, and print what it cost."""
+    from llm_unlearn.exact.forgetting import forget as delete
+    from llm_unlearn.exact.forgetting import said
+
+    facts, outcome = delete(options.run, options.ids, where=dict(options.where), cache=options.cache())
+    if outcome.status == "interrupted":
+        print(f"interrupted; llm-unlearn forget {options.run} goes on from there.", file=sys.stderr)
+        return 130
+    if facts:  # one process speaks
+        print(said(facts))
+        if facts["rows"] and (options.run / RESULTS).is_file():
+            print(f"The numbers in {RESULTS} are of the adapter before this; llm-unlearn evaluate makes new ones.")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Print what is wrong with a run folder, line by line; 1 where something is."""
+    from llm_unlearn.exact.verify import problems, retrained
+
+    found = problems(options.run)
+    if options.retrain and not found:
+        found = retrained(options.run, options.retrain, options.cache())
+    for line in found:
+        print(f"{options.run}: {line}")
+    again = f"; {options.retrain} was trained again and has the same bits" if options.retrain else ""
+    well = f"{options.run}: every weight is as its manifest says, and none saw a deleted row{again}."
+    print(f"{len(found)} problem{'s' if len(found) > 1 else ''}" if found else well)
+    return int(bool(found))

@@ -1,0 +1,246 @@
+"""Runs in pieces: the first training and its first deletion, and every later one."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from llm_unlearn import folder as run_folder
+from llm_unlearn import recipe as recipes
+from llm_unlearn.embedded.target import embedded
+from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.exact.manifest import BEFORE, FILE, Manifest, new_manifest, read, save, settings_of
+from llm_unlearn.exact.pieces import Wanted, Workshop, wanted
+from llm_unlearn.exact.rows import Known, find, read_known
+from llm_unlearn.look import Looks, attacked
+from llm_unlearn.methods.exact import EXACT, S3T, Exact
+from llm_unlearn.models.load import add_adapter, load, trainable
+from llm_unlearn.recipe import Recipe
+from llm_unlearn.run import flattened, publish, results_of, run_facts, start, versions
+from llm_unlearn.sections import Model
+from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.training.guard import Outcome
+
+
+def method_of(recipe: Recipe) -> Exact:
+    """The recipe's method, which is one of ours.
+
+    Raises:
+        Refused: it is another, or something in the recipe does not go with it.
+    """
+    method = recipe.method
+    if not isinstance(method, EXACT):
+        raise Refused("method: expected sisa, s3t or modules.")
+    return method
+
+
+class Session:
+    """A run folder in the hands of the processes that are there: its rows, its frozen base, its manifest."""
+
+    def __init__(self, recipe: Recipe, cache: Path, overwrite: bool = False) -> None:
+        self.recipe, self.method, self.folder, self.cache = recipe, method_of(recipe), Path(recipe.output), cache
+        self.accelerator: Accelerator = start(recipe.model)
+        self.model: Model = embedded(recipe.model, cache)
+        loaded = load(self.model, self.accelerator.device, train=True)
+        self.known = read_known(recipe, self.method, loaded.tokenizer)
+        assert recipe.model.adapter
+        net = add_adapter(loaded.model, recipe.model.adapter, recipe.seed)
+        self.base = fingerprint(*loaded.parts)
+        self.workshop = Workshop(recipe, self.method, self.folder, net, self.accelerator)
+        self.weights = sum(weight.numel() for weight in trainable(net).values())
+        there = loaded.causal.config.get_text_config().num_hidden_layers
+        if isinstance(self.method, S3T) and self.method.slices > there:
+            raise Refused(f"method.slices: found {self.method.slices}, one block of layers each; this model has {there} layers.")
+        if self.main:
+            if overwrite:
+                run_folder.clear(self.folder)
+            if not (self.folder / FILE).is_file():
+                run_folder.write(self.folder / run_folder.RECIPE, flattened(recipe))
+                save(new_manifest(recipe, self.base, torch.get_num_threads(), versions(), list(self.known)), self.folder)
+        self.accelerator.wait_for_everyone()
+        self.manifest = read(self.folder)
+        self._check()
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def _check(self) -> None:
+        """The folder must be of these settings and this base, and its rows must still be there.
+
+        Raises:
+            Refused: it is not so.
+        """
+        if self.manifest.settings != settings_of(self.recipe):
+            raise Refused(f"{self.folder / FILE}: was made by other settings than {run_folder.RECIPE} says. Restore one.")
+        if self.manifest.base != self.base:
+            raise Refused(f"model.base: {self.recipe.model.base} is not the model that {self.folder} was trained on.")
+        there = {self.manifest.hash(id) for id in self.known}
+        gone = set(self.manifest.rows) - set(self.manifest.deleted) - there
+        if gone:
+            raise Refused(
+                f"data: {len(gone)} rows of this run are not in its data any more, or were changed. Put them back; rows that are "
+                "to be forgotten are deleted with llm-unlearn forget, before or after they leave the data."
+            )
+
+    @property
+    def kept(self) -> dict[str, Known]:
+        """The rows that are not deleted."""
+        rows, deleted = set(self.manifest.rows), set(self.manifest.deleted)
+        hashes = {id: self.manifest.hash(id) for id in self.known}
+        return {id: one for id, one in self.known.items() if hashes[id] in rows and hashes[id] not in deleted}
+
+    def train(self) -> tuple[Manifest, Outcome]:
+        """With all rows: the model before."""
+        alive, outcome = self.workshop.settle(self.manifest, self.kept, training=True)
+        if outcome.status != "interrupted" and self.main:
+            self.workshop.publish(self.manifest, alive, BEFORE, "building")
+        return self._again(outcome)
+
+    def delete(self, hashes: Iterable[str]) -> tuple[Manifest, Outcome]:
+        """Make the weights a function of the other rows alone, and say what it cost.
+
+        Args:
+            hashes: of the rows, besides those of a deletion that was broken off.
+        """
+        if self.main:
+            asked = sorted({*self.manifest.deleted, *hashes})
+            save(replace(self.manifest, deleted=asked, state="deleting"), self.folder)  # from here on there is no way back
+        self._again(Outcome("finished", 0, 0))
+        began = time.perf_counter()
+        alive, outcome = self.workshop.settle(self.manifest, self.kept, training=self.method.retrains)
+        if outcome.status != "interrupted" and self.main:
+            facts = self._cost(alive, time.perf_counter() - began)
+            done = replace(self.manifest, deletions=[*self.manifest.deletions, facts])
+            self.workshop.publish(done, alive, run_folder.ADAPTER, "complete")
+        return self._again(outcome)
+
+    def _again(self, outcome: Outcome) -> tuple[Manifest, Outcome]:
+        self.accelerator.wait_for_everyone()
+        self.manifest = read(self.folder)
+        return self.manifest, outcome
+
+    def _cost(self, alive: list[list[Wanted]], seconds: float) -> dict[str, Any]:
+        """What a deletion cost, beside what training everything anew on the rows that are kept would have."""
+        before = self.manifest.by_key
+        whole = [one for chain in wanted(self.recipe, self.method, self.manifest, self.kept) for one in chain]
+        pieces = self.workshop.finished(alive, self.manifest)
+        new = [piece for piece in pieces if piece.key not in before]
+        counted = sum(row["rows"] for row in self.manifest.deletions)
+        rows = len(self.manifest.deleted) - counted
+        sizes: dict[str, int] = {}
+        for piece in before.values():
+            sizes[piece.line] = sizes.get(piece.line, 0) + len(piece.rows)
+        examples, full = sum(piece.examples for piece in new), sum(one.seen for one in whole)
+        steps, all_steps = sum(piece.steps for piece in new), sum(one.schedule.steps for one in whole)
+        spent, all_spent = sum(piece.seconds for piece in new), sum(piece.seconds for piece in pieces)
+        return {
+            "rows": rows,
+            "retrained": len(new),
+            "switched_off": len(before.keys() - {piece.key for piece in pieces}) - len(new),
+            "serving": len(pieces),
+            "steps": steps,
+            "full_steps": all_steps,
+            "examples": examples,
+            "full_examples": full,
+            "seconds": round(spent, 2),
+            "full_seconds": round(all_spent, 2),
+            "wall_seconds": round(seconds, 2),
+            "share": round(examples / max(1, full), 6),
+            "expected_share": round(self.method.expected(rows, sizes), 6),
+        }
+
+
+def run(
+    recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = False, overwrite: bool = False, retrained: str | None = None
+) -> Outcome:
+    """Train with all rows, delete the forget set, and measure both. What was broken off goes on by itself.
+
+    Args:
+        suite: what to measure before and after; None measures nothing.
+        retrained: the model that never saw the forget set: a folder, a hub id or embedded:….
+    """
+    began, session = time.perf_counter(), Session(recipe, cache, overwrite)
+    outcome = Outcome("finished", 0, 0)
+    if session.manifest.state == "building":
+        manifest, outcome = session.train()
+        if outcome.status == "interrupted":
+            return outcome
+    if session.manifest.state != "complete":
+        manifest, after = session.delete(session.manifest.hash(id) for id, one in session.known.items() if one.asked)
+        if after.status == "interrupted":
+            return after
+        outcome = Outcome("finished", outcome.step + manifest.deletions[-1]["steps"], outcome.kept)
+        if session.main:
+            print(said(manifest.deletions[-1]))
+    folder, accelerator = session.folder, session.accelerator
+    if suite and recipe.evaluation:
+        facts = run_facts(recipe, outcome, accelerator, began, session.weights) | {"deletions": session.manifest.deletions}
+        model = replace(session.model, adapter=None)
+        del session.workshop
+        asked: dict[str, tuple[Model, str | None]] = {"before": (model, str(folder / BEFORE))} if (folder / BEFORE).is_dir() else {}
+        asked["after"] = (model, str(folder / run_folder.ADAPTER))
+        if retrained:
+            asked["retrained"] = (replace(model, base=retrained, start=None), None)
+        seen = Looks(suite, accelerator, cache)(asked, str(folder))
+        attacks = attacked(suite, seen, accelerator, cache)
+        if session.main:
+            results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
+            shutil.rmtree(folder / BEFORE, ignore_errors=True)  # before anything says that the run is finished
+            publish(results, suite, seen, folder)
+    elif session.main:
+        shutil.rmtree(folder / BEFORE, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+def forget(
+    folder: Path, ids: Iterable[str] = (), *, where: Mapping[str, str] | None = None, cache: Path
+) -> tuple[dict[str, Any], Outcome]:
+    """Delete rows from a finished run: retrain (or switch off) what they touched, and replace the adapter.
+
+    Ids that were deleted before are passed over. Without ids, a deletion that was broken off is finished.
+
+    Args:
+        folder: a run folder of an exact method.
+        where: column -> value; the rows that say so are deleted too.
+
+    Returns:
+        What it cost (as in the manifest; on the first process), and whether it came to its end.
+
+    Raises:
+        Refused: the run is not finished, or there is no such row. Nothing was changed.
+    """
+    manifest = read(folder)
+    if manifest.state == "building" or (folder / BEFORE).exists():
+        raise Refused(f"{folder}: its run is not finished; go on with it (llm-unlearn run RECIPE --resume), and forget then.")
+    wanted_recipe = recipes.load(folder / run_folder.RECIPE, check=False)
+    session = Session(replace(wanted_recipe, output=str(folder)), cache)
+    gone = {manifest.hash(id) for id in ids} & set(manifest.rows)
+    unknown = [id for id in ids if manifest.hash(id) not in gone]
+    found = find(session.kept, unknown, dict(where or {})) if unknown or where else []
+    asked = {*gone, *(manifest.hash(id) for id in found)} - set(manifest.deleted)
+    if not asked and manifest.state == "complete":
+        return {"rows": 0, "note": "these rows were deleted before; nothing was left to do"}, Outcome("finished", 0, 0)
+    manifest, outcome = session.delete(asked)
+    return ({} if outcome.status == "interrupted" or not session.main else manifest.deletions[-1]), outcome
+
+
+def said(facts: Mapping[str, Any]) -> str:
+    """A deletion's cost in words."""
+    if "note" in facts:
+        return str(facts["note"])
+    return (
+        f"deleted {facts['rows']} rows: {facts['retrained']} of {facts['serving']} pieces retrained"
+        + (f", {facts['switched_off']} switched off" if facts["switched_off"] > 0 else "")
+        + f"; {facts['steps']} of {facts['full_steps']} steps, {facts['examples']} of {facts['full_examples']} examples "
+        f"({100 * facts['share']:.1f} % of a full retrain; the formula expects {100 * facts['expected_share']:.1f} %), "
+        f"{facts['seconds']:g} s"
+    )

@@ -1,0 +1,96 @@
+"""The rows that pieces are trained on: each with an id that no other row's deletion changes, and its examples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm_unlearn.data.examples import Example, content_of, conversation, encode, encode_text, text_in
+from llm_unlearn.data.sources import Row, rows
+from llm_unlearn.methods.exact import Exact, Modules, Placed
+from llm_unlearn.recipe import Recipe
+from llm_unlearn.source import Source
+from llm_unlearn.spec import Refused, nearest
+
+STREAM = "retain"
+"""The one stream of a stage."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is deleted together: one row, or all rows of one id."""
+
+    placed: Placed
+    rows: tuple[Row, ...]
+    examples: tuple[Example, ...]
+    asked: bool
+    """Whether it stands in the recipe's forget set."""
+
+
+def read_known(recipe: Recipe, method: Exact, tokenizer: Any) -> dict[str, Known]:
+    """Id -> what stands under it in the forget and retain sets together.
+
+    Raises:
+        Refused: a set cannot be read, lacks a column, or an id stands under two owners.
+    """
+    found: dict[str, Known] = {}
+    for name, source in recipe.sources.items():
+        kept = rows(source)
+        for column in (method.id, method.owner if isinstance(method, Modules) else None):
+            if column and column not in kept[0]:
+                raise Refused(f"method: {source.source} has no column {column!r}; {nearest(column, kept[0])}")
+        for row, examples in zip(kept, _encoded(kept, source, tokenizer), strict=True):
+            id = str(row[method.id]) if method.id else digest(content_of(row, source))
+            owner = str(row[method.owner]) if isinstance(method, Modules) else None
+            before = found.get(id)
+            if before and before.placed.owner != owner:
+                raise Refused(f"{source.source}: id {id!r} stands under two owners; give each row one owner.")
+            if before and not method.id:  # the same text twice is one row; what is to be forgotten is not kept elsewhere
+                continue
+            more = before or Known(Placed(id, owner), (), (), False)
+            found[id] = Known(more.placed, (*more.rows, row), (*more.examples, *examples), more.asked or name == "forget")
+    kept_ids = {id: one for id, one in found.items() if one.examples}
+    if not any(not one.asked for one in kept_ids.values()):
+        raise Refused("data.retain: no row is left that is kept; an exact method needs some.")
+    return kept_ids
+
+
+def _encoded(kept: list[Row], source: Source, tokenizer: Any) -> list[list[Example]]:
+    """The examples of each row: one, the blocks of a running text, or none where no answer fits."""
+    if source.text:
+        texts = [text_in(row[source.text], i, source, source.text) for i, row in enumerate(kept)]
+        return [encode_text([text], tokenizer, STREAM, source.max_tokens) for text in texts]
+    turns = [conversation(row, i, source) for i, row in enumerate(kept)]
+    return [[one] if one else [] for one in encode(turns, tokenizer, STREAM, source.max_tokens)]
+
+
+def digest(*parts: str) -> str:
+    """32 hexadecimal digits of the SHA-256 of texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def find(known: Mapping[str, Known], ids: list[str], where: Mapping[str, str]) -> list[str]:
+    """The ids that are meant: those named, and those with a row whose columns say what is asked, all of it.
+
+    Raises:
+        Refused: an id is not there, a column is not there, or nothing is found.
+    """
+    if unknown := [id for id in ids if id not in known]:
+        raise Refused(
+            f"--ids: {unknown[0]!r} is no row of this run ({len(unknown)} of {len(ids)}); {nearest(unknown[0], list(known)[:5])}"
+        )
+    columns = {column for one in known.values() for row in one.rows for column in row}
+    if absent := [column for column in where if column not in columns]:
+        raise Refused(f"--where: no column {absent[0]!r}; {nearest(absent[0], sorted(columns))}")
+    met = [
+        id
+        for id, one in known.items()
+        if where and any(all(str(row.get(column)) == value for column, value in where.items()) for row in one.rows)
+    ]
+    found = sorted({*ids, *met})
+    if not found:
+        said = ", ".join(f"{column}={value}" for column, value in where.items()) or "no id"
+        raise Refused(f"no row of this run has {said}. Nothing was changed.")
+    return found
