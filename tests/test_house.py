@@ -20,8 +20,8 @@ ROOMS = (
     "objectives",
     "embedded.population",
     "source",
-    "methods",  # settings and equations, as of the rules below: what is heavy is asked of a protocol
     "training.vectors",
+    "methods",  # settings and equations, as of the rules below: what is heavy is asked of a protocol
     "training.dose",
     "training.gradients",
     "sections",

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from llm_unlearn.methods.retrain import Retrain
+from typing import Annotated
 
-AnyMethod = Retrain
+from llm_unlearn.methods.dampening import Dampening, FisherNoise
+from llm_unlearn.methods.influence import Influence
+from llm_unlearn.methods.retrain import Retrain
+from llm_unlearn.methods.task_vector import TaskVector
+from llm_unlearn.spec import by_name
+
+Edit = TaskVector | Dampening | FisherNoise | Influence
+"""One-shot edits of the weights (`methods/edits.py`)."""
+
+AnyMethod = Annotated[Retrain | Edit, by_name]
