@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from llm_unlearn.methods.edits import BOTH, At, Situation, Strengths
+from llm_unlearn.methods.edits import BOTH, At, Situation
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.spec import PositiveFloat, PositiveInt, spec
+from llm_unlearn.spec import PositiveFloat, PositiveFloats, PositiveInt, spec
 from llm_unlearn.training.vectors import Gradient
 
 
@@ -19,7 +19,7 @@ class Dampening:
     weights only: a fresh adapter has B = 0."""
 
     name: Literal["dampening"] = "dampening"
-    alpha: Strengths = (100.0, 70.0, 50.0, 30.0, 20.0, 15.0, 10.0, 7.0, 5.0, 3.0, 2.0)
+    alpha: PositiveFloats = (100.0, 70.0, 50.0, 30.0, 20.0, 15.0, 10.0, 7.0, 5.0, 3.0, 2.0)
     """α: how many times as important to the forget set a weight must be. The smaller, the more weights; name large ones first.
     Above n/n_f, the size of both sets over that of the forget set, there are none."""
     damping: PositiveFloat = 1.0
@@ -36,7 +36,7 @@ class Dampening:
         return False
 
     @property
-    def strengths(self) -> Strengths:
+    def strengths(self) -> PositiveFloats:
         return self.alpha
 
     def prepare(self, situation: Situation) -> At:
@@ -64,7 +64,7 @@ class FisherNoise:
     is its optimum: θ itself, or θ fine-tuned on the retain set (`tune`). Full weights only."""
 
     name: Literal["fisher_noise"] = "fisher_noise"
-    scale: Strengths = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+    scale: PositiveFloats = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
     """s, the paper's (λσ²)^(1/4) over F̄_r^(1/4): the noise on a weight of average importance."""
     floor: PositiveFloat = 1e-2
     """F_r is at least so many times its mean: where it vanishes, the noise would be without bound. (The paper's code cuts too.)"""
@@ -82,7 +82,7 @@ class FisherNoise:
         return self.tune
 
     @property
-    def strengths(self) -> Strengths:
+    def strengths(self) -> PositiveFloats:
         return self.scale
 
     def prepare(self, situation: Situation) -> At:

@@ -1,26 +1,21 @@
 """What a method that edits weights once, without training against a loss, may ask of the model at hand.
 
 Such a method prepares its edit from gradients, and says what the weights are at each of its strengths. The run looks at all
-strengths of the method's list by the probe of `train.stop`, and takes the one that comes nearest to the dose within the budget.
+strengths of the method's list, which begins with the mildest, by the probe of `train.stop`, and takes the one that comes nearest
+to the dose within the budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Protocol
-
-import pydantic
+from typing import Protocol
 
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.spec import PositiveFloat
 from llm_unlearn.training.vectors import Gradient
 
 At = Callable[[float], Gradient]
 """Strength -> the weights."""
-
-Strengths = Annotated[tuple[PositiveFloat, ...], pydantic.Field(min_length=1)]
-"""What is tried, from the mildest to the strongest; without `train.stop`, one alone."""
 
 FORGET = {"forget": Term(loss=NLL())}
 BOTH = {"forget": Term(loss=NLL()), "retain": Term(loss=NLL())}
@@ -55,6 +50,11 @@ class Situation(Protocol):
 
     def curved(self, stream: str, rows: int, vector: Gradient) -> Gradient:
         """G v, G the Gauss–Newton matrix of (1/n) Σ_i ℓ_i on `rows` of a stream's examples."""
+        ...
+
+    def solved(self, stream: str, rows: int, damping: float, vector: Gradient) -> Gradient:
+        """(G + δ)⁻¹ v, G as EK-FAC takes it: Q Λ Qᵀ layer by layer, Q from the covariances of a linear layer's inputs and of the
+        gradients of its outputs."""
         ...
 
     def products(self, stream: str, vector: Gradient) -> list[float]:

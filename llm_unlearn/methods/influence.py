@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
-from llm_unlearn.methods.edits import BOTH, At, Situation, Strengths
+from llm_unlearn.methods.edits import BOTH, At, Situation
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.spec import PositiveFloat, PositiveInt, spec
+from llm_unlearn.spec import PositiveFloat, PositiveFloats, PositiveInt, spec
 from llm_unlearn.training.vectors import Gradient, dot, norm, plus, zeros
 
 
@@ -18,15 +18,16 @@ class Influence:
     θ is taken to minimise Σ_f ℓ + Σ_r ℓ + (κ/2)‖θ‖². The retrained model minimises the same without Σ_f ℓ, whose gradient at θ is
     −Σ_f ∇ℓ, so that its Newton step is θ + (Σ_r G + κ)⁻¹ Σ_f ∇ℓ. In means over rows, with δ = κ/n_r the damping:
     θ ← θ + s (n_f/n_r) (G_r + δ)⁻¹ ḡ_f. At s = 1 exact where the loss is quadratic, and to second order where it is convex.
-    G is the Gauss–Newton matrix, or the empirical Fisher matrix's diagonal."""
+    G is the Gauss–Newton matrix, its EK-FAC approximation, or the empirical Fisher matrix's diagonal."""
 
     name: Literal["influence"] = "influence"
-    curvature: Literal["diagonal", "cg"] = "diagonal"
-    """diagonal: of the empirical Fisher matrix. cg: the whole Gauss–Newton matrix by conjugate gradients; two backward passes over
+    curvature: Literal["diagonal", "ekfac", "cg"] = "diagonal"
+    """diagonal: of the empirical Fisher matrix. ekfac: Kronecker factors with corrected eigenvalues (linear layers only; needs the
+    extra `influence`). cg: the whole Gauss–Newton matrix by conjugate gradients; two backward passes over
     `rows` an iteration, for small models."""
     damping: PositiveFloat = 1e-3
     """δ, beside curvature per answer; the log says how large that is. With `cg`, the ridge κ/n_r of the training."""
-    scale: Strengths = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+    scale: PositiveFloats = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
     """s: 1 is the Newton step."""
     rows: PositiveInt = 256
     """Examples of the retain set that the curvature is measured on."""
@@ -45,7 +46,7 @@ class Influence:
         return False
 
     @property
-    def strengths(self) -> Strengths:
+    def strengths(self) -> PositiveFloats:
         return self.scale
 
     def prepare(self, situation: Situation) -> At:
@@ -67,6 +68,8 @@ class Influence:
             fisher = situation.fisher("retain", self.rows)
             situation.note("curvature", float(sum(one.double().sum() for one in fisher)) / sum(one.numel() for one in fisher))
             return [g / (f + self.damping) for g, f in zip(gradient, fisher, strict=True)]
+        if self.curvature == "ekfac":
+            return situation.solved("retain", self.rows, self.damping, gradient)
 
         def curved(v: Gradient) -> Gradient:
             return plus(situation.curved("retain", self.rows, v), v, self.damping)

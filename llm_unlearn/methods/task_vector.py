@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from llm_unlearn.methods.edits import FORGET, At, Situation, Strengths
+from llm_unlearn.methods.edits import FORGET, At, Situation
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.spec import spec
+from llm_unlearn.spec import PositiveFloats, spec
 from llm_unlearn.training.vectors import Gradient
 
 
@@ -17,7 +17,7 @@ class TaskVector:
     adapter it is the negated adapter: A as fine-tuned, B ← −α B, exactly −α times the fine-tuning's change of every layer."""
 
     name: Literal["task_vector"] = "task_vector"
-    scale: Strengths = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    scale: PositiveFloats = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """α"""
 
     knob: ClassVar[str] = "scale"
@@ -29,7 +29,7 @@ class TaskVector:
         return True
 
     @property
-    def strengths(self) -> Strengths:
+    def strengths(self) -> PositiveFloats:
         return self.scale
 
     def prepare(self, situation: Situation) -> At:

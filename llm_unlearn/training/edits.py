@@ -20,6 +20,7 @@ from llm_unlearn.data.examples import Example, draw
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.scores import Scorer, head_of, score
+from llm_unlearn.spec import Refused
 from llm_unlearn.training.checkpoint import Progress, restore
 from llm_unlearn.training.fisher import fisher, slopes, some
 from llm_unlearn.training.guard import Outcome, Probe
@@ -140,6 +141,16 @@ class Editing:
             return [torch.zeros_like(v) if one is None else one.float() for one, v in zip(found, vector, strict=True)]
 
         return self._summed(self._some(stream, rows), "curvature", product)
+
+    def solved(self, stream: str, rows: int, damping: float, vector: Gradient) -> Gradient:
+        try:
+            from llm_unlearn.training.ekfac import ekfac  # needs an extra
+        except ImportError:
+            raise Refused(
+                "method.curvature: ekfac needs kronfluence; install it with: pip install 'llm-unlearn[influence]'."
+            ) from None
+        factors = ekfac(self.net, self._some(stream, rows), self.job.seed, self.accelerator)
+        return factors.solve(trainable(self.net), vector, damping)
 
     def products(self, stream: str, vector: Gradient) -> list[float]:
         examples, rank, ranks = self.job.examples[stream], self.accelerator.process_index, self.accelerator.num_processes
