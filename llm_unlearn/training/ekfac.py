@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Factors:
         return [found[name] for name in weights]
 
 
-class _Answers(Task):
+class _Answers(Task):  # type: ignore[misc]  # the library has no types
     """What kronfluence asks about our rows: their answers' log-likelihood, true (sampled) answers for the Gauss–Newton matrix."""
 
     def __init__(self, layers: list[str], examples: Sequence[Example], accelerator: Accelerator) -> None:
@@ -89,7 +90,8 @@ def ekfac(model: Any, examples: Sequence[Example], seed: int, accelerator: Accel
             "linear layers in model.trainable, such as [mlp, self_attn], or give model.adapter."
         )
     settings = FactorArguments(strategy="ekfac", use_empirical_fisher=False)
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), as_before(model):
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), as_before(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it makes a scaler by its old name
         torch.manual_seed(seed)
         task = _Answers(list(layers), examples, accelerator)
         wrapped = prepare_model(model, task)
@@ -98,11 +100,11 @@ def ekfac(model: Any, examples: Sequence[Example], seed: int, accelerator: Accel
         rows: Any = [torch.tensor(i) for i in range(len(examples))]  # one at a time: padding would count as inputs
         analyzer.fit_all_factors("retain", dataset=rows, per_device_batch_size=1, factor_args=settings)
         vectors, values = analyzer.load_eigendecomposition("retain"), analyzer.load_lambda_matrices("retain")
-    counted = values["num_lambda_processed"]
     return Factors(
         vectors["activation_eigenvectors"],
         vectors["gradient_eigenvectors"],
-        {layer: one / counted[layer].to(one) for layer, one in values["lambda_matrix"].items()},
+        # by rows, not by the library's count: the output head sees one answer token after the other, and would count them
+        {layer: one / len(examples) for layer, one in values["lambda_matrix"].items()},
     )
 
 
