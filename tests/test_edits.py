@@ -15,15 +15,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import adapted, away, job, on_processes, rows, weights
+from jobs import RECIPE, adapted, away, job, on_processes, rows, weights
 from torch import Tensor
 
+from llm_unlearn import recipe
 from llm_unlearn.data.examples import Example
 from llm_unlearn.methods.dampening import Dampening, FisherNoise
 from llm_unlearn.methods.influence import Influence, conjugate
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.methods.task_vector import TaskVector
 from llm_unlearn.models.load import choose_weights, trainable
+from llm_unlearn.plan import plan
+from llm_unlearn.spec import Refused
 from llm_unlearn.training.dose import Harm, Stop
 from llm_unlearn.training.edits import Editing, edit
 from llm_unlearn.training.guard import Outcome
@@ -438,3 +441,84 @@ def test_two_processes_make_the_same_edit(make_model: Callable[..., Any], tmp_pa
         assert near([shared["weights"] - start], [alone["weights"] - start], 2e-3), name
         assert shared["influences"] == pytest.approx(alone["influences"], rel=1e-2, abs=1e-6), name
     assert math.isfinite(sum(alone["influences"])) and len(alone["influences"]) == 18
+
+
+# --------------------------------------------------------------------------------------------------------------- the run
+
+EDIT = RECIPE.partition("objective:")[0]
+
+
+def a_recipe(folder: Path, *words: str) -> recipe.Recipe:
+    (folder / "r.yaml").write_text(EDIT, encoding="utf-8")
+    return recipe.load(folder / "r.yaml", words)
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "reason"),
+    [
+        (["method={name: dampening}", "train.stop={}"], "model.adapter", "dampening changes weights that are there"),
+        (["method={name: fisher_noise}", "train.stop={}"], "model.adapter", "give model.adapter: null"),
+        (["method={name: influence}"], "method.scale", "9 strengths, and no dose to choose one by; give train.stop"),
+        (["method={name: influence, scale: []}"], "method.scale", ""),
+        (["method={name: influence, scale: [1.0]}", "train.rules=[{name: sharpness}]"], "train.rules", "no optimizer steps"),
+        (["method={name: influence, scale: [1.0]}", "data.retain=null"], "data.retain", "missing; influence reads it."),
+        (["method={name: task_vector, scale: [1.0]}", "objective.forget={loss: {name: npo}}"], "objective", "brings its own"),
+        (["method={name: task_vectors}"], "method", "task_vector"),
+    ],
+)
+def test_what_does_not_fit_is_refused(words: list[str], place: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused) as refused:
+        a_recipe(tmp_path, *words)
+    assert place in str(refused.value) and reason in str(refused.value)
+
+
+def test_a_plan_names_the_strengths(tmp_path: Path) -> None:
+    wanted = a_recipe(tmp_path, "method={name: influence, scale: [0.5, 1.0]}", "train.stop={until: 9.0}")
+    text = plan(wanted)
+    assert "strengths  scale 0.5, 1" in text and "steps  " not in text
+    assert (
+        "of the strengths, that with which the forget set is most nearly at perplexity 9.0, before retain perplexity is 1.5" in text
+    )
+    assert recipe.load(tmp_path / "r.yaml", ["method={name: task_vector, scale: [1.0]}"]).hash != wanted.hash
+    assert "steps  " in plan(a_recipe(tmp_path, "method={name: task_vector, scale: [1.0]}"))
+
+
+def test_a_null_objective_leaves_room_for_a_method(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(RECIPE, encoding="utf-8")
+    text = "extends: old.yaml\nobjective: null\nmethod: {name: task_vector, scale: [1.0]}\n"
+    (tmp_path / "new.yaml").write_text(text, encoding="utf-8")
+    wanted = recipe.load(tmp_path / "new.yaml")
+    assert not wanted.objective and set(wanted.terms) == {"forget"}
+
+
+@pytest.mark.slow
+def test_a_run_saves_the_edit_and_the_influences(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that was killed is made again, to the same weights."""
+    from pyarrow import parquet
+
+    from llm_unlearn import run as runs
+    from llm_unlearn.training import edits
+
+    words = [
+        f"model={{base: {tiny_base}, adapter: null}}", f"output={tmp_path / 'run'}",
+        "method={name: influence, damping: 1.0, scale: [0.1], scores: true}",
+    ]  # fmt: skip
+    wanted = a_recipe(tmp_path, *words)
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(*more: Any) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edits, "norm", cut)
+        with pytest.raises(PowerCut):
+            runs.run(wanted, None, cache=tmp_path / "cache")
+    assert not (tmp_path / "run" / "model").exists()
+    assert runs.run(wanted, None, cache=tmp_path / "cache", resume=True) == Outcome("finished", 1, 1)
+    runs.run(replace(wanted, output=str(tmp_path / "straight")), None, cache=tmp_path / "cache")
+    saved = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "straight")]
+    assert saved[0] == saved[1] != (tiny_base / "model.safetensors").read_bytes()
+    table = parquet.read_table(tmp_path / "run" / "influence.parquet").to_pylist()
+    assert {row["stream"] for row in table} == {"forget", "retain"} and set(table[0]) == {"stream", "row", "influence"}
