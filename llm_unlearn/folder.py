@@ -3,7 +3,8 @@
 runs/forget_lora/
     recipe.yaml        the recipe, flattened, with its hash and the versions it ran under
     adapter/           (or model/) what was trained
-    log.jsonl          one line per optimizer step
+    log.jsonl          one line per optimizer step, or per strength of an edit
+    influence.parquet  how much each row matters to the forget set, where the method was asked for it
     evaluation.json    every number, before, after and retrained
     evaluation.parquet the values of every row that these numbers are made of
     report.html        the same for people
@@ -23,7 +24,7 @@ from llm_unlearn.spec import Refused
 
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
 RESULTS, REPORT, CHECKPOINTS, ALONG = "evaluation.json", "report.html", "checkpoints", "evaluations.jsonl"
-ROWS = "evaluation.parquet"
+ROWS, INFLUENCES = "evaluation.parquet", "influence.parquet"
 KEYS = {"title", "suite", "suite_hash", "models", "numbers", "curves", "answers"}
 """What an `evaluation.json` cannot be without."""
 

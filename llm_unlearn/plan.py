@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_unlearn.data.examples import read_examples
 from llm_unlearn.embedded import target
+from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models.load import add_adapter, choose_weights, dtype_of, read_config, read_tokenizer, trainable
 from llm_unlearn.models.scores import CHUNK
 from llm_unlearn.objectives.terms import Ramp, Term
@@ -41,10 +42,14 @@ def plan(recipe: Recipe) -> str:
     moved = sum(weight.numel() for weight in trainable(model).values())
 
     lines = [f"{recipe.output}: {_kind(recipe)} on {recipe.model.base}, {recipe.hash}", ""]
-    lines.append(f"steps      {job.schedule.steps} optimizer steps of {_window(recipe)}; {_share(recipe)}")
+    edit = recipe.method if isinstance(recipe.method, Edit) else None
+    if not edit or edit.trains:
+        lines.append(f"steps      {job.schedule.steps} optimizer steps of {_window(recipe)}; {_share(recipe)}")
+    if edit:
+        lines.append(f"strengths  {edit.knob} {', '.join(f'{strength:g}' for strength in edit.strengths)}")
     if recipe.train.stop:
-        lines.append(f"dose       {_dose(recipe.train.stop)}")
-    for name in sorted(job.read, key=list(job.examples).index):
+        lines.append(f"dose       {_nearest(recipe.train.stop) if edit else _dose(recipe.train.stop)}")
+    for name in sorted(job.read, key=list(job.examples).index) if not edit or edit.trains else ():
         seen = job.schedule.seen(name)
         tokens = sum(len(job.examples[name][i].ids) for i in seen)
         answer = sum(job.examples[name][i].targets for i in seen)
@@ -70,15 +75,29 @@ def plan(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def _aim(stop: Stop) -> str:
+    aims = {"retrained": "as unlikely as to the retrained model", "holdout": "as unlikely as the holdout set", "None": ""}
+    return aims.get(str(stop.until), f"at perplexity {stop.until}")
+
+
+def _bounds(stop: Stop) -> list[str]:
+    found = []
+    if stop.budget.retain_accuracy is not None:
+        found.append(f"{100 * stop.budget.retain_accuracy:g} % of retain accuracy is lost")
+    if stop.budget.retain_perplexity is not None:
+        found.append(f"retain perplexity is {stop.budget.retain_perplexity:g} times what it was")
+    return found
+
+
+def _nearest(stop: Stop) -> str:
+    """Which strength of an edit is taken, in words."""
+    wanted = f"that with which the forget set is most nearly {_aim(stop)}" if _aim(stop) else "the last"
+    return ", ".join([f"of the strengths, {wanted}", *(f"before {bound}" for bound in _bounds(stop))])
+
+
 def _dose(stop: Stop) -> str:
     """Where the run may end before its last step, in words."""
-    aims = {"retrained": "as unlikely as to the retrained model", "holdout": "as unlikely as the holdout set", "None": ""}
-    aim = aims.get(str(stop.until), f"at perplexity {stop.until}")
-    ends = [f"the forget set is {aim}"] if aim else []
-    if stop.budget.retain_accuracy is not None:
-        ends.append(f"{100 * stop.budget.retain_accuracy:g} % of retain accuracy is lost")
-    if stop.budget.retain_perplexity is not None:
-        ends.append(f"retain perplexity is {stop.budget.retain_perplexity:g} times what it was")
+    ends = [*([f"the forget set is {aim}"] if (aim := _aim(stop)) else []), *_bounds(stop)]
     return f"ends where {', or '.join(ends)}; looked at every {stop.every} steps" if ends else "no bound"
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
 
-from llm_unlearn.methods.exact import EXACT
-from llm_unlearn.methods.registry import AnyMethod
+from llm_unlearn.methods.exact import Exact
+from llm_unlearn.methods.registry import AnyMethod, Edit
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Data, Evaluation, Model, Train
@@ -83,6 +83,8 @@ def load(path: Path, overrides: Iterable[str] = (), check: bool = True) -> Recip
         tree.data["evaluation"] = {"suite": tree.data["evaluation"]}
     if isinstance(objective := tree.data.get("objective"), dict):  # `retain: null` takes a term out
         tree.data["objective"] = {name: term for name, term in objective.items() if term is not None}
+    elif objective is None:  # and `objective: null` all of them, for a method in their place
+        tree.data.pop("objective", None)
     recipe = build(Recipe, tree)
     problems = list(_problems(recipe, tree)) if check else []
     if problems:
@@ -194,17 +196,39 @@ def _method_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     for name in recipe.method.terms:
         if name not in recipe.sources:
             yield say(f"missing; {recipe.method.name} reads it.", "data", name)
-    if isinstance(recipe.method, EXACT):
-        adapter, name = recipe.model.adapter, recipe.method.name
-        if not adapter or adapter.init != "zero":
-            yield say(
-                f"{name} trains adapters over a frozen base that no row decides; give an adapter with init: zero.",
-                "model",
-                "adapter",
-            )
-        for key, given in (("rules", recipe.train.rules), ("stop", recipe.train.stop)):
-            if given:
-                yield say(f"{name} trains each piece on its own rows alone, and has no use for it; take it out.", "train", key)
+    if isinstance(recipe.method, Exact):
+        yield from _exact_problems(recipe, recipe.method, say)
+    if isinstance(recipe.method, Edit):
+        yield from _edit_problems(recipe, recipe.method, say)
+
+
+def _exact_problems(recipe: Recipe, method: Exact, say: Callable[..., str]) -> Iterable[str]:
+    """Pieces are adapters over a base that no row decides, each trained on its own rows alone."""
+    adapter, name = recipe.model.adapter, method.name
+    if not adapter or adapter.init != "zero":
+        yield say(
+            f"{name} trains adapters over a frozen base that no row decides; give an adapter with init: zero.",
+            "model",
+            "adapter",
+        )
+    for key, given in (("rules", recipe.train.rules), ("stop", recipe.train.stop)):
+        if given:
+            yield say(f"{name} trains each piece on its own rows alone, and has no use for it; take it out.", "train", key)
+
+
+def _edit_problems(recipe: Recipe, method: Edit, say: Callable[..., str]) -> Iterable[str]:
+    """An edit must find what it changes, and a dose by which its strength is chosen."""
+    if method.whole and recipe.model.adapter:
+        text = f"{method.name} changes weights that are there, and a fresh adapter has none; give model.adapter: null."
+        yield say(text, "model", "adapter")
+    if len(method.strengths) > 1 and not recipe.train.stop:
+        text = f"{len(method.strengths)} strengths, and no dose to choose one by; give train.stop, or one of them: [0.5]."
+        yield say(text, "method", method.knob)
+    if recipe.train.rules and not method.trains:
+        yield say(f"{method.name} takes no optimizer steps; take them out.", "train", "rules")
+    if recipe.evaluation and recipe.evaluation.every:
+        text = f"{method.name} has nothing to look at on the way but its strengths, which train.stop does; take it out."
+        yield say(text, "evaluation", "every")
 
 
 def _objective_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:

@@ -27,6 +27,7 @@ from llm_unlearn.evaluation.rows import records
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tasks import task_numbers
 from llm_unlearn.look import COLUMNS, Encoded, Look, Looks, Seen, attacked
+from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models import fila
 from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
@@ -34,6 +35,7 @@ from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint, plain, to_yaml
+from llm_unlearn.training.edits import edit
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.guard import Outcome, aim_of
 from llm_unlearn.training.loop import check, train
@@ -87,7 +89,12 @@ def run(
 
     model = prepare(loaded.model, recipe.model, job, accelerator)
     along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
-    outcome = train(job, model, accelerator, folder, resume=resume, look=along)
+    if isinstance(recipe.method, Edit):
+        outcome, influences = edit(recipe.method, job, model, accelerator, folder, resume=resume)
+        if influences and accelerator.is_main_process:
+            write_columns(influences, folder / run_folder.INFLUENCES)
+    else:
+        outcome = train(job, model, accelerator, folder, resume=resume, look=along)
     if outcome.status == "interrupted":
         return outcome
     saved = save(model, loaded, folder, whole=recipe.model.adapter is None, accelerator=accelerator)

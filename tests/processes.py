@@ -48,6 +48,13 @@ if what == "dose":
         if accelerator.is_main_process:
             facts = (outcome.status, outcome.step, outcome.kept, outcome.reason)
             torch.save({"outcome": facts, "weights": weights(model)}, folder / f"{name}.pt")
+if what == "edits":
+    from test_edits import edits_of_each_kind, told
+
+    for name in edits_of_each_kind():
+        found = told(name, make_llama(), folder)
+        if accelerator.is_main_process:
+            torch.save(found, folder / f"{name}.pt")
 if what == "whitebox":
     from test_whitebox import found_by
 

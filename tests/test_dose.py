@@ -51,9 +51,9 @@ class Judged:
     def __call__(self, *looks: Mapping[str, float]) -> Outcome:
         for seen in looks:
             self.progress.step += 10
-            if found := loop._judge(self.probe, seen, self.progress, self.model):
+            if found := loop.judge(self.probe, seen, self.progress, self.model):
                 return found
-        return loop._ending(self.probe, self.progress)
+        return loop.ending(self.probe, self.progress)
 
 
 def seen(forget: float = 1.0, retain: float = 1.0, accuracy: float = 0.9, holdout: float = 50.0) -> dict[str, float]:

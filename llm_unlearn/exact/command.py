@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_unlearn.folder import RESULTS
-from llm_unlearn.methods.exact import EXACT
+from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Verb = Callable[[argparse.Namespace], int]
 
 def engine(wanted: Recipe) -> Callable[..., Outcome]:
     """What carries out a recipe: the run as such, or that of weights in pieces."""
-    if isinstance(wanted.method, EXACT):
+    if isinstance(wanted.method, Exact):
         from llm_unlearn.exact.forgetting import run as in_pieces
 
         return in_pieces

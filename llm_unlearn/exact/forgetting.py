@@ -20,7 +20,7 @@ from llm_unlearn.exact.manifest import BEFORE, FILE, Manifest, new_manifest, rea
 from llm_unlearn.exact.pieces import Wanted, Workshop, wanted
 from llm_unlearn.exact.rows import Known, find, read_known
 from llm_unlearn.look import Looks, attacked
-from llm_unlearn.methods.exact import EXACT, S3T, Exact
+from llm_unlearn.methods.exact import S3T, Exact
 from llm_unlearn.models.load import add_adapter, load, trainable
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.run import flattened, publish, results_of, run_facts, start, versions
@@ -36,7 +36,7 @@ def method_of(recipe: Recipe) -> Exact:
         Refused: it is another, or something in the recipe does not go with it.
     """
     method = recipe.method
-    if not isinstance(method, EXACT):
+    if not isinstance(method, Exact):
         raise Refused("method: expected sisa, s3t or modules.")
     return method
 

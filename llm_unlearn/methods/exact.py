@@ -195,7 +195,6 @@ class Modules:
 
 
 Exact = Sisa | S3T | Modules
-EXACT = (Sisa, S3T, Modules)
 
 
 def _cells(rows: Sequence[Placed], shards: int, slices: int) -> dict[str, list[tuple[str, ...]]]:

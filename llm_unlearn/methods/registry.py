@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from llm_unlearn.methods.exact import S3T, Modules, Sisa
+from llm_unlearn.methods.dampening import Dampening, FisherNoise
+from llm_unlearn.methods.exact import Exact
+from llm_unlearn.methods.influence import Influence
 from llm_unlearn.methods.retrain import Retrain
+from llm_unlearn.methods.task_vector import TaskVector
 from llm_unlearn.spec import by_name
 
-AnyMethod = Annotated[Retrain | Sisa | S3T | Modules, by_name]
+Edit = TaskVector | Dampening | FisherNoise | Influence
+"""One-shot edits of the weights (`methods/edits.py`)."""
+
+AnyMethod = Annotated[Retrain | Edit | Exact, by_name]

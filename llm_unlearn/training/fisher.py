@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.data.examples import Example, draw
@@ -15,23 +16,31 @@ from llm_unlearn.models.scores import Head, Scorer, score
 
 
 def fisher(
-    scorer: Scorer, head: Head, weights: Sequence[Tensor], examples: Sequence[Example], accelerator: Accelerator
+    scorer: Scorer, head: Head, weights: Sequence[Tensor], examples: Sequence[Example], accelerator: Accelerator, title: str = ""
 ) -> list[Tensor]:
     """(1/n) Σ_i (∂/∂θ Σ_t −log p(y_t))² over n examples, one backward pass each; dealt to all ranks, the same on every one.
 
     Args:
         weights: θ; each must require a gradient.
+        title: of a progress bar; "" shows none.
     """
     total = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    with torch.enable_grad():
-        for example in examples[accelerator.process_index :: accelerator.num_processes]:
-            batch = lay_out([example]).to(accelerator.device)
-            with accelerator.autocast():
-                loss = torch.stack([-scores.logps.sum() for scores in score(scorer, head, batch).values()]).sum()
-            for so_far, slope in zip(total, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
-                if slope is not None:
-                    so_far += slope.float() ** 2
+    mine = examples[accelerator.process_index :: accelerator.num_processes]
+    for example in tqdm(mine, desc=title, unit="row", disable=not title or not accelerator.is_main_process):
+        for so_far, slope in zip(total, slopes(scorer, head, weights, [example], accelerator), strict=True):
+            so_far += slope**2
     return [accelerator.reduce(one, "sum") / len(examples) for one in total]
+
+
+def slopes(
+    scorer: Scorer, head: Head, weights: Sequence[Tensor], examples: Sequence[Example], accelerator: Accelerator
+) -> list[Tensor]:
+    """Σ_i ∂/∂θ Σ_t −log p(y_t) over a few examples, in one pass on this process alone; float32."""
+    batch = lay_out(examples).to(accelerator.device)
+    with torch.enable_grad(), accelerator.autocast():
+        loss = torch.stack([-scores.logps.sum() for scores in score(scorer, head, batch).values()]).sum()
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+    return [torch.zeros_like(w, dtype=torch.float32) if one is None else one.float() for w, one in zip(weights, found, strict=True)]
 
 
 def some(examples: Sequence[Example], rows: int, seed: int, purpose: str) -> list[Example]:

@@ -67,7 +67,7 @@ def train(
                 checkpoints.save()
             if look and outcome is None:
                 look(progress.step)
-    outcome = outcome or _ending(training.probe, progress)
+    outcome = outcome or ending(training.probe, progress)
     if outcome.status != "interrupted" and outcome.kept != progress.step and progress.good:
         restore(model, progress.good)
     model.eval()
@@ -126,12 +126,7 @@ class Training:
             if isinstance(rule, (Saliency, TrustRegion)):
                 rule.begin(self)
         if self.probe:
-            progress.before = self.probe.look(self.model.scorer, self.model.head, self.accelerator)
-            gap = self.probe.gap(progress.before)
-            progress.good, progress.good_look = snapshot(self.net), progress.before
-            progress.gap = float("inf") if gap is None else abs(gap)
-            if gap is not None and gap <= 0:
-                return Outcome("finished", 0, 0, f"nothing is left to forget: {self.probe.compared(progress.before)}")
+            return first(self.probe, self.probe.look(self.model.scorer, self.model.head, self.accelerator), progress, self.net)
         return None
 
     def step(self, asked: bool) -> tuple[dict[str, float], Outcome | None]:
@@ -165,7 +160,7 @@ class Training:
         if probe and (progress.step % probe.stop.every == 0 or progress.step == self.job.schedule.steps):
             seen = probe.look(self.model.scorer, self.model.head, self.accelerator)
             self.row |= seen
-            outcome = _judge(probe, seen, progress, self.net) or outcome
+            outcome = judge(probe, seen, progress, self.net) or outcome
         return self.row, outcome
 
     def _move(self) -> None:
@@ -255,7 +250,17 @@ def _unfit(row: Mapping[str, float], progress: Progress, weights: Mapping[str, f
     return None
 
 
-def _judge(probe: Probe, seen: Mapping[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
+def first(probe: Probe, seen: dict[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
+    """The look before a run; how it ends, where its aim is reached before it begins."""
+    gap = probe.gap(seen)
+    progress.before, progress.good, progress.good_look = seen, snapshot(model), seen
+    progress.gap = float("inf") if gap is None else abs(gap)
+    if gap is not None and gap <= 0:
+        return Outcome("finished", 0, 0, f"nothing is left to forget: {probe.compared(seen)}")
+    return None
+
+
+def judge(probe: Probe, seen: Mapping[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
     """Keep these weights if they are the best so far, and end the run where its aim is reached or its budget is spent."""
     harm, gap = probe.harm(progress.before, seen), probe.gap(seen)
     progress.beyond = progress.beyond + 1 if harm else 0
@@ -270,14 +275,14 @@ def _judge(probe: Probe, seen: Mapping[str, float], progress: Progress, model: n
     return None
 
 
-def _ending(probe: Probe | None, progress: Progress) -> Outcome:
-    """All steps are done."""
+def ending(probe: Probe | None, progress: Progress, more: str = "more epochs") -> Outcome:
+    """All steps are done; `more` of what would go further, if the last was the best."""
     step = progress.step
     if not probe:
         return Outcome("finished", step, step)
     gap, reason = probe.gap(progress.good_look), ""
     if gap is not None and gap > 0:
-        further = "" if progress.good_step < step else "; more epochs would go further"
+        further = "" if progress.good_step < step else f"; {more} would go further"
         reason = f"the aim is not reached: {probe.compared(progress.good_look)}{further}"
     elif progress.beyond:
         reason = "the last looks were beyond the budget"
