@@ -44,6 +44,8 @@ def plan(recipe: Recipe) -> str:
     lines.append(f"steps      {job.schedule.steps} optimizer steps of {_window(recipe)}; {_share(recipe)}")
     if recipe.train.stop:
         lines.append(f"dose       {_dose(recipe.train.stop)}")
+    if job.private:
+        lines.append(job.private.said)
     for name in sorted(job.read, key=list(job.examples).index):
         seen = job.schedule.seen(name)
         tokens = sum(len(job.examples[name][i].ids) for i in seen)
@@ -60,7 +62,7 @@ def plan(recipe: Recipe) -> str:
     lines.append(
         f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
     )
-    longest = max(len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name))
+    longest = max((len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name)), default=1)
     needed = memory(recipe, base, moved, config, longest, dtype_of(recipe.model, device), reference=bool(job.needs))
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
     lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")

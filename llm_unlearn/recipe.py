@@ -93,6 +93,7 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
     yield from _model_problems(recipe, say)
     yield from _stop_problems(recipe, say)
     yield from _rule_problems(recipe, say)
+    yield from _privacy_problems(recipe, say)
     for name in recipe.train.window.keys() - recipe.sources.keys():
         yield say(f"no such stream; {nearest(name, recipe.sources)}", "train", "window", name)
     if recipe.evaluation and not (path := locate(recipe.evaluation.suite, Path(tree.file))).is_file():
@@ -178,6 +179,30 @@ def _unable(rule: AnyRule, recipe: Recipe) -> Iterable[tuple[str | int, ...]]:
             for k, folder in enumerate(rule.adapters):
                 if missing(folder):
                     yield f"no such folder: {folder} (looked from {Path.cwd()}).", "adapters", k
+
+
+def _privacy_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
+    """Where the guarantee would not hold, it is not given."""
+    privacy, train = recipe.train.privacy, recipe.train
+    if not privacy:
+        return
+    if (privacy.epsilon is None) == (privacy.noise is None):
+        yield say("give epsilon, and the noise is found from it, or noise, and epsilon follows.", "train", "privacy")
+    if train.rules:
+        yield say("a rule reads gradients without noise, which privacy does not cover; give rules: [].", "train", "rules")
+    if train.stop:
+        yield say("where a run ends would tell of the rows it looks at; give stop: null, and steps or epochs.", "train", "stop")
+    if recipe.data.overlap == "drop":
+        yield say("a row that leaves because of another tells of that one; give overlap: error.", "data", "overlap")
+    if recipe.model.adapter and recipe.model.adapter.init == "fila":
+        yield say("begins from statistics of the rows, without noise; give init: zero.", "model", "adapter", "init")
+    for name, term in recipe.terms.items():
+        at, needs = ("objective", name), term.loss.needs
+        if term.budget:
+            yield say("its weight would follow from true means of the loss; give a weight without budget.", *at, "budget")
+        if needs.reads != ("answer",) or needs.contrasts or needs.window:
+            text = f"{term.loss.name} reads more than the row itself, so no gradient belongs to one row; take nll or npo."
+            yield say(text, *at, "loss")
 
 
 def _method_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:

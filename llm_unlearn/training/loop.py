@@ -24,6 +24,7 @@ from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.checkpoint import Checkpoints, Progress, restore, snapshot
+from llm_unlearn.training.clipped import Clipped
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe
@@ -60,7 +61,11 @@ def train(
             began = time.perf_counter()
             row, outcome = training.step(asked.is_set())
             log.write({**row, "seconds": round(time.perf_counter() - began, 4)})
-            shown = {name: f"{row[name]:.3g}" for name in (*job.terms, "retain_perplexity", "forget_perplexity") if name in row}
+            shown = {
+                name: f"{row[name]:.3g}"
+                for name in (*job.terms, "retain_perplexity", "forget_perplexity", "epsilon")
+                if name in row
+            }
             bar.set_postfix(shown, refresh=False)
             bar.update(progress.step - bar.n)
             if (progress.step % every == 0 and outcome is None) or (outcome and outcome.status == "interrupted"):
@@ -111,6 +116,8 @@ class Training:
         self.forget = {name: term for name, term in job.terms.items() if stream_of(term, name) == "forget"}
         self.others = {name: term for name, term in job.terms.items() if name not in self.forget}
         self.window = Window(job, 0, accelerator)
+        recomputed = settings.gradient_checkpointing
+        self.clipped = Clipped(job.private, self.model, accelerator, recomputed) if job.private else None
         self.row: dict[str, float] = {}
         model.train()  # dropout is off in every model here; gradient checkpointing looks at this flag
 
@@ -146,7 +153,9 @@ class Training:
         progress, settings, probe = self.progress, self.job.settings, self.probe
         self.window = Window(self.job, progress.step, self.accelerator)
         self.row = {"step": progress.step + 1, "lr": self.scheduler.get_last_lr()[0]}
-        if settings.rules:
+        if self.clipped:
+            self.row |= self.clipped.backward(self.window, self.job.terms, self.multipliers(self.job.terms), progress.step)
+        elif settings.rules:
             for weight, slope in zip(self.weights, total(settings.rules, self), strict=True):
                 weight.grad = slope
         else:
@@ -159,6 +168,8 @@ class Training:
             return self.row, unfit
         self._move()
         progress.step += 1
+        if self.job.private:
+            self.row["epsilon"] = self.job.private.epsilon(progress.step)
         outcome = None
         if self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum") > 0:
             outcome = Outcome("interrupted", progress.step, progress.step, "asked to stop")
