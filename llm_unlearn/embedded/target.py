@@ -45,7 +45,8 @@ def models(cache: Path, show: bool = True) -> dict[str, Path]:
         Refused: training failed; the text ends with its last words.
     """
     rows = {name: population.training_rows(name == "target", SEED) for name in NAMES}
-    key = fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, plain(SETTINGS), SEED, [rows["target"], rows["retrained"]])
+    settings = {name: value for name, value in plain(SETTINGS).items() if name != "privacy"}  # not theirs: keys are as they were
+    key = fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, settings, SEED, [rows["target"], rows["retrained"]])
     home = cache / "embedded" / key
     if not home.is_dir():
         from filelock import FileLock
