@@ -44,8 +44,8 @@ def plan(recipe: Recipe) -> str:
     lines.append(f"steps      {job.schedule.steps} optimizer steps of {_window(recipe)}; {_share(recipe)}")
     if recipe.train.stop:
         lines.append(f"dose       {_dose(recipe.train.stop)}")
-    if job.private:
-        lines.append(job.private.said)
+    if job.noisy:
+        lines.append(job.noisy.said)
     for name in sorted(job.read, key=list(job.examples).index):
         seen = job.schedule.seen(name)
         tokens = sum(len(job.examples[name][i].ids) for i in seen)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
 
+from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
@@ -51,6 +52,12 @@ class Recipe:
     def terms(self) -> Mapping[str, Term]:
         """What is trained: the objective, or what the method stands for."""
         return self.method.terms if self.method else self.objective
+
+    @property
+    def drawn_openly(self) -> bool | None:
+        """Whether noise is drawn from the seed, not from a secret; None where there is no noise."""
+        wanted = self.train.privacy or (self.method if isinstance(self.method, NoisyFinetune) else None)
+        return wanted.reproducible if wanted else None
 
     @property
     def window(self) -> dict[str, int]:
@@ -213,6 +220,23 @@ def _method_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     for name in recipe.method.terms:
         if name not in recipe.sources:
             yield say(f"missing; {recipe.method.name} reads it.", "data", name)
+    if isinstance(recipe.method, NoisyFinetune):
+        yield from _certificate_problems(recipe, recipe.method, say)
+
+
+def _certificate_problems(recipe: Recipe, method: NoisyFinetune, say: Callable[..., str]) -> Iterable[str]:
+    """Where the certificate would not hold, it is not given."""
+    if missing(method.reference):
+        yield say(f"no such folder: {method.reference} (looked from {Path.cwd()}).", "method", "reference")
+    if recipe.model.adapter:
+        text = "the weights below it saw the forget set, and would stay as they are; give model.adapter: null."
+        yield say(text, "model", "adapter")
+    if recipe.train.rules:
+        yield say("the proof knows no step but its own; give rules: [].", "train", "rules")
+    if recipe.train.stop:
+        yield say("where a run ends would tell of the forget rows it looks at; give stop: null.", "train", "stop")
+    if recipe.train.privacy:
+        yield say("is another guarantee, of the rows trained on; give it in a run of its own.", "train", "privacy")
 
 
 def _objective_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:

@@ -19,7 +19,7 @@ from llm_unlearn import folder as run_folder
 from llm_unlearn.attacks.robustness import robustness_of
 from llm_unlearn.data.examples import Examples, read_examples
 from llm_unlearn.data.schedule import Schedule, build, poisson
-from llm_unlearn.embedded.target import embedded
+from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.numbers import answers, curves, numbers
 from llm_unlearn.evaluation.rows import records
@@ -35,6 +35,7 @@ from llm_unlearn.report.columns import write_columns
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint, plain, to_yaml
 from llm_unlearn.training import secret
+from llm_unlearn.training.certified import certified_by
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.guard import Outcome, aim_of
 from llm_unlearn.training.loop import check, train
@@ -59,7 +60,8 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
     seen: dict[str, Seen] = {}
     controls: dict[str, Control] = {}
     examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
-    job = make_job(recipe, examples, secret.key_of(recipe.train.privacy, recipe.seed, folder, resume))
+    key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
+    job = make_job(recipe, examples, key, lambda name: folder_of(name, cache))
     if suite and (control := (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
         # before the model itself, so that a control that cannot be loaded is said before hours of training
         without = embedded(replace(recipe.model, base=control, start=None), cache)
@@ -77,7 +79,7 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
         if overwrite:
             run_folder.clear(folder)
         run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
-        secret.begin(job.private, folder)
+        secret.begin(job.noisy, folder)
         _say_what_was_read(examples)
     accelerator.wait_for_everyone()
     if look:
@@ -90,7 +92,7 @@ def run(recipe: Recipe, suite: Suite | None, *, cache: Path, resume: bool = Fals
         return outcome
     saved = save(model, loaded, folder, whole=recipe.model.adapter is None, accelerator=accelerator)
     facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
-    facts |= secret.spent(job.private, folder, outcome.step, accelerator.is_main_process)
+    facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
 
     if look and suite and recipe.evaluation:
         after = loaded.become(model, saved, whole=recipe.model.adapter is None)
@@ -134,7 +136,7 @@ def start(model: Model) -> Accelerator:
     return Accelerator(mixed_precision="bf16" if dtype_of(model, state.device) == torch.bfloat16 else "no")
 
 
-def make_job(recipe: Recipe, examples: Examples, key: bytes = b"") -> Job:
+def make_job(recipe: Recipe, examples: Examples, key: bytes = b"", where: Callable[[str], str] = str) -> Job:
     """The examples of a recipe and the table that says which step sees which; a private run draws it from its key."""
     streams, privacy, stop = examples.streams, recipe.train.privacy, recipe.train.stop
     companions = {name: [example for of_row in found for example in of_row] for name, found in examples.companions.items()}
@@ -144,7 +146,8 @@ def make_job(recipe: Recipe, examples: Examples, key: bytes = b"") -> Job:
         private = mechanism(privacy, sizes, recipe.window, schedule.steps, key)
         schedule = poisson(sizes, private.rates, key, schedule.steps)
     aim = stop.until if stop and isinstance(stop.until, float) else None
-    return Job(recipe.terms, {**streams, **companions}, schedule, recipe.train, recipe.seed, aim, private)
+    certified = certified_by(recipe.method, schedule.steps, key, where)
+    return Job(recipe.terms, {**streams, **companions}, schedule, recipe.train, recipe.seed, aim, private, certified)
 
 
 def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from llm_unlearn.methods.retrain import Retrain
+from typing import Annotated
 
-AnyMethod = Retrain
+from llm_unlearn.methods.noisy_finetune import NoisyFinetune
+from llm_unlearn.methods.retrain import Retrain
+from llm_unlearn.spec import by_name
+
+AnyMethod = Annotated[Retrain | NoisyFinetune, by_name]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from llm_unlearn.data.batch import lay_out
@@ -19,11 +19,9 @@ from llm_unlearn.models.scores import score
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.privacy import Mechanism
+from llm_unlearn.training.secret import check_whole
 from llm_unlearn.training.vectors import Gradient
-from llm_unlearn.training.window import Model, Window
-
-WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Every process holds the whole model."""
+from llm_unlearn.training.window import Job, Model, Window
 
 
 class Clipped:
@@ -43,15 +41,16 @@ class Clipped:
                     f"train.privacy: {name} is a {type(layer).__name__}: it mixes the examples of a batch, so that no gradient "
                     "belongs to one of them. Take a model without it, or privacy: null."
                 )
-        if accelerator.distributed_type not in WHOLE:
-            raise Refused(
-                f"train.privacy: the model is spread over processes ({accelerator.distributed_type.value}), so that no process has "
-                "the norm of an example's gradient. Launch with one model per process (launch/), or privacy: null."
-            )
+        check_whole(accelerator, "train.privacy")
         self.mechanism, self.model, self.accelerator = mechanism, model, accelerator
         layers = [] if recomputed else _linear(model)
         self.layers = layers if layers and _side_by_side(model, layers, accelerator.device) else []
         """The layers that hold all that is trained, where a whole micro-batch can be taken apart; else one example at a time."""
+
+    @classmethod
+    def of(cls, job: Job, model: Model, accelerator: Accelerator) -> Clipped | None:
+        """For a private job; None for any other."""
+        return cls(job.private, model, accelerator, job.settings.gradient_checkpointing) if job.private else None
 
     def backward(self, window: Window, terms: Mapping[str, Term], factors: Mapping[str, float], step: int) -> dict[str, float]:
         """Set the weights' gradient: (Σ_i clip(∇ Σ factor · value_i) + N(0, σ²C² I)) / B, i over the window on all ranks.

@@ -106,7 +106,8 @@ class Training:
         scorer, head = Scorer(model), head_of(model)
         self.probe = Probe.of(settings.stop, job.examples, job.seed, settings.batch_tokens, job.aim) if settings.stop else None
         optimizer = make_optimizer(settings, trainable(model).values(), accelerator.device)
-        self.scheduler = _make_scheduler(settings, optimizer, schedule.steps)
+        self.noisy_steps = job.certified.settings.noisy_steps if job.certified else 0
+        self.scheduler = _make_scheduler(settings, optimizer, schedule.steps - self.noisy_steps)
         seen = [job.examples[stream][i] for stream in schedule.streams for i in schedule.seen(stream)]
         reference = reference_of(scorer, head, job.needs, seen, settings.batch_tokens, accelerator.device, job.seed)
         wrapped, self.optimizer = accelerator.prepare(scorer, optimizer)
@@ -116,8 +117,7 @@ class Training:
         self.forget = {name: term for name, term in job.terms.items() if stream_of(term, name) == "forget"}
         self.others = {name: term for name, term in job.terms.items() if name not in self.forget}
         self.window = Window(job, 0, accelerator)
-        recomputed = settings.gradient_checkpointing
-        self.clipped = Clipped(job.private, self.model, accelerator, recomputed) if job.private else None
+        self.clipped = Clipped.of(job, self.model, accelerator)
         self.row: dict[str, float] = {}
         model.train()  # dropout is off in every model here; gradient checkpointing looks at this flag
 
@@ -129,6 +129,8 @@ class Training:
         """
         progress = self.progress
         progress.multipliers = {name: term.weight_at(0.0) for name, term in self.job.terms.items() if term.budget}
+        if self.job.certified:
+            progress.memory["reference"] = self.job.certified.begin(self.net, self.accelerator)
         for rule in self.job.settings.rules:
             if isinstance(rule, (Saliency, TrustRegion)):
                 rule.begin(self)
@@ -168,8 +170,7 @@ class Training:
             return self.row, unfit
         self._move()
         progress.step += 1
-        if self.job.private:
-            self.row["epsilon"] = self.job.private.epsilon(progress.step)
+        self.row |= self.job.private.spent(progress.step) if self.job.private else {}
         outcome = None
         if self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum") > 0:
             outcome = Outcome("interrupted", progress.step, progress.step, "asked to stop")
@@ -180,7 +181,11 @@ class Training:
         return self.row, outcome
 
     def _move(self) -> None:
-        """The optimizer's step, what a trust region leaves of it, and the weights that budgets find."""
+        """The optimizer's step, what a trust region leaves of it, and budgets; or a noisy step, which no optimizer must remember."""
+        if self.job.certified and self.progress.step < self.noisy_steps:
+            self.job.certified.move(self.weights, self.memory["reference"], self.progress.step)
+            self.optimizer.zero_grad()
+            return
         region = next((rule for rule in self.job.settings.rules if isinstance(rule, TrustRegion)), None)
         before = [weight.detach().clone() for weight in self.weights] if region else []
         self.optimizer.step()

@@ -7,13 +7,11 @@ goes along (Σ_i clip(g_i) + N(0, σ²C² I)) / B, where B is the number of exam
 
 from __future__ import annotations
 
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from typing import Any, Literal
 
 from llm_unlearn.spec import Part, PositiveFloat, Refused, spec
@@ -91,6 +89,10 @@ class Mechanism:
             accountant.history = [(self.sigma, self.rate, steps)]
             return float(accountant.get_epsilon(delta=self.settings.delta))
 
+    def spent(self, steps: int) -> dict[str, float]:
+        """What a step's line of the log says."""
+        return {"epsilon": self.epsilon(steps)}
+
     @property
     def said(self) -> str:
         """What is told before a run: what it will cost, and what that rests on."""
@@ -110,7 +112,7 @@ class Mechanism:
         return {
             "epsilon": self.epsilon(steps), "delta": wanted.delta, "noise_multiplier": self.sigma, "clip": wanted.clip,
             "sampling_rate": self.rate, "steps": steps, "accountant": wanted.accountant,
-            "unit": "one row, added or removed", "assumptions": self.assumptions,
+            "kind": "differential privacy", "unit": "one row, added or removed", "assumptions": self.assumptions,
         }  # fmt: skip
 
     @property
@@ -148,11 +150,6 @@ def mechanism(privacy: Privacy, sizes: Mapping[str, int], window: Mapping[str, i
         )
     rates = {name: min(1.0, window[name] / size) for name, size in sizes.items()}
     return Mechanism(privacy, rates, sum(rates[name] * size for name, size in sizes.items()), steps, key)
-
-
-def new_key(settings: Privacy, seed: int) -> bytes:
-    """A key of the operating system's randomness, or, where the recipe says so, one of the seed."""
-    return sha256(f"private {seed}".encode()).digest() if settings.reproducible else secrets.token_bytes(32)
 
 
 @contextmanager

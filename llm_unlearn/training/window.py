@@ -28,6 +28,7 @@ from llm_unlearn.objectives.representation import Lunar
 from llm_unlearn.objectives.terms import Term, count, layers_read, stream_of, streams_read
 from llm_unlearn.objectives.views import TOP, window_of
 from llm_unlearn.sections import Train
+from llm_unlearn.training.certified import Certified
 from llm_unlearn.training.gradients import Latent
 from llm_unlearn.training.privacy import Mechanism
 
@@ -45,6 +46,13 @@ class Job:
     """The perplexity of the forget set at which the run is to end, where that is known beforehand."""
     private: Mechanism | None = None
     """What is drawn and added where the settings ask for privacy."""
+    certified: Certified | None = None
+    """The noisy steps that come first, where the method is certified."""
+
+    @property
+    def noisy(self) -> Mechanism | Certified | None:
+        """What the run's guarantee comes from, where it has one."""
+        return self.private or self.certified
 
     def example(self, stream: str, index: int) -> Example:
         return self.examples[stream][index]
