@@ -8,7 +8,8 @@ runs/forget_lora/
     evaluation.json    every number, before, after and retrained
     evaluation.parquet the values of every row that these numbers are made of
     report.html        the same for people
-    checkpoints/       while the run is under way
+    privacy.json       of a private run: what was spent, and what the guarantee rests on
+    checkpoints/       while the run is under way; with the key that a private run draws from
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from llm_unlearn.spec import Refused
 
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
 RESULTS, REPORT, CHECKPOINTS, ALONG = "evaluation.json", "report.html", "checkpoints", "evaluations.jsonl"
-ROWS, INFLUENCES = "evaluation.parquet", "influence.parquet"
+ROWS, INFLUENCES, PRIVACY = "evaluation.parquet", "influence.parquet", "privacy.json"
 KEYS = {"title", "suite", "suite_hash", "models", "numbers", "curves", "answers"}
 """What an `evaluation.json` cannot be without."""
 

@@ -180,7 +180,7 @@ def _identities(asked: Asked, one: Candidate, accelerator: Accelerator, cache: P
 def _measure(asked: Asked, one: Candidate, look: Looks) -> tuple[dict[str, Any], dict[str, Seen]]:
     """One candidate beside its base and the retrained model: what is said of it, and what it said."""
     from llm_unlearn.look import attacked
-    from llm_unlearn.run import results_of
+    from llm_unlearn.results import results_of
 
     columns = _asked_of(asked, one)
     if one.under_way:
@@ -231,7 +231,7 @@ def _facts(one: Candidate, looks: Mapping[str, Seen]) -> dict[str, Any] | None:
 def _keep(results: dict[str, Any], suite: Suite, looks: Mapping[str, Seen], one: Candidate, place: Path | None) -> None:
     """Write one evaluation as soon as it is there, so that nothing is asked twice."""
     from llm_unlearn.report.verdict import headline
-    from llm_unlearn.run import keep
+    from llm_unlearn.results import keep
 
     print(f"  {headline(results)}", flush=True)
     if place:

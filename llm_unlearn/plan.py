@@ -49,6 +49,8 @@ def plan(recipe: Recipe) -> str:
         lines.append(f"strengths  {edit.knob} {', '.join(f'{strength:g}' for strength in edit.strengths)}")
     if recipe.train.stop:
         lines.append(f"dose       {_nearest(recipe.train.stop) if edit else _dose(recipe.train.stop)}")
+    if job.noisy:
+        lines.append(job.noisy.said)
     for name in sorted(job.read, key=list(job.examples).index) if not edit or edit.trains else ():
         seen = job.schedule.seen(name)
         tokens = sum(len(job.examples[name][i].ids) for i in seen)
@@ -65,7 +67,7 @@ def plan(recipe: Recipe) -> str:
     lines.append(
         f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
     )
-    longest = max(len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name))
+    longest = max((len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name)), default=1)
     needed = memory(recipe, base, moved, config, longest, dtype_of(recipe.model, device), reference=bool(job.needs))
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
     lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")

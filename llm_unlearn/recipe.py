@@ -7,6 +7,7 @@ from dataclasses import field
 from pathlib import Path
 
 from llm_unlearn.methods.exact import Exact
+from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import AnyMethod, Edit
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
@@ -52,6 +53,12 @@ class Recipe:
     def terms(self) -> Mapping[str, Term]:
         """What is trained: the objective, or what the method stands for."""
         return self.method.terms if self.method else self.objective
+
+    @property
+    def drawn_openly(self) -> bool | None:
+        """Whether noise is drawn from the seed, not from a secret; None where there is no noise."""
+        wanted = self.train.privacy or (self.method if isinstance(self.method, NoisyFinetune) else None)
+        return wanted.reproducible if wanted else None
 
     @property
     def window(self) -> dict[str, int]:
@@ -101,6 +108,7 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
     yield from _model_problems(recipe, say)
     yield from _stop_problems(recipe, say)
     yield from _rule_problems(recipe, say)
+    yield from _privacy_problems(recipe, say)
     for name in recipe.train.window.keys() - recipe.sources.keys():
         yield say(f"no such stream; {nearest(name, recipe.sources)}", "train", "window", name)
     if recipe.evaluation and not (path := locate(recipe.evaluation.suite, Path(tree.file))).is_file():
@@ -188,6 +196,30 @@ def _unable(rule: AnyRule, recipe: Recipe) -> Iterable[tuple[str | int, ...]]:
                     yield f"no such folder: {folder} (looked from {Path.cwd()}).", "adapters", k
 
 
+def _privacy_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
+    """Where the guarantee would not hold, it is not given."""
+    privacy, train = recipe.train.privacy, recipe.train
+    if not privacy:
+        return
+    if (privacy.epsilon is None) == (privacy.noise is None):
+        yield say("give epsilon, and the noise is found from it, or noise, and epsilon follows.", "train", "privacy")
+    if train.rules:
+        yield say("a rule reads gradients without noise, which privacy does not cover; give rules: [].", "train", "rules")
+    if train.stop:
+        yield say("where a run ends would tell of the rows it looks at; give stop: null, and steps or epochs.", "train", "stop")
+    if recipe.data.overlap == "drop":
+        yield say("a row that leaves because of another tells of that one; give overlap: error.", "data", "overlap")
+    if recipe.model.adapter and recipe.model.adapter.init == "fila":
+        yield say("begins from statistics of the rows, without noise; give init: zero.", "model", "adapter", "init")
+    for name, term in recipe.terms.items():
+        at, needs = ("objective", name), term.loss.needs
+        if term.budget:
+            yield say("its weight would follow from true means of the loss; give a weight without budget.", *at, "budget")
+        if needs.reads != ("answer",) or needs.contrasts or needs.window:
+            text = f"{term.loss.name} reads more than the row itself, so no gradient belongs to one row; take nll or npo."
+            yield say(text, *at, "loss")
+
+
 def _method_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     """A method must find its sets, and stands in the place of an objective."""
     assert recipe.method
@@ -200,6 +232,8 @@ def _method_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         yield from _exact_problems(recipe, recipe.method, say)
     if isinstance(recipe.method, Edit):
         yield from _edit_problems(recipe, recipe.method, say)
+    if isinstance(recipe.method, NoisyFinetune):
+        yield from _certificate_problems(recipe, recipe.method, say)
 
 
 def _exact_problems(recipe: Recipe, method: Exact, say: Callable[..., str]) -> Iterable[str]:
@@ -229,6 +263,21 @@ def _edit_problems(recipe: Recipe, method: Edit, say: Callable[..., str]) -> Ite
     if recipe.evaluation and recipe.evaluation.every:
         text = f"{method.name} has nothing to look at on the way but its strengths, which train.stop does; take it out."
         yield say(text, "evaluation", "every")
+
+
+def _certificate_problems(recipe: Recipe, method: NoisyFinetune, say: Callable[..., str]) -> Iterable[str]:
+    """Where the certificate would not hold, it is not given."""
+    if missing(method.reference):
+        yield say(f"no such folder: {method.reference} (looked from {Path.cwd()}).", "method", "reference")
+    if recipe.model.adapter:
+        text = "the weights below it saw the forget set, and would stay as they are; give model.adapter: null."
+        yield say(text, "model", "adapter")
+    if recipe.train.rules:
+        yield say("the proof knows no step but its own; give rules: [].", "train", "rules")
+    if recipe.train.stop:
+        yield say("where a run ends would tell of the forget rows it looks at; give stop: null.", "train", "stop")
+    if recipe.train.privacy:
+        yield say("is another guarantee, of the rows trained on; give it in a run of its own.", "train", "privacy")
 
 
 def _objective_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +14,31 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from llm_unlearn import folder as run_folder
-from llm_unlearn.attacks.robustness import robustness_of
 from llm_unlearn.data.examples import Examples, read_examples
-from llm_unlearn.data.schedule import Schedule, build
-from llm_unlearn.embedded.target import embedded
-from llm_unlearn.evaluation.aggregates import aggregates
+from llm_unlearn.data.schedule import Schedule, build, poisson
+from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import Control
-from llm_unlearn.evaluation.numbers import answers, curves, numbers
-from llm_unlearn.evaluation.rows import records
+from llm_unlearn.evaluation.numbers import numbers
 from llm_unlearn.evaluation.suite import Suite
-from llm_unlearn.evaluation.tasks import task_numbers
-from llm_unlearn.look import COLUMNS, Encoded, Look, Looks, Seen, attacked
+from llm_unlearn.look import Encoded, Look, Looks, Seen, attacked
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models import fila
 from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
+from llm_unlearn.results import flattened, publish, results_of, run_facts
 from llm_unlearn.sections import Model
-from llm_unlearn.spec import Refused, fingerprint, plain, to_yaml
+from llm_unlearn.spec import Refused
+from llm_unlearn.training import secret
+from llm_unlearn.training.certified import certified_by
 from llm_unlearn.training.edits import edit
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.guard import Outcome, aim_of
 from llm_unlearn.training.loop import check, train
+from llm_unlearn.training.privacy import mechanism
 from llm_unlearn.training.window import Job
-
-PACKAGES = ("llm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 
 
 def run(
@@ -63,7 +60,8 @@ def run(
     controls: dict[str, Control] = {}
     encoded: Encoded = {}
     examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
-    job = make_job(recipe, examples)
+    key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
+    job = make_job(recipe, examples, key, lambda name: folder_of(name, cache))
     if suite and (control := retrained or (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
         # before the model itself, so that a control that cannot be loaded is said before hours of training
         without = embedded(replace(recipe.model, base=control, start=None), cache)
@@ -82,6 +80,7 @@ def run(
         if overwrite:
             run_folder.clear(folder)
         run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
+        secret.begin(job.noisy, folder)
         _say_what_was_read(examples)
     accelerator.wait_for_everyone()
     if look:
@@ -99,6 +98,7 @@ def run(
         return outcome
     saved = save(model, loaded, folder, whole=recipe.model.adapter is None, accelerator=accelerator)
     facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
+    facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
 
     if look and suite and recipe.evaluation:
         after = loaded.become(model, saved, whole=recipe.model.adapter is None)
@@ -142,12 +142,18 @@ def start(model: Model) -> Accelerator:
     return Accelerator(mixed_precision="bf16" if dtype_of(model, state.device) == torch.bfloat16 else "no")
 
 
-def make_job(recipe: Recipe, examples: Examples) -> Job:
-    """The examples of a recipe and the table that says which step sees which."""
+def make_job(recipe: Recipe, examples: Examples, key: bytes = b"", where: Callable[[str], str] = str) -> Job:
+    """The examples of a recipe and the table that says which step sees which; a private run draws it from its key."""
+    streams, privacy, stop = examples.streams, recipe.train.privacy, recipe.train.stop
     companions = {name: [example for of_row in found for example in of_row] for name, found in examples.companions.items()}
-    stop = recipe.train.stop
+    schedule, private = make_schedule(recipe, examples), None
+    if privacy:
+        sizes = {stream_of(term, name): len(streams[stream_of(term, name)]) for name, term in recipe.terms.items()}
+        private = mechanism(privacy, sizes, recipe.window, schedule.steps, key)
+        schedule = poisson(sizes, private.rates, key, schedule.steps)
     aim = stop.until if stop and isinstance(stop.until, float) else None
-    return Job(recipe.terms, {**examples.streams, **companions}, make_schedule(recipe, examples), recipe.train, recipe.seed, aim)
+    certified = certified_by(recipe.method, schedule.steps, key, where)
+    return Job(recipe.terms, {**streams, **companions}, schedule, recipe.train, recipe.seed, aim, private, certified)
 
 
 def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:
@@ -213,93 +219,6 @@ def save(model: Any, loaded: Loaded, folder: Path, *, whole: bool, accelerator: 
         unfinished.rename(final)
     accelerator.wait_for_everyone()
     return final
-
-
-def results_of(
-    suite: Suite,
-    seen: Mapping[str, Seen],
-    attacks: list[dict[str, Any]],
-    *,
-    title: str,
-    suite_name: str,
-    run: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Everything that `evaluation.json` says."""
-    columns = [column for column in COLUMNS if column in seen]
-    models = {column: seen[column].tables for column in columns}
-    found = numbers(suite, models) + task_numbers(suite.tasks, {column: seen[column].answered for column in columns})
-    found += aggregates(suite.aggregates, found, columns)
-    return {
-        "format": 1,
-        "title": title,
-        "suite": suite_name,
-        "suite_hash": fingerprint(suite),
-        "suite_settings": plain(suite),  # so that `compare` can say in what two suites differ
-        "run": run,
-        "models": {column: {"name": seen[column].name, "identity": seen[column].target.identity} for column in columns},
-        "numbers": found,
-        "attacks": attacks,
-        "robustness": robustness_of(attacks, found),
-        "curves": curves(suite, models),
-        "answers": answers(models),
-    }
-
-
-def rows_of(suite: Suite, seen: Mapping[str, Seen]) -> list[dict[str, Any]]:
-    """Everything that `evaluation.parquet` says."""
-    answered = {column: one.answered for column, one in seen.items()}
-    return records(suite, {column: one.tables for column, one in seen.items()}, answered)
-
-
-def run_facts(recipe: Recipe, outcome: Outcome, accelerator: Accelerator, began: float, weights: int) -> dict[str, Any]:
-    """How the run went and what it ran on."""
-    return {
-        "recipe_hash": recipe.hash,
-        "seed": recipe.seed,
-        "status": outcome.status,
-        "reason": outcome.reason,
-        "broken": outcome.broken,
-        "steps": outcome.step,
-        "kept_step": outcome.kept,
-        "seconds": round(time.perf_counter() - began, 1),
-        "trainable": weights,
-        "device": str(accelerator.device),
-        "processes": accelerator.num_processes,
-        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def flattened(recipe: Recipe) -> str:
-    """The recipe as it was run, every default written out; it can be run again."""
-    ran_under = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"# hash {recipe.hash}\n# {ran_under}\n{to_yaml(plain(recipe))}"
-
-
-def publish(
-    results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path | None, log: Path | None = None
-) -> None:
-    """The terminal table, and in a folder what is kept."""
-    from llm_unlearn.report.terminal import print_table
-
-    print_table(results)
-    if folder:
-        keep(results, suite, seen, folder, log)
-        print(f"\n{folder / run_folder.REPORT}")
-
-
-def keep(results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path, log: Path | None) -> None:
-    """Write the values of every row, the page, then the JSON file, which says that all are there."""
-    from llm_unlearn.report.page import write_page
-
-    write_columns(rows_of(suite, seen), folder / run_folder.ROWS)
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log and log.is_file() else []
-    write_page(results, rows, folder / run_folder.REPORT)
-    run_folder.write(folder / run_folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
 
 
 def _say_what_was_read(examples: Examples) -> None:

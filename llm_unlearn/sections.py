@@ -10,6 +10,7 @@ from llm_unlearn.source import Source
 from llm_unlearn.spec import NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Share, spec
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.gradients import AnyRule
+from llm_unlearn.training.privacy import Privacy
 
 
 @spec
@@ -98,6 +99,8 @@ class Train:
     """What acts on the whole step besides: project, bilevel, sharpness, latent, tamper, orthogonal, saliency, trust_region."""
     stop: Stop | None = None
     """How far to forget, and what it may cost."""
+    privacy: Privacy | None = None
+    """Train with (ε, δ)-differential privacy for every row: {epsilon, delta, clip}."""
 
 
 @spec

@@ -55,6 +55,12 @@ if what == "edits":
         found = told(name, make_llama(), folder)
         if accelerator.is_main_process:
             torch.save(found, folder / f"{name}.pt")
+if what == "privacy":
+    from test_privacy import private_job, processes_models
+
+    for name, make in processes_models(make_llama).items():
+        found = moved_by(private_job(noise=0.01, optimizer="sgd"), make(), folder / f"shared-{name}", Accelerator(cpu=True))
+        torch.save(found, folder / f"{name}-{accelerator.process_index}.pt")
 if what == "whitebox":
     from test_whitebox import found_by
 

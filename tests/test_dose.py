@@ -263,7 +263,7 @@ def test_how_a_run_ended_is_said(
 
 
 def test_the_retrained_model_is_asked_about_the_same_rows(make_model: Callable[..., Any]) -> None:
-    from llm_unlearn.run import aim_of
+    from llm_unlearn.training.guard import aim_of
 
     wanted = replace(dose_job(until="retrained", rows=5), seed=4)
     other = make_model(seed=9)

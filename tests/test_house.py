@@ -24,6 +24,7 @@ ROOMS = (
     "methods",  # settings and equations, as of the rules below: what is heavy is asked of a protocol
     "training.dose",
     "training.gradients",
+    "training.privacy",  # settings, and an accountant that is imported late
     "sections",
     "recipe",
     "folder",
@@ -39,6 +40,7 @@ ROOMS = (
     "evaluation.rows",
     "look",
     "report",
+    "results",
     "run",
     "control",  # carries out a recipe, for others to be compared with its model
     "exact",  # runs in pieces: begins, looks and reports as `run` does
@@ -324,6 +326,7 @@ LIBRARIES = {  # rule 5: who may import what
     "lm_eval": r"evaluation/(harness|scoring|task_files)\.py",  # an extra: task_files imports it late
     "kronfluence": r"training/ekfac\.py",  # an extra: edits.py imports that file late
     "pyarrow": r"report/columns\.py",
+    "opacus": r"training/privacy\.py",  # an extra, imported late
 }
 
 

@@ -1,7 +1,7 @@
 """Which optimizer step sees which example: a table made from the seed before anything trains.
 
 Epochs, the pairing of forget and retain rows, resume ("start at step k") and "what did step 137 see?" are rows of it. It does not
-depend on the number of processes.
+depend on the number of processes. A private run draws its rows from a secret key instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from llm_unlearn.data.chance import uniforms
 from llm_unlearn.data.examples import draw
 
 Slot = tuple[tuple[str, int], ...]
@@ -29,10 +30,8 @@ class Schedule:
     slot: NDArray[np.int64]  # (K,) within the step
     stream: NDArray[np.int64]  # (K,) index into `streams`
     example: NDArray[np.int64]  # (K,) index into the stream's examples
-
-    @property
-    def steps(self) -> int:
-        return int(self.step[-1]) + 1
+    steps: int
+    """Optimizer steps; a step of a Poisson schedule may see nothing."""
 
     def window(self, step: int) -> list[Slot]:
         """What one optimizer step sees, on all processes together."""
@@ -91,8 +90,8 @@ def build(
                     pick = draw(seed, step // per_epoch, example) % companions[other][example]
                     table.append((step, slot, streams.index(other), int(offsets[other][example]) + pick))
                 slot += 1
-    columns = np.array(table, dtype=np.int64).T
-    return Schedule(streams, *columns)
+    step_of, slot_of, stream_of, example_of = np.array(table, dtype=np.int64).T
+    return Schedule(streams, step_of, slot_of, stream_of, example_of, total)
 
 
 def by_key(keys: Sequence[str], window: int, seed: object, passes: float, stream: str, steps: int | None = None) -> Schedule:
@@ -111,4 +110,24 @@ def by_key(keys: Sequence[str], window: int, seed: object, passes: float, stream
         if at == 0:
             order = sorted(range(len(keys)), key=lambda i: (draw(seed, number, keys[i]), keys[i]))
         table += [(step, slot, 0, i) for slot, i in enumerate(order[at * window : (at + 1) * window])]
-    return Schedule((stream,), *np.array(table, dtype=np.int64).T)
+    step_of, slot_of, stream_of, example_of = np.array(table, dtype=np.int64).T
+    return Schedule((stream,), step_of, slot_of, stream_of, example_of, total)
+
+
+def poisson(sizes: Mapping[str, int], rates: Mapping[str, float], key: bytes, steps: int) -> Schedule:
+    """Lay out a run in which each example enters each step by a draw of its own: what a private run's accountant supposes.
+
+    Args:
+        rates: stream -> q, the probability with which each of its examples enters a step.
+        key: the only source of the draws; an example's draw depends on the key, the step, the stream and its index alone.
+        steps: optimizer steps. Their sizes vary, and a step may be empty.
+    """
+    table = [
+        (step, s, int(example))
+        for step in range(steps)
+        for s, (name, size) in enumerate(sizes.items())
+        for example in np.flatnonzero(uniforms(key, "sample", step, name, count=size) < rates[name])
+    ]
+    step, stream, example = np.array(table, dtype=np.int64).reshape(-1, 3).T
+    slot = np.arange(len(table)) - np.searchsorted(step, step)  # the place within its step
+    return Schedule(tuple(sizes), step, slot, stream, example, steps)

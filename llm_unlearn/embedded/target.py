@@ -50,7 +50,8 @@ def models(cache: Path, show: bool = True, names: tuple[str, ...] = TOGETHER[0])
         Refused: training failed; the text ends with its last words.
     """
     rows = [population.training_rows(LEARNED[name], SEED) for name in names]
-    key = fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, plain(SETTINGS), SEED, rows)
+    settings = {name: value for name, value in plain(SETTINGS).items() if name != "privacy"}  # not theirs: keys are as they were
+    key = fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, settings, SEED, rows)
     home = cache / "embedded" / key
     if not home.is_dir():
         from filelock import FileLock

@@ -23,7 +23,8 @@ from llm_unlearn.look import Looks, attacked
 from llm_unlearn.methods.exact import S3T, Exact
 from llm_unlearn.models.load import add_adapter, load, trainable
 from llm_unlearn.recipe import Recipe
-from llm_unlearn.run import flattened, publish, results_of, run_facts, start, versions
+from llm_unlearn.results import flattened, publish, results_of, run_facts, versions
+from llm_unlearn.run import start
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.training.guard import Outcome

@@ -7,6 +7,7 @@ from typing import Annotated
 from llm_unlearn.methods.dampening import Dampening, FisherNoise
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.influence import Influence
+from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.retrain import Retrain
 from llm_unlearn.methods.task_vector import TaskVector
 from llm_unlearn.spec import by_name
@@ -14,4 +15,4 @@ from llm_unlearn.spec import by_name
 Edit = TaskVector | Dampening | FisherNoise | Influence
 """One-shot edits of the weights (`methods/edits.py`)."""
 
-AnyMethod = Annotated[Retrain | Edit | Exact, by_name]
+AnyMethod = Annotated[Retrain | Edit | Exact | NoisyFinetune, by_name]

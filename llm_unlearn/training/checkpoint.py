@@ -83,7 +83,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             unfinished.rename(name)
-            for other in self.folder.iterdir():
+            for other in self.folder.glob("step-*"):
                 if other != name:
                     shutil.rmtree(other)
         self.accelerator.wait_for_everyone()

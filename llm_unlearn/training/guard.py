@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from llm_unlearn.data.batch import cut, lay_out
 from llm_unlearn.data.examples import Example
 from llm_unlearn.models.scores import Head, Scorer, head_of, score, statistics
+from llm_unlearn.training.checkpoint import Progress, snapshot
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.fisher import some
 
@@ -121,3 +123,42 @@ class Probe:
         return (
             f"forget perplexity {now['forget_perplexity']:.4g} on {len(self.sets['forget'])} rows ({whose}: {self.aim_at(now):.4g})"
         )
+
+
+def first(probe: Probe, seen: dict[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
+    """The look before a run; how it ends, where its aim is reached before it begins."""
+    gap = probe.gap(seen)
+    progress.before, progress.good, progress.good_look = seen, snapshot(model), seen
+    progress.gap = float("inf") if gap is None else abs(gap)
+    if gap is not None and gap <= 0:
+        return Outcome("finished", 0, 0, f"nothing is left to forget: {probe.compared(seen)}")
+    return None
+
+
+def judge(probe: Probe, seen: Mapping[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
+    """Keep these weights if they are the best so far, and end the run where its aim is reached or its budget is spent."""
+    harm, gap = probe.harm(progress.before, seen), probe.gap(seen)
+    progress.beyond = progress.beyond + 1 if harm else 0
+    if not harm and (gap is None or abs(gap) <= progress.gap):
+        progress.good_step, progress.good, progress.good_look = progress.step, snapshot(model), dict(seen)
+        progress.gap = progress.gap if gap is None else abs(gap)
+    if harm and progress.beyond >= probe.stop.patience:
+        return Outcome("stopped", progress.step, progress.good_step, f"{harm} at step {progress.step}")
+    if not harm and gap is not None and gap <= 0:
+        reason = f"the aim is reached at step {progress.step}: {probe.compared(seen)}"
+        return Outcome("finished", progress.step, progress.good_step, reason)
+    return None
+
+
+def ending(probe: Probe | None, progress: Progress, more: str = "more epochs") -> Outcome:
+    """All steps are done; `more` of what would go further, if the last was the best."""
+    step = progress.step
+    if not probe:
+        return Outcome("finished", step, step)
+    gap, reason = probe.gap(progress.good_look), ""
+    if gap is not None and gap > 0:
+        further = "" if progress.good_step < step else f"; {more} would go further"
+        reason = f"the aim is not reached: {probe.compared(progress.good_look)}{further}"
+    elif progress.beyond:
+        reason = "the last looks were beyond the budget"
+    return Outcome("finished", step, progress.good_step, reason)

@@ -23,10 +23,11 @@ from llm_unlearn.objectives.terms import Ramp, Term, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
-from llm_unlearn.training.checkpoint import Checkpoints, Progress, restore, snapshot
+from llm_unlearn.training.checkpoint import Checkpoints, Progress, restore
+from llm_unlearn.training.clipped import Clipped
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
-from llm_unlearn.training.guard import Outcome, Probe
+from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
 from llm_unlearn.training.signals import signals
 from llm_unlearn.training.vectors import Gradient
 from llm_unlearn.training.window import Job, Model, Window
@@ -60,7 +61,11 @@ def train(
             began = time.perf_counter()
             row, outcome = training.step(asked.is_set())
             log.write({**row, "seconds": round(time.perf_counter() - began, 4)})
-            shown = {name: f"{row[name]:.3g}" for name in (*job.terms, "retain_perplexity", "forget_perplexity") if name in row}
+            shown = {
+                name: f"{row[name]:.3g}"
+                for name in (*job.terms, "retain_perplexity", "forget_perplexity", "epsilon")
+                if name in row
+            }
             bar.set_postfix(shown, refresh=False)
             bar.update(progress.step - bar.n)
             if (progress.step % every == 0 and outcome is None) or (outcome and outcome.status == "interrupted"):
@@ -101,7 +106,8 @@ class Training:
         scorer, head = Scorer(model), head_of(model)
         self.probe = Probe.of(settings.stop, job.examples, job.seed, settings.batch_tokens, job.aim) if settings.stop else None
         optimizer = make_optimizer(settings, trainable(model).values(), accelerator.device)
-        self.scheduler = _make_scheduler(settings, optimizer, schedule.steps)
+        self.noisy_steps = job.certified.settings.noisy_steps if job.certified else 0
+        self.scheduler = _make_scheduler(settings, optimizer, schedule.steps - self.noisy_steps)
         seen = [job.examples[stream][i] for stream in schedule.streams for i in schedule.seen(stream)]
         reference = reference_of(scorer, head, job.needs, seen, settings.batch_tokens, accelerator.device, job.seed)
         wrapped, self.optimizer = accelerator.prepare(scorer, optimizer)
@@ -111,6 +117,7 @@ class Training:
         self.forget = {name: term for name, term in job.terms.items() if stream_of(term, name) == "forget"}
         self.others = {name: term for name, term in job.terms.items() if name not in self.forget}
         self.window = Window(job, 0, accelerator)
+        self.clipped = Clipped.of(job, self.model, accelerator)
         self.row: dict[str, float] = {}
         model.train()  # dropout is off in every model here; gradient checkpointing looks at this flag
 
@@ -122,6 +129,8 @@ class Training:
         """
         progress = self.progress
         progress.multipliers = {name: term.weight_at(0.0) for name, term in self.job.terms.items() if term.budget}
+        if self.job.certified:
+            progress.memory["reference"] = self.job.certified.begin(self.net, self.accelerator)
         for rule in self.job.settings.rules:
             if isinstance(rule, (Saliency, TrustRegion)):
                 rule.begin(self)
@@ -141,7 +150,9 @@ class Training:
         progress, settings, probe = self.progress, self.job.settings, self.probe
         self.window = Window(self.job, progress.step, self.accelerator)
         self.row = {"step": progress.step + 1, "lr": self.scheduler.get_last_lr()[0]}
-        if settings.rules:
+        if self.clipped:
+            self.row |= self.clipped.backward(self.window, self.job.terms, self.multipliers(self.job.terms), progress.step)
+        elif settings.rules:
             for weight, slope in zip(self.weights, total(settings.rules, self), strict=True):
                 weight.grad = slope
         else:
@@ -154,6 +165,7 @@ class Training:
             return self.row, unfit
         self._move()
         progress.step += 1
+        self.row |= self.job.private.spent(progress.step) if self.job.private else {}
         outcome = None
         if self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum") > 0:
             outcome = Outcome("interrupted", progress.step, progress.step, "asked to stop")
@@ -164,7 +176,11 @@ class Training:
         return self.row, outcome
 
     def _move(self) -> None:
-        """The optimizer's step, what a trust region leaves of it, and the weights that budgets find."""
+        """The optimizer's step, what a trust region leaves of it, and budgets; or a noisy step, which no optimizer remembers."""
+        if self.job.certified and self.progress.step < self.noisy_steps:
+            self.job.certified.move(self.weights, self.memory["reference"], self.progress.step)
+            self.optimizer.zero_grad()
+            return
         region = next((rule for rule in self.job.settings.rules if isinstance(rule, TrustRegion)), None)
         before = [weight.detach().clone() for weight in self.weights] if region else []
         self.optimizer.step()
@@ -248,45 +264,6 @@ def _unfit(row: Mapping[str, float], progress: Progress, weights: Mapping[str, f
             "objective: not one trainable weight received a gradient in the first step, so nothing would be learnt or forgotten."
         )
     return None
-
-
-def first(probe: Probe, seen: dict[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
-    """The look before a run; how it ends, where its aim is reached before it begins."""
-    gap = probe.gap(seen)
-    progress.before, progress.good, progress.good_look = seen, snapshot(model), seen
-    progress.gap = float("inf") if gap is None else abs(gap)
-    if gap is not None and gap <= 0:
-        return Outcome("finished", 0, 0, f"nothing is left to forget: {probe.compared(seen)}")
-    return None
-
-
-def judge(probe: Probe, seen: Mapping[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
-    """Keep these weights if they are the best so far, and end the run where its aim is reached or its budget is spent."""
-    harm, gap = probe.harm(progress.before, seen), probe.gap(seen)
-    progress.beyond = progress.beyond + 1 if harm else 0
-    if not harm and (gap is None or abs(gap) <= progress.gap):
-        progress.good_step, progress.good, progress.good_look = progress.step, snapshot(model), dict(seen)
-        progress.gap = progress.gap if gap is None else abs(gap)
-    if harm and progress.beyond >= probe.stop.patience:
-        return Outcome("stopped", progress.step, progress.good_step, f"{harm} at step {progress.step}")
-    if not harm and gap is not None and gap <= 0:
-        reason = f"the aim is reached at step {progress.step}: {probe.compared(seen)}"
-        return Outcome("finished", progress.step, progress.good_step, reason)
-    return None
-
-
-def ending(probe: Probe | None, progress: Progress, more: str = "more epochs") -> Outcome:
-    """All steps are done; `more` of what would go further, if the last was the best."""
-    step = progress.step
-    if not probe:
-        return Outcome("finished", step, step)
-    gap, reason = probe.gap(progress.good_look), ""
-    if gap is not None and gap > 0:
-        further = "" if progress.good_step < step else f"; {more} would go further"
-        reason = f"the aim is not reached: {probe.compared(progress.good_look)}{further}"
-    elif progress.beyond:
-        reason = "the last looks were beyond the budget"
-    return Outcome("finished", step, progress.good_step, reason)
 
 
 class Log:

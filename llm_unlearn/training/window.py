@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from accelerate import Accelerator
@@ -22,11 +23,14 @@ from llm_unlearn.data.schedule import Schedule
 from llm_unlearn.models.depth import Layers, Nudge
 from llm_unlearn.models.reference import Asked, Reference
 from llm_unlearn.models.scores import Head, Scorer, Scores, score, values
+from llm_unlearn.objectives.distribution import CEU
 from llm_unlearn.objectives.representation import Lunar
 from llm_unlearn.objectives.terms import Term, count, layers_read, stream_of, streams_read
 from llm_unlearn.objectives.views import TOP, window_of
 from llm_unlearn.sections import Train
+from llm_unlearn.training.certified import Certified
 from llm_unlearn.training.gradients import Latent
+from llm_unlearn.training.privacy import Mechanism
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,15 @@ class Job:
     seed: int = 0
     aim: float | None = None
     """The perplexity of the forget set at which the run is to end, where that is known beforehand."""
+    private: Mechanism | None = None
+    """What is drawn and added where the settings ask for privacy."""
+    certified: Certified | None = None
+    """The noisy steps that come first, where the method is certified."""
+
+    @property
+    def noisy(self) -> Mechanism | Certified | None:
+        """What the run's guarantee comes from, where it has one."""
+        return self.private or self.certified
 
     def example(self, stream: str, index: int) -> Example:
         return self.examples[stream][index]
@@ -125,8 +138,12 @@ class Window:
         """Units of a term's loss in the window on all ranks; 0 where the window has none of its stream."""
         return count(term.loss, self.lengths.get(streams_read(term, name)[0], ()))
 
-    def parts(self, terms: Mapping[str, Term]) -> list[Part]:
-        """This rank's forward passes for some terms, those that end early first. All ranks have as many."""
+    def parts(self, terms: Mapping[str, Term], batch_tokens: int | None = None) -> list[Part]:
+        """This rank's forward passes for some terms, those that end early first. All ranks have as many.
+
+        Args:
+            batch_tokens: at most so many in one, instead of the settings'; 1 is one slot at a time.
+        """
         policy = {stream for name, term in terms.items() for stream in streams_read(term, name)}
         read = policy | {stream for name, term in terms.items() for stream, asked in _asked(term, name).items() if asked.run}
         by_depth: dict[float, tuple[set[int], list[tuple[tuple[str, int], ...]]]] = {}
@@ -137,13 +154,11 @@ class Window:
                 union, slots = by_depth.setdefault(_depth(layers), (set(), []))
                 union.update(layers)
                 slots.append(kept)
-        ranks = self.accelerator.num_processes
+        rank, ranks, most = self.accelerator.process_index, self.accelerator.num_processes, batch_tokens
         return [
             Part(tuple(sorted(layers)), batch)
             for _, (layers, slots) in sorted(by_depth.items())
-            for batch in micro_batches(
-                slots, self.job.example, self.job.settings.batch_tokens, self.accelerator.process_index, ranks
-            )
+            for batch in micro_batches(slots, self.job.example, most or self.job.settings.batch_tokens, rank, ranks)
         ]
 
     def backward(
@@ -175,7 +190,7 @@ class Window:
                             sums[k] += found[name].detach()
                             loss = loss + weights[name] * found[name] / max(1, self.denominator(name, term))
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # data parallelism averages over ranks
-        return self._means(terms, sums)
+        return self.totals(terms, sums)
 
     @torch.no_grad()
     def means(self, terms: Mapping[str, Term], model: Model) -> dict[str, float]:
@@ -188,11 +203,30 @@ class Window:
                 with self.accelerator.autocast():
                     found = self._values(terms, part, model, whole, None)
                 sums += torch.stack([found.get(name, sums.new_zeros(())) for name in terms])
-        return self._means(terms, sums)
+        return self.totals(terms, sums)
 
-    def _means(self, terms: Mapping[str, Term], sums: Tensor) -> dict[str, float]:
+    def totals(self, terms: Mapping[str, Term], sums: Tensor) -> dict[str, float]:
+        """Term -> mean over the window's units, of this rank's sums and those of the others."""
         reduced = self.accelerator.reduce(sums, "sum").cpu()
         return {name: float(reduced[k]) / max(1, self.denominator(name, term)) for k, (name, term) in enumerate(terms.items())}
+
+    def units(self, terms: Mapping[str, Term], part: Part, model: Model) -> dict[str, tuple[Tensor, Tensor]]:
+        """Term -> its values (U,) in one micro-batch, and which of the batch's examples each belongs to (U,). The model is called
+        as itself, not as data parallelism wraps it; of losses that read one answer, and no other example."""
+        assert part.batch is not None
+        batch = part.batch.to(self.accelerator.device)
+        now, ref = score(model.scorer, model.head, batch, part.layers, self.job.seed), model.reference(batch)
+        first = dict(zip(batch.sequences, accumulate(batch.sequences.values(), initial=0), strict=False))
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, term in terms.items():
+            stream = stream_of(term, name)
+            if stream in now:
+                value, scores = values(term.loss, now, ref, stream), now[stream]
+                skip = term.loss.skip if isinstance(term.loss, CEU) else 0
+                by_token = scores.owner[scores.position >= skip]
+                row = by_token if term.loss.needs.unit == "token" else torch.arange(scores.sequences, device=value.device)
+                found[name] = value, row + first[stream]
+        return found
 
     def _values(
         self, terms: Mapping[str, Term], part: Part, model: Model, whole: Mapping[str, Scores], latent: Latent | None

@@ -1,0 +1,115 @@
+"""What a run or an evaluation says, and where it says it: the terminal, the run folder, the page."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from llm_unlearn import folder as run_folder
+from llm_unlearn.attacks.robustness import robustness_of
+from llm_unlearn.evaluation.aggregates import aggregates
+from llm_unlearn.evaluation.numbers import answers, curves, numbers
+from llm_unlearn.evaluation.rows import records
+from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.evaluation.tasks import task_numbers
+from llm_unlearn.look import COLUMNS, Seen
+from llm_unlearn.recipe import Recipe
+from llm_unlearn.report.columns import write_columns
+from llm_unlearn.spec import fingerprint, plain, to_yaml
+from llm_unlearn.training.guard import Outcome
+
+PACKAGES = ("llm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+
+
+def results_of(
+    suite: Suite,
+    seen: Mapping[str, Seen],
+    attacks: list[dict[str, Any]],
+    *,
+    title: str,
+    suite_name: str,
+    run: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything that `evaluation.json` says."""
+    columns = [column for column in COLUMNS if column in seen]
+    models = {column: seen[column].tables for column in columns}
+    found = numbers(suite, models) + task_numbers(suite.tasks, {column: seen[column].answered for column in columns})
+    found += aggregates(suite.aggregates, found, columns)
+    return {
+        "format": 1,
+        "title": title,
+        "suite": suite_name,
+        "suite_hash": fingerprint(suite),
+        "suite_settings": plain(suite),  # so that `compare` can say in what two suites differ
+        "run": run,
+        "models": {column: {"name": seen[column].name, "identity": seen[column].target.identity} for column in columns},
+        "numbers": found,
+        "attacks": attacks,
+        "robustness": robustness_of(attacks, found),
+        "curves": curves(suite, models),
+        "answers": answers(models),
+    }
+
+
+def rows_of(suite: Suite, seen: Mapping[str, Seen]) -> list[dict[str, Any]]:
+    """Everything that `evaluation.parquet` says."""
+    answered = {column: one.answered for column, one in seen.items()}
+    return records(suite, {column: one.tables for column, one in seen.items()}, answered)
+
+
+def run_facts(recipe: Recipe, outcome: Outcome, accelerator: Accelerator, began: float, weights: int) -> dict[str, Any]:
+    """How the run went and what it ran on."""
+    return {
+        "recipe_hash": recipe.hash,
+        "seed": recipe.seed,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "broken": outcome.broken,
+        "steps": outcome.step,
+        "kept_step": outcome.kept,
+        "seconds": round(time.perf_counter() - began, 1),
+        "trainable": weights,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def flattened(recipe: Recipe) -> str:
+    """The recipe as it was run, every default written out; it can be run again."""
+    ran_under = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"# hash {recipe.hash}\n# {ran_under}\n{to_yaml(plain(recipe))}"
+
+
+def publish(
+    results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path | None, log: Path | None = None
+) -> None:
+    """The terminal table, and in a folder what is kept."""
+    from llm_unlearn.report.terminal import print_table
+
+    print_table(results)
+    if folder:
+        keep(results, suite, seen, folder, log)
+        print(f"\n{folder / run_folder.REPORT}")
+
+
+def keep(results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path, log: Path | None) -> None:
+    """Write the values of every row, the page, then the JSON file, which says that all are there."""
+    from llm_unlearn.report.page import write_page
+
+    write_columns(rows_of(suite, seen), folder / run_folder.ROWS)
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log and log.is_file() else []
+    write_page(results, rows, folder / run_folder.REPORT)
+    run_folder.write(folder / run_folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))

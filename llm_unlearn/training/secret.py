@@ -1,0 +1,85 @@
+"""What a run with noise asks of its processes: whole models, and one key, kept with the checkpoints and deleted with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+from secrets import token_bytes
+from typing import Any, Protocol
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
+
+from llm_unlearn.folder import CHECKPOINTS, PRIVACY, write
+from llm_unlearn.spec import Refused
+
+NAME = "secret.key"
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Every process holds the whole model."""
+
+
+class Noisy(Protocol):
+    """A run whose guarantee comes from noise: private training, or a certificate."""
+
+    @property
+    def key(self) -> bytes: ...
+
+    @property
+    def said(self) -> str:
+        """What is told before the run: what it costs, and what that rests on."""
+        ...
+
+    def facts(self, steps: int) -> dict[str, Any]:
+        """What is written beside the result of so many steps."""
+        ...
+
+
+def new_key(reproducible: bool, seed: int) -> bytes:
+    """A key of the operating system's randomness, or, where the recipe says so, one of the seed."""
+    return sha256(f"private {seed}".encode()).digest() if reproducible else token_bytes(32)
+
+
+def key_of(reproducible: bool | None, seed: int, folder: Path, resume: bool) -> bytes:
+    """A new key, or that of the run which is resumed, the same on all processes; nothing where none is asked for (None)."""
+    if reproducible is None:
+        return b""
+    path = folder / CHECKPOINTS / NAME
+    kept = path.read_bytes() if resume and path.is_file() else b""
+    (key,) = broadcast_object_list([kept or new_key(reproducible, seed)])
+    return bytes(key)
+
+
+def begin(noisy: Noisy | None, folder: Path) -> None:
+    """Keep the key, where only this user can read it, and say what the guarantee is."""
+    if noisy:
+        path = folder / CHECKPOINTS / NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(noisy.key)
+        print(noisy.said)
+
+
+def spent(noisy: Noisy | None, folder: Path, steps: int, main: bool) -> dict[str, Any]:
+    """The facts of such a run, also written to `privacy.json` by one process; nothing of any other."""
+    if not noisy:
+        return {}
+    facts = noisy.facts(steps)
+    if main:
+        write(folder / PRIVACY, json.dumps(facts, indent=1, ensure_ascii=False))
+    return {"privacy": facts}
+
+
+def check_whole(accelerator: Accelerator, place: str) -> None:
+    """Every process must hold the whole model.
+
+    Raises:
+        Refused: it is spread over them.
+    """
+    if accelerator.distributed_type not in WHOLE:
+        raise Refused(
+            f"{place}: the model is spread over processes ({accelerator.distributed_type.value}), so that none has the norm of a "
+            "whole gradient. Launch with one model per process (launch/), or take another way."
+        )
