@@ -8,9 +8,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.attacks.robustness import robustness_of
@@ -24,6 +22,9 @@ from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.spec import fingerprint, plain, to_yaml
 from llm_unlearn.training.guard import Outcome
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PACKAGES = ("llm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 

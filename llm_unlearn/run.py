@@ -56,9 +56,7 @@ def run(
     """
     began, folder = time.perf_counter(), Path(recipe.output)
     accelerator = start(recipe.model)
-    seen: dict[str, Seen] = {}
-    controls: dict[str, Control] = {}
-    encoded: Encoded = {}
+    seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
     examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
     job = make_job(recipe, examples, key, lambda name: folder_of(name, cache))
@@ -66,14 +64,13 @@ def run(
         # before the model itself, so that a control that cannot be loaded is said before hours of training
         without = embedded(replace(recipe.model, base=control, start=None), cache)
         other = load(without, accelerator.device)
-        at = Look(suite, other, accelerator, cache, leave=controls, encoded=encoded)
-        seen["retrained"] = at.seen(other, control, control, without)
+        beside = Look(suite, other, accelerator, cache, leave=controls, encoded=encoded)
+        seen["retrained"] = beside.seen(other, control, control, without)
         job = replace(job, aim=aim_of(job, other.model, accelerator))
-        del at, other
+        del beside, other
     elif recipe.train.stop and recipe.train.stop.until == "retrained":
         raise Refused("train.stop.until: compares with the retrained model, and neither evaluation nor its suite names one.")
-    model_before = embedded(recipe.model, cache)
-    loaded = load(model_before, accelerator.device, train=True)
+    loaded = load(model_before := embedded(recipe.model, cache), accelerator.device, train=True)
     check(job, loaded.model)
     look = Look(suite, loaded, accelerator, cache, controls, encoded=encoded) if suite else None
     if accelerator.is_main_process:
@@ -88,12 +85,7 @@ def run(
 
     model = prepare(loaded.model, recipe.model, job, accelerator)
     along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
-    if isinstance(recipe.method, Edit):
-        outcome, influences = edit(recipe.method, job, model, accelerator, folder, resume=resume)
-        if influences and accelerator.is_main_process:
-            write_columns(influences, folder / run_folder.INFLUENCES)
-    else:
-        outcome = train(job, model, accelerator, folder, resume=resume, look=along)
+    outcome = _carry_out(recipe, job, model, accelerator, folder, resume, along)
     if outcome.status == "interrupted":
         return outcome
     saved = save(model, loaded, folder, whole=recipe.model.adapter is None, accelerator=accelerator)
@@ -113,6 +105,18 @@ def run(
     if accelerator.is_main_process:
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
     accelerator.wait_for_everyone()
+    return outcome
+
+
+def _carry_out(
+    recipe: Recipe, job: Job, model: Any, accelerator: Accelerator, folder: Path, resume: bool, along: Callable[[int], None] | None
+) -> Outcome:
+    """Move the weights: step by step against a loss, or once by an edit."""
+    if not isinstance(recipe.method, Edit):
+        return train(job, model, accelerator, folder, resume=resume, look=along)
+    outcome, influences = edit(recipe.method, job, model, accelerator, folder, resume=resume)
+    if influences and accelerator.is_main_process:
+        write_columns(influences, folder / run_folder.INFLUENCES)
     return outcome
 
 
