@@ -16,6 +16,7 @@ from pathlib import Path
 
 from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
 from llm_unlearn.evaluation import suite as suites
+from llm_unlearn.requests import cli as requests_cli
 from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused, schema
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
@@ -63,6 +64,11 @@ def cache_folder() -> Path:
     """Where embedded models and tables are kept: $LLM_UNLEARN_CACHE, else llm_unlearn in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LLM_UNLEARN_CACHE") or Path(home) / "llm_unlearn")
+
+
+def config_folder() -> Path:
+    """Where this user's signing key is kept: llm_unlearn in the user's configuration."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "llm_unlearn"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--output", type=Path, metavar="FILE.jsonl", help="the data set; without it, RECIPE_alternates.jsonl here")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+    requests_cli.add_verbs(verb("requests", serve_requests, "deletion requests: add, list, run, verify, export"))
     one = verb("new", new, "write a recipe to start from")
     one.add_argument("name", metavar="NAME", help="the recipe is written to NAME.yaml")
     one = verb("schema", show_schema, "print the JSON Schema of recipes, or of suites, for editors")
@@ -280,6 +287,13 @@ def write_alternates(options: argparse.Namespace) -> int:
     )  # fmt: skip
     alternates.make(wanted, cache_folder())
     return 0
+
+
+def serve_requests(options: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise Refused("requests: expected one process, found several; start it without `accelerate launch`.")
+    desk: Callable[[argparse.Namespace, Path, Path], int] = options.desk
+    return desk(options, cache_folder(), config_folder())
 
 
 def new(options: argparse.Namespace) -> int:

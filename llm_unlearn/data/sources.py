@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ Row = dict[str, Any]
 
 
 def rows(source: Source) -> list[Row]:
-    """The rows of a source after `where` and `limit`.
+    """The rows of a source after `where`, `without` and `limit`.
 
     Raises:
         Refused: nothing is there under that name, a column is missing, or no row is left.
     """
     found = _columns(read(source.source, source.config, source.split), source)
-    for column, wanted in (source.where or {}).items():
-        values = wanted if isinstance(wanted, tuple) else (wanted,)
-        found = [row for row in found if row[column] in values]
+    for kept, chosen in ((True, source.where or {}), (False, source.without or {})):
+        for column, wanted in chosen.items():
+            values = frozenset(wanted if isinstance(wanted, tuple) else (wanted,))  # thousands of ids, perhaps
+            found = [row for row in found if (isinstance(row[column], Hashable) and row[column] in values) is kept]
     if not found:
-        raise Refused(f"{source.source}: no rows are left after where = {dict(source.where or {})}; expected at least one.")
+        said = {"where": source.where, "without": source.without}
+        named = ", ".join(f"{key} = {str(dict(chosen))[:200]}" for key, chosen in said.items() if chosen)
+        raise Refused(f"{source.source}: no rows are left after {named}; expected at least one.")
     found = found[: source.limit]
     return [_chosen(row, i, source) for i, row in enumerate(found)] if source.choices else found
 
@@ -96,7 +100,13 @@ def _columns(found: list[Row], source: Source) -> list[Row]:
     named = {"prompt": source.prompt, "answer": source.answer, "messages": source.messages, "text": source.text,
              "alternate.answer": alternate, "paraphrase": source.paraphrase, "perturbed": source.perturbed,
              "keyword": source.keyword, "choices": source.choices}  # fmt: skip
-    for key, column in [*named.items(), *(("where", column) for column in source.where or {})]:
+    for key, column in [*named.items(), *_of_filters(source)]:
         if column is not None and column not in found[0]:
             raise Refused(f"{source.source}: {key} names column {column!r}, which is not there; {nearest(column, found[0])}")
     return found
+
+
+def _of_filters(source: Source) -> list[tuple[str, str]]:
+    """The columns that choose rows, each with the key that names it."""
+    chosen = {"where": source.where or {}, "without": source.without or {}}
+    return [(key, column) for key, columns in chosen.items() for column in columns]
