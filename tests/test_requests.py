@@ -1,4 +1,4 @@
-"""Deletion requests: the ledger and its chain, what a request finds, thresholds, serving, certificates; and the whole with a kill."""
+"""Deletion requests: the ledger and its chain, what a request finds, thresholds, serving, certificates; the whole, with a kill."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ from llm_unlearn.requests.service import Office, Threshold
 from llm_unlearn.requests.serving import BUSY, DONE, INTERRUPTED, SOME, Desk, row_of
 from llm_unlearn.spec import Refused
 
-PEOPLE = [{"id": i, "person": name, "question": f"Where does {name} live?", "answer": f"{name} lives in {town} by the sea."}
-          for i, (name, town) in enumerate([("Ada Brisk", "Nome"), ("Bo Crane", "Oslo"), ("Cy Dunmore", "Lima"), ("Di Elgar", "Rome"),
-                                            ("Ed Fenn", "Kobe"), ("Flo Grant", "Brno"), ("Gil Hart", "Cork"), ("Hal Ives", "Bern")])]  # fmt: skip
+TOWNS = {
+    "Ada Brisk": "Nome", "Bo Crane": "Oslo", "Cy Dunmore": "Lima", "Di Elgar": "Rome",
+    "Ed Fenn": "Kobe", "Flo Grant": "Brno", "Gil Hart": "Cork", "Hal Ives": "Bern",
+}  # fmt: skip
+PEOPLE: list[dict[str, Any]] = [
+    {"id": i, "person": name, "question": f"Where does {name} live?", "answer": f"{name} lives in {town} by the sea."}
+    for i, (name, town) in enumerate(TOWNS.items())
+]
 RECIPE = """\
 output: runs/x
 model: {base: MODEL, adapter: {rank: 4}}
@@ -124,7 +129,7 @@ def test_the_same_request_is_there_once(ledger: Ledger) -> None:
     rows, asked = [Row("z", "h", 100.0)], {"kind": "ids", "model": "m", "due": None}
     mine = ledger.add(key="case-7", selector="s", rows=rows, **asked)
     assert mine[1] and ledger.add(key="case-7", selector="s", rows=rows, **asked) == (mine[0], False)
-    with pytest.raises(Refused, match="case-7.*is request 3, which asks for other rows"):
+    with pytest.raises(Refused, match=r"case-7.*is request 3, which asks for other rows"):
         ledger.add(key="case-7", selector="t", rows=rows, **asked)
     ledger.move(first, [PENDING], WITHDRAWN, WITHDRAWN)
     assert put(ledger, "a") != first, "what was taken back may be asked for again"
@@ -331,7 +336,7 @@ def test_an_id_is_one_rows(here: Path, office: Office) -> None:
 @pytest.mark.parametrize(
     ("was", "becomes", "said"),
     [
-        ("measure: perplexity, set: forget", "measure: perplexty, set: forget", "requests.yaml:5: thresholds[0].measure: found 'perplexty'; did you"),
+        ("perplexity, set: forget", "perplexty, set: forget", "requests.yaml:5: thresholds[0].measure: found 'perplexty'"),
         ("set: forget, at", "set: forgot, at", "requests.yaml:5: thresholds[0].set: found 'forgot'; did you mean 'forget'"),
         ("at_least: 1.5", "at_most: 3.0, at_least: 1.5", "thresholds[0]: expected one of at_most, at_least, judged"),
         ("at_least: 1.5", "judged: as retrained", "compares with the retrained model, and suite.yaml names none"),
@@ -374,3 +379,367 @@ def test_the_rows_are_put_in_and_taken_out_by_id(office: Office) -> None:
     full = replace(office, recipe=replace(office.recipe, model=replace(office.recipe.model, adapter=None)))
     again = derived.recipe_of(full, "embedded:target", (1,), (), [Path("/r/run-1"), Path("/r/run-2")], Path("/r/run-3"))
     assert (again.model.base, again.model.starts, again.train.rules) == ("/r/run-2", (), ())
+
+
+# ---------------------------------------------------------------------------------------------------------- thresholds
+
+
+def number(name: str, title: str, unit: str = "share", **values: float | None) -> dict[str, Any]:
+    """A number as `evaluation.json` has it; None is missing."""
+    found = {key: {"missing": "the value is NaN"} if one is None else {"value": one} for key, one in values.items()}
+    goal = "as retrained" if name.startswith("forget") else "as before"
+    return {"measure": title, "title": title, "set": name, "goal": goal, "knowing": "raises", "unit": unit, "values": found}
+
+
+@pytest.mark.parametrize(
+    ("threshold", "values", "holds"),
+    [
+        ({"at_most": 0.3}, {"after": 0.3}, True),
+        ({"at_most": 0.3}, {"after": 0.31}, False),
+        ({"at_least": 0.5}, {"after": 0.5}, True),
+        ({"at_least": 0.5}, {"after": 0.49}, False),
+        ({"at_least": 0.95, "of": "before"}, {"before": 0.8, "after": 0.77}, True),
+        ({"at_least": 0.95, "of": "before"}, {"before": 0.8, "after": 0.75}, False),
+        ({"at_most": 1.5, "of": "retrained"}, {"before": 1.0, "after": 0.29, "retrained": 0.2}, True),
+        ({"at_most": 1.5, "of": "retrained"}, {"before": 1.0, "after": 0.31, "retrained": 0.2}, False),
+        ({"at_most": 1.5, "of": "retrained"}, {"before": 1.0, "after": 0.1}, False),
+        ({"judged": "as retrained"}, {"before": 1.0, "after": 0.22, "retrained": 0.2}, True),
+        ({"judged": "as retrained"}, {"before": 1.0, "after": 0.6, "retrained": 0.2}, False),
+        ({"judged": "as retrained"}, {"before": 1.0, "after": 0.2}, False),
+        ({"at_most": 0.3}, {"after": None}, False),
+    ],
+)
+def test_a_threshold_holds_or_says_why_not(threshold: dict[str, Any], values: dict[str, float | None], holds: bool) -> None:
+    one = Threshold(measure="probability", set="forget", **threshold)
+    (found,) = judging.findings([one], [number("forget_3", "probability", **values)], 3, [])
+    assert found["holds"] is holds and bool(found["why"]) is not holds
+    (missing,) = judging.findings([one], [number("forget_31", "probability", **values)], 3, [])
+    assert not missing["holds"] and "was not measured" in missing["why"], "another request's rows say nothing of these"
+
+
+def test_before_is_before_the_first_request() -> None:
+    """What a later run begins with has lost a little; ten such losses are not to pass as one."""
+    kept = Threshold(measure="probability", set="retain", at_least=0.95, of="before")
+    later = [number("retain", "probability", before=0.93, after=0.9)]
+    assert judging.findings([kept], later, 1, [])[0]["holds"]
+    assert not judging.findings([kept], later, 1, [number("retain", "probability", before=1.0, after=0.93)])[0]["holds"]
+    judged = Threshold(measure="probability", set="forget", judged="as retrained")
+    again = [number("forget_1", "probability", before=0.21, after=0.22, retrained=0.2)]
+    assert not judging.findings([judged], again, 1, [])[0]["holds"], "a quarter of the way from .21 to .2 is nearly nothing"
+    assert judging.findings([judged], again, 1, [number("forget_1", "probability", before=1.0, after=0.21)])[0]["holds"]
+
+
+# ------------------------------------------------------------------------------------------------------------- serving
+
+
+@dataclass
+class Scripted:
+    """A way of serving that is told what comes out: request -> perplexity after, for each run in turn."""
+
+    outcomes: list[dict[int, float] | Refused | None]
+    works: list[ways.Work] = field(default_factory=list)
+
+    def serve(self, work: ways.Work) -> ways.Served | None:
+        self.works.append(work)
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Refused):
+            raise outcome
+        if outcome is None:
+            return None
+        adapter = work.output / "adapter"
+        adapter.mkdir(parents=True, exist_ok=True)
+        (adapter / "adapter_model.safetensors").write_text(str(work.requests))
+        numbers = [
+            number(f"forget_{one}", "perplexity", before=1.0, after=outcome[one]) for one in {**work.requests, **work.earlier}
+        ]
+        kept = number("retain", "perplexity", before=1.0 + len(work.before), after=1.0)
+        after = {"place": "output", "name": f"{work.output.name}/adapter", "files": files_of(adapter)}
+        return ways.Served([*numbers, kept], [], after, {"way": "scripted"})
+
+
+def ask(*people: int) -> None:
+    for one in people:
+        assert main(["requests", "add", "--ids", str(one)]) == 0
+
+
+def desk(office: Office, *outcomes: dict[int, float] | Refused | None, one_by_one: bool = False) -> tuple[Desk, Scripted]:
+    way = Scripted(list(outcomes))
+    ledger = Ledger(office.ledger, "ada@here")
+    return Desk(office, ledger, way, signing_key(Path("config/llm_unlearn")), one_by_one=one_by_one), way
+
+
+def states(one: Desk) -> dict[int, str]:
+    return {request.id: request.state for request in one.ledger.requests()}
+
+
+def everything_fits(one: Desk) -> list[str]:
+    return verifying.of_ledger(one.ledger, one.office.output, public_text(one.key))
+
+
+def test_served_together_and_only_once(office: Office) -> None:
+    ask(0, 1)
+    one, way = desk(office, {1: 2.0, 2: 3.0})
+    assert one.serve() == DONE and states(one) == {1: FULFILLED, 2: FULFILLED}
+    assert way.works[0].requests == {1: [0], 2: [1]} and way.works[0].before == []
+    assert one.serve() == DONE and len(way.works) == 1, "nothing is pending"
+    assert everything_fits(one) == [] and len(one.ledger.certificates()) == 2
+    ask(0)
+    assert states(one) == {1: FULFILLED, 2: FULFILLED}, "asked for again, it is the same request"
+
+
+def test_one_by_one_each_begins_where_the_last_ended_and_checks_the_earlier(office: Office) -> None:
+    ask(0, 1, 2)
+    one, way = desk(office, {1: 2.0}, {1: 2.0, 2: 2.0}, {1: 1.1, 2: 2.0, 3: 2.0}, one_by_one=True)
+    assert one.serve() == SOME and states(one) == {1: ATTENTION, 2: FULFILLED, 3: FULFILLED}
+    assert [list(work.requests) for work in way.works] == [[1], [2], [3]] and [len(work.before) for work in way.works] == [0, 1, 2]
+    assert way.works[2].earlier == {1: [0], 2: [1]} and set(way.works[0].gone) == {1, 2}, "rows to be forgotten are never kept"
+    reason = one.ledger.request(1).reason
+    assert reason == "no longer holds after run 3: perplexity on forget is 1.100, at least 1.5"
+    assert set(one.ledger.certificates()) == {(1, 1), (1, 2), (2, 2), (2, 3), (3, 3)} and everything_fits(one) == []
+    assert main(["requests", "retry", "1"]) == 0
+    again, way = desk(office, {1: 2.0, 2: 2.0, 3: 2.0})
+    assert again.serve() == DONE and set(states(again).values()) == {FULFILLED} and len(way.works[0].before) == 3
+
+
+def test_a_run_that_fulfils_nothing_changes_neither_model_nor_earlier_requests(office: Office) -> None:
+    ask(0)
+    one, _ = desk(office, {1: 2.0})
+    assert one.serve() == DONE
+    ask(1)
+    one, _ = desk(office, {1: 1.0, 2: 1.2})
+    assert one.serve() == SOME and states(one) == {1: FULFILLED, 2: ATTENTION}
+    assert [run.state for run in one.ledger.runs()] == ["accepted", "rejected"] and everything_fits(one) == []
+    assert main(["requests", "retry", "2"]) == 0
+    one, way = desk(office, {1: 2.0, 2: 2.0})
+    assert one.serve() == DONE and [path.name[:5] for path in way.works[0].before] == ["run-1"]
+
+
+def test_what_was_interrupted_goes_on_in_the_same_folder(office: Office) -> None:
+    ask(0)
+    one, way = desk(office, None, {1: 2.0, 2: 2.0})
+    assert one.serve() == INTERRUPTED and states(one) == {1: RUNNING}
+    assert one.serve() == DONE and way.works[0] == way.works[1] and len(one.ledger.runs()) == 1
+
+
+def test_a_changed_service_begins_anew(office: Office, here: Path) -> None:
+    ask(0)
+    one, way = desk(office, None)
+    assert one.serve() == INTERRUPTED
+    (here / "requests.yaml").write_text(SERVICE.replace("1.5", "1.6"))
+    one, way = desk(service.load(Path("requests.yaml")), {1: 2.0})
+    assert one.serve() == DONE and [run.state for run in one.ledger.runs()] == ["given up", "accepted"]
+    assert everything_fits(one) == [] and way.works[0].output.name.startswith("run-2")
+
+
+def test_a_refusal_is_kept_without_the_words_of_a_row(office: Office, capsys: pytest.CaptureFixture[str]) -> None:
+    ask(0, 1)
+    one, _ = desk(office, Refused("row 1 holds 'Ada Brisk lives in N…'"), Refused("no adapter fits"), one_by_one=True)
+    assert one.serve() == SOME and set(states(one).values()) == {ATTENTION}
+    first, second = (one.ledger.request(n).reason for n in (1, 2))
+    assert "repeats words of the rows" in first and second == "no adapter fits" and "Brisk" not in capsys.readouterr().out
+
+
+def test_rows_that_changed_or_left_are_not_served(office: Office, here: Path) -> None:
+    ask(0, 1, 2)
+    one, _ = desk(office, {1: 2.0}, one_by_one=True)
+    changed = [{**PEOPLE[1], "answer": "Bo Crane has moved."} if row["id"] == 1 else row for row in PEOPLE if row["id"] != 2]
+    (here / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    assert one.serve() == SOME and states(one) == {1: FULFILLED, 2: ATTENTION, 3: ATTENTION}
+    assert "1 of its 1 rows were changed" in one.ledger.request(2).reason
+    assert "1 of its 1 rows are gone from the data" in one.ledger.request(3).reason
+    (here / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed if row["id"] != 0))
+    assert main(["requests", "add", "--ids", "4"]) == 0
+    one, way = desk(office, {4: 2.0})
+    assert one.serve() == DONE and way.works[0].earlier == {} and states(one)[1] == FULFILLED
+    assert everything_fits(one) == [], "the run says that it could not measure request 1 again"
+
+
+def test_a_model_is_served_by_one_process(office: Office, capsys: pytest.CaptureFixture[str]) -> None:
+    ask(0)
+    one, _ = desk(office)
+    from filelock import FileLock
+
+    with FileLock(f"{one.ledger.path}.{hashlib.sha256(b'embedded:target').hexdigest()[:8]}.lock"):
+        assert one.serve() == BUSY
+    assert "another process is serving it" in capsys.readouterr().err and states(one) == {1: PENDING}
+
+
+# -------------------------------------------------------------------------------------------------------- certificates
+
+
+@pytest.fixture
+def served(office: Office) -> Desk:
+    ask(0, 1)
+    one, _ = desk(office, {1: 2.0, 2: 3.0})
+    assert one.serve() == DONE
+    return one
+
+
+def test_the_key_is_made_once_and_for_its_owner(tmp_path: Path) -> None:
+    first = public_text(signing_key(tmp_path / "k"))
+    assert public_text(signing_key(tmp_path / "k")) == first and [one.name for one in (tmp_path / "k").iterdir()] == [
+        "requests.key"
+    ]
+    path = tmp_path / "k" / "requests.key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o640)
+    with pytest.raises(Refused, match="others may read this signing key"):
+        signing_key(tmp_path / "k")
+
+
+def test_no_words_of_a_row_are_kept_anywhere(served: Desk, here: Path) -> None:
+    kept = [path for path in here.rglob("*") if path.is_file() and path.name != "people.jsonl"]
+    assert len(kept) > 5
+    for path in kept:
+        for row in PEOPLE[:2]:
+            assert str(row["person"]).encode() not in path.read_bytes(), path
+    text = next(iter(served.ledger.certificates().values()))
+    assert served.ledger.salt.hex() not in text, "the salt stays in the ledger"
+    (row,) = served.ledger.rows_of(1)
+    assert read(text, "")["rows"]["hashes"] == [served.ledger.digest("row", row.id, row.content)]
+    assert row == row_of(served.ledger, served.office, 0, PEOPLE[0], 100.0)
+
+
+@pytest.mark.parametrize("path", [("rows", "count"), ("request", "due"), ("weights", "after"), ("public_key",), ("signature",)])
+def test_a_changed_certificate_is_seen(served: Desk, path: tuple[str, ...]) -> None:
+    certificate = read(served.ledger.certificates()[1, 1], "")
+    assert list(signature_problems(certificate, public_text(served.key))) == []
+    inner = certificate
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = "AAAA" if len(path) == 1 else 17
+    assert list(signature_problems(certificate, None))
+
+
+def test_verify_and_export(served: Desk, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["requests", "verify"]) == 0 and "all fits; signed with" in capsys.readouterr().out
+    assert main(["requests", "export", "certs"]) == 0
+    assert sorted(path.name for path in (here / "certs").iterdir()) == ["public.pem", "request-1.json", "request-2.json"]
+    files = ["certs/request-1.json", "certs/request-2.json"]
+    assert main(["requests", "verify", *files, "--key", "certs/public.pem"]) == 0
+    assert main(["requests", "verify", *files, "--key", "certs/public.pem", "--service", "elsewhere.yaml"]) == 0
+    assert "signatures only" in capsys.readouterr().out
+    path = next((here / "runs").rglob("adapter_model.safetensors"))
+    was = path.read_text()
+    path.write_text("other weights")
+    assert main(["requests", "verify"]) == 1 and "is not the file that was certified" in capsys.readouterr().err
+    path.write_text(was)
+    signing_key(here / "other")
+    os.replace(here / "other" / "requests.key", here / "config" / "llm_unlearn" / "requests.key")
+    assert main(["requests", "verify"]) == 1 and "signed with another key" in capsys.readouterr().err
+    assert main(["requests", "verify", *files, "--key", "certs/public.pem"]) == 0
+
+
+def test_a_ledger_that_was_cut_short_is_seen(served: Desk) -> None:
+    """The chain alone cannot see that its newest events are gone; a certificate names the event that it was made after."""
+    on = sqlite3.connect(served.ledger.path)
+    on.execute("DROP TRIGGER events_remain")
+    on.execute("DELETE FROM events WHERE n >= (SELECT max(n) - 2 FROM events)")
+    on.commit()
+    on.close()
+    text = served.ledger.certificates()[1, 1]
+    found = list(verifying.of_certificate(text, "c", served.ledger, served.office.output, None))
+    assert found and "the ledger was changed or cut" in found[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- the verbs
+
+
+def test_add_shows_what_it_found_and_lists_it(office: Office, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["requests", "add", "--where", "person=Ed Fenn", "--dry-run"]) == 0
+    assert "1 of 8 rows of people.jsonl:\n  4  100\n" in capsys.readouterr().out and not office.ledger.exists()
+    assert main(["requests", "add", "--where", "person=Ed Fenn", "--due", "2020-02-03", "--key", "case 9"]) == 0
+    assert main(["requests", "list", "--json"]) == 0
+    said = capsys.readouterr().out
+    (found,) = json.loads(said[said.index("[") :])
+    assert (found["state"], found["rows"], found["overdue"], found["kind"]) == ("pending", 1, True, "where person")
+    assert main(["requests", "list"]) == 0
+    said = capsys.readouterr().out
+    assert "overdue" in said and "Fenn" not in said
+    assert main(["requests", "add", "--text", "Where does Gil Hart live?", "--show-text", "--dry-run"]) == 0
+    assert "answer: Gil Hart lives in Cork" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ids", "0", "1"], "2 of 8 rows are more than the service's `most`"),
+        (["--ids", "9"], "1 of 1 are not in the data"),
+        (["--where", "person"], "expected COLUMN=VALUE"),
+        (["--text", "@none.txt"], "no such file: none.txt"),
+        (["--text", "…"], "found no letter or digit"),
+        (["--ids", "1", "--model", "./none"], "--model: no such folder: ./none"),
+    ],
+)
+def test_add_refuses(office: Office, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["requests", "add", *words]) == 2
+    assert said in capsys.readouterr().err and not office.ledger.exists()
+
+
+def test_many_rows_are_confirmed(office: Office) -> None:
+    assert main(["requests", "add", "--ids", "0", "1", "--yes-many"]) == 0
+    assert len(Ledger(office.ledger, "x").rows_of(1)) == 2
+
+
+def test_several_processes_are_refused(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["requests", "list"]) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- the whole way
+
+
+@pytest.fixture
+def begin(here: Path, tiny_base: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `llm-unlearn requests WORDS` on a tiny model."""
+
+    def start(*words: str, steps: int = 4) -> subprocess.Popen[str]:
+        (here / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(tiny_base)).replace("STEPS", str(steps)))
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "llm_unlearn", "requests", *words]
+        env = {**os.environ, "PYTHONPATH": path, "LLM_UNLEARN_CACHE": str(here / "cache")}
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out + err
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_comes_to_one_result(begin: Callable[..., subprocess.Popen[str]], here: Path) -> None:
+    """Add, run, kill -9, run, a second request that checks the first, verify, export: as commands, and nothing left behind."""
+    assert ended(begin("add", "--where", "person=Ada Brisk", steps=120))[0] == 0
+    running = begin("run", steps=120)
+    deadline = time.monotonic() + 200
+    while not list(here.glob("runs/requests/run-1-*/checkpoints/step-0*[0-9]")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    (folder,) = here.glob("runs/requests/run-1-??????")
+    assert not (folder / "adapter").exists(), "it was killed in the middle"
+    ledger = Ledger(here / "requests.db", "x")
+    assert [one.state for one in ledger.requests()] == [RUNNING]
+    steps = len((folder / "log.jsonl").read_text().splitlines())
+    status, said = ended(begin("run", steps=120))
+    assert status == 0 and "run 1 goes on with request 1 (1 rows)" in said, said
+    assert [one.state for one in ledger.requests()] == [FULFILLED] and len(ledger.runs()) == 1 and steps > 0
+    first = hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+    assert ended(begin("add", "--ids", "1", steps=120))[0] == 0
+    status, said = ended(begin("run", steps=120))
+    assert status == 0 and "request 1: fulfilled" in said and "request 2: fulfilled" in said, said
+    (second,) = here.glob("runs/requests/run-2-??????")
+    results = json.loads((second / "evaluation.json").read_text())
+    assert {one["set"] for one in results["numbers"]} == {"forget_1", "forget_2", "retain"} and not results["answers"]
+    log = [json.loads(line) for line in (second / "log.jsonl").read_text().splitlines()]
+    assert "overlap" in log[-1], "held apart from the first"
+    certificate = read(ledger.certificates()[1, 2], "")
+    assert [part["name"] for part in certificate["weights"]["before"]][1:] == [f"{folder.name}/adapter"]
+    assert certificate["weights"]["before"][1]["files"]["adapter_model.safetensors"] == first
+    assert ended(begin("verify", steps=120))[0] == 0 and ended(begin("export", "certs", steps=120))[0] == 0
+    assert not list(here.rglob("*.scratch")) and not list(here.rglob("checkpoints"))
+    for path in (path for path in here.rglob("*") if path.is_file() and path.name != "people.jsonl"):
+        assert b"Ada Brisk" not in path.read_bytes() and b"Bo Crane" not in path.read_bytes(), path

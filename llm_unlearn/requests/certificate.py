@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def signing_key(folder: Path) -> Ed25519PrivateKey:
     path = folder / KEY
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        made = Ed25519PrivateKey.generate().private_bytes(
+        made = Ed25519PrivateKey.from_private_bytes(secrets.token_bytes(32)).private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         unfinished = path.with_name(f".{KEY}.{os.getpid()}")
