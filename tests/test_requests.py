@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from llm_unlearn.cli import main
 from llm_unlearn.requests import chain, derived, judging, matching, service, verifying, ways
@@ -709,7 +711,9 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_comes_to_one_result(begin: Callable[..., subprocess.Popen[str]], here: Path) -> None:
+def test_killed_in_the_middle_it_comes_to_one_result(
+    begin: Callable[..., subprocess.Popen[str]], here: Path, tiny_base: Path
+) -> None:
     """Add, run, kill -9, run, a second request that checks the first, verify, export: as commands, and nothing left behind."""
     assert ended(begin("add", "--where", "person=Ada Brisk", steps=120))[0] == 0
     running = begin("run", steps=120)
@@ -739,6 +743,13 @@ def test_killed_in_the_middle_it_comes_to_one_result(begin: Callable[..., subpro
     certificate = read(ledger.certificates()[1, 2], "")
     assert [part["name"] for part in certificate["weights"]["before"]][1:] == [f"{folder.name}/adapter"]
     assert certificate["weights"]["before"][1]["files"]["adapter_model.safetensors"] == first
+    assert ended(begin("model", "merged", steps=120)) == (0, f"merged: {tiny_base} after runs 1, 2\n")
+    inside, layer = "base_model.model.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight"
+    expected = load_file(tiny_base / "model.safetensors")[layer].double()
+    for run in (folder, second):  # W + alpha / rank · B A of each run
+        adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+        expected += 32 / 4 * adapter[f"{inside}.lora_B.weight"].double() @ adapter[f"{inside}.lora_A.weight"].double()
+    assert torch.allclose(load_file(here / "merged" / "model.safetensors")[layer].double(), expected, atol=1e-6)
     assert ended(begin("verify", steps=120))[0] == 0 and ended(begin("export", "certs", steps=120))[0] == 0
     assert not list(here.rglob("*.scratch")) and not list(here.rglob("checkpoints"))
     for path in (path for path in here.rglob("*") if path.is_file() and path.name != "people.jsonl"):

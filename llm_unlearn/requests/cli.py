@@ -63,6 +63,9 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--key", type=Path, metavar="PEM", help="the public key that must have signed; default: your own")
     one = verb("export", export, "write the newest certificate of each request, and the public key, into a folder")
     one.add_argument("folder", type=Path, metavar="FOLDER")
+    one = verb("model", model, "write the model as the accepted runs left it, every adapter merged, into a folder")
+    one.add_argument("folder", type=Path, metavar="FOLDER")
+    one.add_argument("--model", help="which, where the ledger has several; default: model.base of the service's recipe")
     for name, function, text in (
         ("withdraw", withdraw, "take a request back that is not served yet"),
         ("retry", retry, "let a request that needs attention be served again"),
@@ -96,9 +99,9 @@ def new(options: argparse.Namespace, cache: Path, config: Path) -> int:
 
 def add(options: argparse.Namespace, cache: Path, config: Path) -> int:
     office = service.load(options.service)
-    model = options.model or office.recipe.model.base
-    if missing(model):
-        raise Refused(f"--model: no such folder: {model} (looked from {Path.cwd()}).")
+    name = options.model or office.recipe.model.base
+    if missing(name):
+        raise Refused(f"--model: no such folder: {name} (looked from {Path.cwd()}).")
     from llm_unlearn.requests import matching
     from llm_unlearn.requests.serving import row_of
 
@@ -129,7 +132,7 @@ def add(options: argparse.Namespace, cache: Path, config: Path) -> int:
         key=options.key,
         kind=kind,
         selector=ledger.digest("selector", selector, data.source, data.config, data.split),
-        model=model,
+        model=name,
         due=options.due,
         rows=[row_of(ledger, office, one.id, one.row, one.score) for one in found],
     )
@@ -252,6 +255,22 @@ def export(options: argparse.Namespace, cache: Path, config: Path) -> int:
     for request in newest:
         if states[request] != FULFILLED:
             print(f"request {request} is {states[request]} now; its certificate is of an earlier run", file=sys.stderr)
+    return 0
+
+
+def model(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    office, ledger = _open(options)
+    if options.folder.exists():
+        raise Refused(f"{options.folder}: exists already. Nothing was changed; choose another name.")
+    name = options.model or office.recipe.model.base
+    runs = ledger.runs("accepted", model=name)
+    if not runs:
+        known = ", ".join(dict.fromkeys(run.model for run in ledger.runs("accepted"))) or "none yet"
+        raise Refused(f"--model: {name}: no request on it was fulfilled; models with fulfilled requests: {known}.")
+    from llm_unlearn.requests.ways import release
+
+    release(office, name, [office.output / run.folder for run in runs], options.folder, cache)
+    print(f"{options.folder}: {name} after run{'s' * (len(runs) > 1)} {', '.join(str(run.id) for run in runs)}")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import folder
-from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.evaluation.suite import Suite, sets_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.requests.matching import RowId
 from llm_unlearn.requests.service import Office
@@ -73,11 +73,14 @@ def suite_of(office: Office, measured: Mapping[int, Ids], out: Ids) -> Suite:
     suite, sets = office.suite, dict[str, Source]()
     mine = [name for name, source in suite.sets.items() if _is_forget(name) and office.is_training(source)]
     every = tuple(one for ids in measured.values() for one in ids)
-    read_by_attacks = {getattr(attack, "set", None) for attack in suite.attacks}
+    whole = {
+        value for attack in suite.attacks for value in vars(attack).values() if isinstance(value, str)
+    }  # once for all requests
+    whole |= {name for measure in suite.measures for name in sets_of(measure)[1:]}
     for name, source in suite.sets.items():
         if name in mine:
             sets |= {set_of(name, request): _narrowed(source, office, ids) for request, ids in measured.items()}
-            sets |= {name: _narrowed(source, office, every)} if name in read_by_attacks else {}
+            sets |= {name: _narrowed(source, office, every)} if name in whole else {}
         else:
             sets[name] = _without(source, office, out)
     measures: list[Any] = []

@@ -112,7 +112,8 @@ class Office:
     def is_training(self, source: Source) -> bool:
         """Whether a source reads the data in which requests are looked up."""
         data = self.service.data
-        return (source.source, source.config, source.split) == (data.source, data.config, data.split)
+        same_part = (source.config, source.split or "train") == (data.config, data.split or "train")
+        return same_part and (source.source == data.source or _same_place(source.source, data.source))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -120,6 +121,12 @@ class Office:
         forget = self.recipe.data.forget
         named = (forget.prompt, forget.answer, forget.choices, forget.messages, forget.text)
         return tuple(column for column in named if column)
+
+
+def _same_place(a: str, b: str) -> bool:
+    """Whether two names are of one local file: rows that are to be forgotten must not stay because it was written another way."""
+    one, other = Path(a).expanduser(), Path(b).expanduser()
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def load(path: Path) -> Office:

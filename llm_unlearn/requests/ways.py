@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from llm_unlearn import folder
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.verdict import Number
 from llm_unlearn.requests.certificate import files_of
-from llm_unlearn.requests.derived import Ids, recipe_of, suite_of
+from llm_unlearn.requests.derived import Ids, model_of, recipe_of, suite_of
 from llm_unlearn.requests.judging import plainly
 from llm_unlearn.requests.service import Office
 from llm_unlearn.spec import Refused, fingerprint
@@ -121,6 +121,26 @@ class ByRecipe:
         base = wanted.model.base
         found = [part(base, folder_of(embedded(wanted.model, self.cache).base, wanted.model.revision))]
         return found + [part(name, folder_of(folder.adapter_in(name))) for name in wanted.model.starts]
+
+
+def release(office: Office, model: str, before: Sequence[Path], output: Path, cache: Path) -> None:
+    """Write the model as the runs left it, every adapter merged, with its tokenizer, as `transformers` reads it.
+
+    Raises:
+        Refused: the model or an adapter cannot be read.
+    """
+    import torch
+
+    from llm_unlearn.embedded.target import embedded
+    from llm_unlearn.models.load import load
+
+    wanted = replace(embedded(model_of(office.recipe.model, model, before), cache), quantize=None)
+    loaded = load(wanted, torch.device("cpu"))
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    loaded.causal.save_pretrained(str(unfinished))
+    loaded.tokenizer.save_pretrained(str(unfinished))
+    unfinished.rename(output)
 
 
 def _part(place: str, name: str, at: Path) -> dict[str, Any]:
