@@ -180,6 +180,8 @@ def test_a_ledger_is_its_owners_and_no_other_file_is_one(tmp_path: Path) -> None
     with pytest.raises(Refused, match="another program's database"):
         Ledger(tmp_path / "other.db", "x")
     (tmp_path / "text.db").write_text("not a database at all, but long enough to be read as one\n" * 20)
+    with pytest.raises(Refused, match="cannot be opened"):
+        Ledger(tmp_path, "x")
     with pytest.raises(Refused, match="not a ledger"):
         Ledger(tmp_path / "text.db", "x")
 
@@ -429,6 +431,12 @@ def test_before_is_before_the_first_request() -> None:
     again = [number("forget_1", "probability", before=0.21, after=0.22, retrained=0.2)]
     assert not judging.findings([judged], again, 1, [])[0]["holds"], "a quarter of the way from .21 to .2 is nearly nothing"
     assert judging.findings([judged], again, 1, [number("forget_1", "probability", before=1.0, after=0.21)])[0]["holds"]
+
+
+def test_what_json_has_no_number_for_is_none() -> None:
+    found = {"title": "perplexity", "definition": "…", "values": {"after": {"value": 2.0, "low": 1.0, "high": float("inf")}}}
+    assert judging.plainly([found]) == [{"title": "perplexity", "values": {"after": {"value": 2.0, "low": 1.0, "high": None}}}]
+    assert canonical(judging.plainly([found]))
 
 
 # ------------------------------------------------------------------------------------------------------------- serving

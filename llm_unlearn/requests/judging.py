@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,14 @@ def reason_of(found: Iterable[Finding]) -> str:
 
 
 def plainly(numbers: Iterable[Mapping[str, Any]]) -> list[Number]:
-    """Numbers without what is the same for all evaluations."""
-    left_out = ("definition",)
-    return [{key: value for key, value in one.items() if key not in left_out} for one in numbers]
+    """Numbers without their definitions, which are the same in all evaluations, and with None for what JSON has no number for."""
+    return [{key: _finite(value) for key, value in one.items() if key != "definition"} for one in numbers]
+
+
+def _finite(value: Any) -> Any:
+    """Plain data in which an interval's infinite end, say, is None."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

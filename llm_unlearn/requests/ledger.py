@@ -51,8 +51,11 @@ class Ledger:
             Refused: the file is something else, or a ledger of another version.
         """
         self.path, self.who = path, who
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise Refused(f"{path}: the ledger cannot be opened ({error.strerror}).") from None
         try:
             with closing(self._open()) as connection:
                 self._begin(connection)
