@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import json
 import os
-import secrets
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from llm_unlearn.requests.records import (
     GENESIS,
     PENDING,
     RUNNING,
-    SCHEMA,
     VERSION,
     WITHDRAWN,
     Request,
@@ -33,10 +31,10 @@ from llm_unlearn.requests.records import (
     canonical,
     digest_of,
     link,
+    make_tables,
     now,
     request_of,
     run_of,
-    statements,
 )
 from llm_unlearn.spec import Refused
 
@@ -79,12 +77,7 @@ class Ledger:
         whose = connection.execute("PRAGMA application_id").fetchone()[0]
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if not tables:
-            for statement in statements(SCHEMA):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {VERSION}")
-            connection.execute(f"PRAGMA application_id = {APPLICATION}")
-            facts = {"salt": secrets.token_hex(32), "ledger": secrets.token_hex(8)}
-            connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
+            make_tables(connection)
         connection.execute("COMMIT")
         if tables and whose != APPLICATION:
             raise Refused(f"{self.path}: another program's database, not a ledger of requests. Name another file in `ledger`.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -112,7 +113,17 @@ def link(previous: str, number: int, event: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical([previous, number, dict(event)]).encode()).hexdigest()
 
 
-def statements(script: str) -> Iterator[str]:
+def make_tables(on: sqlite3.Connection) -> None:
+    """Make a new ledger of an empty file: tables, version, name, and the salt. Inside a transaction of the caller's."""
+    for statement in _statements(SCHEMA):
+        on.execute(statement)
+    on.execute(f"PRAGMA user_version = {VERSION}")
+    on.execute(f"PRAGMA application_id = {APPLICATION}")
+    facts = {"salt": secrets.token_hex(32), "ledger": secrets.token_hex(8)}
+    on.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
+
+
+def _statements(script: str) -> Iterator[str]:
     """The statements of a script one by one, as `executescript` would commit in between."""
     text = ""
     for line in script.splitlines():

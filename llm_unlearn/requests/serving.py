@@ -65,8 +65,11 @@ class Desk:
             if found == INTERRUPTED:
                 return found
             worst = max(worst, found)
+        attention = ", ".join(str(one.id) for one in self.ledger.requests(ATTENTION))
         if not waiting:
             self.say("nothing is pending")
+        if attention:
+            self.say(f"need attention: {attention}; llm-unlearn requests retry N has one served again, from the model as it is now")
         return worst
 
     def _serve(self, model: str) -> int:
