@@ -17,6 +17,8 @@ from pathlib import Path
 from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
+from llm_unlearn.options import count, takes_models, takes_recipe
+from llm_unlearn.requests import cli as requests_cli
 from llm_unlearn.source import is_recipe, missing
 from llm_unlearn.spec import Refused, schema
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
@@ -66,6 +68,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LLM_UNLEARN_CACHE") or Path(home) / "llm_unlearn")
 
 
+def config_folder() -> Path:
+    """Where this user's signing key is kept: llm_unlearn in the user's configuration."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "llm_unlearn"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "llm-unlearn", description="Make a language model forget given data, and measure what is left.", epilog=EPILOG
@@ -78,13 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     one = verb("run", run, "carry out a recipe: train, measure, report")
-    _takes_recipe(one)
+    takes_recipe(one)
     one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this recipe's run folder")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
-    _takes_recipe(verb("plan", plan, "say what a run will do, and write nothing"))
+    takes_recipe(verb("plan", plan, "say what a run will do, and write nothing"))
     command.add(verb, cache_folder)
     one = verb("evaluate", evaluate, "run a suite on a model, before and after an adapter, beside a retrained one")
-    _takes_models(one)
+    takes_models(one)
     one = verb("compare", compare_runs, "put finished runs or evaluations beside each other: table, JSON, one HTML page")
     one.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, an evaluation's folder, a folder above, a quoted glob")
     one.add_argument("--output", type=Path, help="folder for comparison.json and comparison.html")
@@ -98,14 +105,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("folder", metavar="FOLDER", help=f"a folder of recipes, such as {catalogue.METHODS}")
     one.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in every recipe, such as train.steps=50")
     one.add_argument("--suite", required=True, help="the suite that every run is measured by, such as eval/quick.yaml")
-    one.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds 0 to N-1 of each recipe; default 3")
+    one.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N-1 of each recipe; default 3")
     one.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for runs and leaderboard; default runs/bench")
-    one.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time; default 1")
+    one.add_argument("--jobs", type=count, default=1, metavar="N", help="runs at a time; default 1")
     one.add_argument(
         "--write", type=Path, metavar="PAGE", help="the leaderboard's page; default leaderboard.md in the output folder"
     )
     one = verb("alternates", write_alternates, "let the model write other answers to the questions of a set, for dpo and idk")
-    _takes_recipe(one)
+    takes_recipe(one)
     one.add_argument("--stream", default="forget", help="the set that is asked: forget (default) or retain")
     one.add_argument("--k", type=int, default=5, help="other answers to each question (default 5)")
     one.add_argument("--temperature", type=float, default=1.0, help="how far a draw may leave the likeliest words (default 1.0)")
@@ -117,48 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--output", type=Path, metavar="FILE.jsonl", help="the data set; without it, RECIPE_alternates.jsonl here")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+    requests_cli.add_verbs(verb("requests", serve_requests, "deletion requests: add, list, run, verify, export"))
     one = verb("new", new, "write a recipe to start from")
     one.add_argument("name", metavar="NAME", help="the recipe is written to NAME.yaml")
     one = verb("schema", show_schema, "print the JSON Schema of recipes, or of suites, for editors")
     one.add_argument("kind", nargs="?", choices=("recipe", "suite"), default="recipe")
     return parser
-
-
-def _count(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"found {word!r}; expected a whole number from 1 on")
-    return int(word)
-
-
-def _takes_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as recipes/forget_lora.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.lr=1e-4")
-
-
-def _takes_models(one: argparse.ArgumentParser) -> None:
-    one.add_argument("suite", metavar="SUITE", help="a suite file, such as eval/quick.yaml")
-    one.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the suite to change")
-    one.add_argument(
-        "--model",
-        required=True,
-        action="append",
-        help="hub id, folder, run folder, adapter, or embedded:target; again, a folder of such, or a quoted glob, for many",
-    )
-    one.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        help="adapter or run folder to put on the model; the model alone is then the column `before`; may be given again",
-    )
-    one.add_argument("--before", help="the model before, of models that do not say what they were made from")
-    one.add_argument("--retrained", help="the model that never saw the forget set; without it, the one that the suite names")
-    one.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="load the models in 4 or 8 bits")
-    one.add_argument(
-        "--output",
-        type=Path,
-        help="folder for evaluation.json, evaluation.parquet and report.html; of many, goes on where it ended",
-    )
-    one.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in the output folder")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -297,6 +268,13 @@ def write_alternates(options: argparse.Namespace) -> int:
     )  # fmt: skip
     alternates.make(wanted, cache_folder())
     return 0
+
+
+def serve_requests(options: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise Refused("requests: expected one process, found several; start it without `accelerate launch`.")
+    desk: Callable[[argparse.Namespace, Path, Path], int] = options.desk
+    return desk(options, cache_folder(), config_folder())
 
 
 def new(options: argparse.Namespace) -> int:

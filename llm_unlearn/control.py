@@ -46,7 +46,7 @@ def found(name: str | None, cache: Path) -> str | None:
 def home_of(wanted: Recipe, cache: Path) -> Path:
     """Where the model of a recipe is kept: under the fingerprint of the recipe, its base and the rows that it reads."""
     base = embedded(wanted.model, cache)
-    folders = [folder_of(one) for one in (base.base, run_folder.adapter_in(base.start) if base.start else None) if one]
+    folders = [folder_of(base.base), *(folder_of(run_folder.adapter_in(one)) for one in base.starts)]
     read = {name: rows(wanted.sources[name]) for name in wanted.window}
     settings = {key: value for key, value in plain(wanted).items() if key not in ("output", "evaluation")}
     return cache / "retrained" / fingerprint(settings, [folder_identity(one) for one in folders], read)

@@ -139,8 +139,8 @@ def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         yield say(f"found {recipe.model.base!r}; expected embedded:target, embedded:base, a folder or a hub id.", "model", "base")
     if missing(recipe.model.base):
         yield say(f"no such folder: {recipe.model.base} (looked from {Path.cwd()}).", "model", "base")
-    if recipe.model.start and missing(recipe.model.start):
-        yield say(f"no such folder: {recipe.model.start} (looked from {Path.cwd()}).", "model", "start")
+    for start in filter(missing, recipe.model.starts):
+        yield say(f"no such folder: {start} (looked from {Path.cwd()}).", "model", "start")
     if recipe.model.chat_template and not Path(recipe.model.chat_template).is_file():
         yield say(f"no such file: {recipe.model.chat_template} (looked from {Path.cwd()}).", "model", "chat_template")
 

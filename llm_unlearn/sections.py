@@ -39,9 +39,9 @@ class Model:
     """A hub id, a folder that `save_pretrained` wrote, or embedded:target."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
-    start: str | None = None
-    """An adapter that belongs to the model as it is now (the fine-tuning to be unlearned, an earlier run); it is merged before
-    anything else."""
+    start: str | tuple[str, ...] | None = None
+    """An adapter that belongs to the model as it is now (the fine-tuning to be unlearned, an earlier run), or several, in the order
+    in which they were trained; merged before anything else."""
     adapter: Adapter | None = Adapter()
     """The adapter to train; null trains the full weights."""
     trainable: tuple[str, ...] | None = None
@@ -52,6 +52,11 @@ class Model:
     """auto: bf16 where the accelerator computes in it, fp32 elsewhere."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template; without either, a plain question–answer layout is used."""
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """The adapters of `start`, none, one or several."""
+        return (self.start,) if isinstance(self.start, str) else self.start or ()
 
 
 @spec

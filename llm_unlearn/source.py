@@ -53,6 +53,10 @@ class Source:
     """Column of running text, cut into blocks of `max_tokens`; every token is a target."""
     where: Mapping[str, str | int | float | bool | tuple[str | int | float | bool, ...]] | None = None
     """Keep the rows whose column equals the value, or is one of the values."""
+    without: Mapping[str, str | int | float | bool | tuple[str | int | float | bool, ...]] | None = None
+    """Leave out the rows whose column equals the value, or is one of the values."""
+    like: Mapping[str, str] | None = None
+    """Keep the rows whose column is like a text in which * stands for any text."""
     limit: PositiveInt | None = None
     """Keep the first so many rows."""
     max_tokens: AtLeastTwo = 1024

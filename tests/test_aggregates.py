@@ -62,7 +62,7 @@ def test_a_star_stands_for_any_text(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(
         "".join(f'{{"id": "{name}", "q": "?", "a": "!"}}\n' for name in ("1asc1", "2aqa1", "3[sc]", "sc"))
     )
-    source = Source(source=str(tmp_path / "r.jsonl"), prompt="q", answer="a", where={"id": "*sc*"})
+    source = Source(source=str(tmp_path / "r.jsonl"), prompt="q", answer="a", like={"id": "*sc*"})
     assert [row["id"] for row in rows(source)] == ["1asc1", "3[sc]", "sc"]
 
 

@@ -5,6 +5,7 @@ import random
 import socket
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,24 @@ def test_embedded_rows_are_those_of_the_population(split: str) -> None:
 def test_where_and_limit_choose_rows(where: dict[str, Any] | None, limit: int | None, left: list[str], tmp_path: Path) -> None:
     source = pairs(saved(tmp_path, "jsonl"), where=where, limit=limit)
     assert [row["question"] for row in rows(source)] == left
+
+
+@pytest.mark.parametrize(
+    ("where", "without", "left"),
+    [
+        (None, {"kind": "when"}, ["Who?", "Where?"]),
+        (None, {"kind": ("who", "where")}, ["When?"]),
+        ({"year": 1815}, {"kind": "who"}, ["When?"]),
+        (None, {"kind": "nobody"}, ["Who?", "When?", "Where?"]),
+    ],
+)
+def test_rows_are_left_out(where: dict[str, Any] | None, without: dict[str, Any], left: list[str], tmp_path: Path) -> None:
+    source = pairs(saved(tmp_path, "jsonl"), where=where, without=without)
+    assert [row["question"] for row in rows(source)] == left
+    assert "no rows are left after without = {'kind': ('who', 'when', 'where')}" in refusal(
+        replace(source, where=None, without={"kind": ("who", "when", "where")})
+    )
+    assert "without names column 'knid', which is not there; did you mean 'kind'" in refusal(replace(source, without={"knid": 1}))
 
 
 def refusal(source: Source) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,29 @@ Row = dict[str, Any]
 
 
 def rows(source: Source) -> list[Row]:
-    """The rows of a source after `where` and `limit`.
+    """The rows of a source after `where`, `without` and `limit`.
 
     Raises:
         Refused: nothing is there under that name, a column is missing, or no row is left.
     """
     found = _columns(read(source.source, source.config, source.split), source)
-    for column, wanted in (source.where or {}).items():
-        values = wanted if isinstance(wanted, tuple) else (wanted,)
-        found = [row for row in found if row[column] in values or _like(row[column], values)]
+    for kept, chosen in ((True, source.where or {}), (False, source.without or {})):
+        for column, wanted in chosen.items():
+            values = frozenset(wanted if isinstance(wanted, tuple) else (wanted,))  # thousands of ids, perhaps
+            found = [row for row in found if (isinstance(row[column], Hashable) and row[column] in values) is kept]
+    for column, pattern in (source.like or {}).items():
+        found = [row for row in found if _like(row[column], pattern)]
     if not found:
-        raise Refused(f"{source.source}: no rows are left after where = {dict(source.where or {})}; expected at least one.")
+        said = {"where": source.where, "without": source.without, "like": source.like}
+        named = ", ".join(f"{key} = {str(dict(chosen))[:200]}" for key, chosen in said.items() if chosen)
+        raise Refused(f"{source.source}: no rows are left after {named}; expected at least one.")
     found = found[: source.limit]
     return [_chosen(row, i, source) for i, row in enumerate(found)] if source.choices else found
 
 
-def _like(value: object, patterns: tuple[object, ...]) -> bool:
-    """Whether a value is like a text with a *, which stands for any text."""
-    stars = [one.split("*") for one in patterns if isinstance(one, str) and "*" in one]
-    return any(re.fullmatch(".*".join(map(re.escape, parts)), str(value), re.DOTALL) for parts in stars)
+def _like(value: object, pattern: str) -> bool:
+    """Whether a value is like a text in which * stands for any text."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), str(value), re.DOTALL) is not None
 
 
 def _chosen(row: Row, number: int, source: Source) -> Row:
@@ -103,7 +108,13 @@ def _columns(found: list[Row], source: Source) -> list[Row]:
     named = {"prompt": source.prompt, "answer": source.answer, "messages": source.messages, "text": source.text,
              "alternate.answer": alternate, "paraphrase": source.paraphrase, "perturbed": source.perturbed,
              "keyword": source.keyword, "choices": source.choices}  # fmt: skip
-    for key, column in [*named.items(), *(("where", column) for column in source.where or {})]:
+    for key, column in [*named.items(), *_of_filters(source)]:
         if column is not None and column not in found[0]:
             raise Refused(f"{source.source}: {key} names column {column!r}, which is not there; {nearest(column, found[0])}")
     return found
+
+
+def _of_filters(source: Source) -> list[tuple[str, str]]:
+    """The columns that choose rows, each with the key that names it."""
+    chosen: dict[str, Iterable[str]] = {"where": source.where or (), "without": source.without or (), "like": source.like or ()}
+    return [(key, column) for key, columns in chosen.items() for column in columns]

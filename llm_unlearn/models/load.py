@@ -145,7 +145,8 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
             raise Refused(
                 "model.start: an adapter cannot be merged into quantized weights without a loss; merge it first, then quantize."
             )
-        net = _put_on(net, folder_of(adapter_in(model.start))).merge_and_unload()
+        for start in model.starts:
+            net = _put_on(net, folder_of(adapter_in(start))).merge_and_unload()
     if adapter:
         net = _put_on(net, folder_of(adapter))
     return Loaded(net.eval(), tokenizer, parts_of(model, tokenizer, weights, adapter))
@@ -154,7 +155,7 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
 def parts_of(model: Model, tokenizer: PreTrainedTokenizerBase, weights: torch.dtype, adapter: str | None) -> tuple[object, ...]:
     """What the numbers of a model depend on, without loading it (`Loaded.parts`)."""
     folders = [folder_of(model.base, model.revision)]
-    folders += [folder_of(adapter_in(model.start))] if model.start else []
+    folders += [folder_of(adapter_in(start)) for start in model.starts]
     folders += [folder_of(adapter)] if adapter else []
     return (str(tokenizer.chat_template), model.quantize, str(weights), *map(folder_identity, folders))
 

@@ -1,4 +1,4 @@
-"""The methods of a folder as a table in the terminal; where it is piped, one line each."""
+"""Methods, or deletion requests, as a table in the terminal; where it is piped, one line each."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def print_methods(found: Sequence[tuple[Method, Recipe]], console: Console | Non
     Args:
         console: where to print; standard output when None.
     """
-    console = console or Console()
-    terminal = console.is_terminal
-    console.width = min(console.width, WIDE) if terminal else LINE
+    console, terminal = _sized(console)
 
     def text(content: str, style: str = "") -> Text:
         return Text(writable(printable(content), console), style=style)
@@ -41,3 +39,22 @@ def print_methods(found: Sequence[tuple[Method, Recipe]], console: Console | Non
             about.append_text(text(f" ({method.paper})", "dim"))
         table.add_row(text(method.name, "bold"), about, text(terms_of(recipe)), text(", ".join(needs_of(recipe))))
     console.print(table)
+
+
+def print_requests(found: Sequence[Sequence[str]], console: Console | None = None) -> None:
+    """Print requests, a line each: number, state, kind, rows, due, model, added, reason."""
+    console, _ = _sized(console)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("request", "state", "found by", "rows", "due", "model", "added", "reason"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("request", "rows") else "left")
+    for cells in found:
+        urgent = "needs attention" in cells[1] or "overdue" in cells[4]
+        table.add_row(*(Text(writable(printable(cell), console), style="yellow" if urgent else "") for cell in cells))
+    console.print(table)
+
+
+def _sized(console: Console | None) -> tuple[Console, bool]:
+    """A console of the right width, and whether it is a terminal."""
+    console = console or Console()
+    console.width = min(console.width, WIDE) if console.is_terminal else LINE
+    return console, console.is_terminal

@@ -1,0 +1,1 @@
+"""Deletion requests: who asked, which rows, what was done, and the evidence."""

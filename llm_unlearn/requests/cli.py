@@ -1,0 +1,286 @@
+"""The sub-verbs of `llm-unlearn requests`. Heavy imports stand inside the verb that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+from llm_unlearn import folder
+from llm_unlearn.requests import service
+from llm_unlearn.requests.certificate import PUBLIC, public_pem, public_text, read_public, signing_key
+from llm_unlearn.requests.ledger import Ledger
+from llm_unlearn.requests.matching import SCORE, Found
+from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, WITHDRAWN, Request
+from llm_unlearn.requests.service import FILE, Office
+from llm_unlearn.source import missing
+from llm_unlearn.spec import Refused
+
+SHOWN = 20
+"""So many rows of a request are shown before it is put in."""
+CODES = (
+    "Exit status: 0 done · 1 some request needs attention (run), or something does not fit (verify) · 2 refused, and nothing was "
+    "changed · 3 another process serves this model (run) · 130 interrupted; the same command goes on."
+)
+
+
+def add_verbs(parser: argparse.ArgumentParser) -> None:
+    """Give the parser of `requests` its sub-verbs; each sets `desk`, which takes the options, the cache and the config folder."""
+    parser.epilog = CODES
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: Callable[[argparse.Namespace, Path, Path], int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text, epilog=CODES)
+        added.set_defaults(desk=function)
+        added.add_argument("--service", type=Path, default=Path(FILE), metavar="FILE", help=f"the service file; default {FILE}")
+        return added
+
+    verb("new", new, "write a service file to start from")
+    one = verb("add", add, "find the rows that are to be forgotten, show which they are, and put the request in")
+    which = one.add_mutually_exclusive_group(required=True)
+    which.add_argument("--where", action="append", metavar="COLUMN=VALUE", help="rows with this value; again, for several columns")
+    which.add_argument("--ids", nargs="+", metavar="ID", help="rows by their id; - reads them from standard input, one a line")
+    which.add_argument("--text", help="rows that nearly repeat this text; @FILE reads it from a file, - from standard input")
+    one.add_argument("--score", type=float, default=SCORE, help=f"likeness from which a row counts for --text; default {SCORE:g}")
+    one.add_argument("--model", help="the model that is to forget; default: model.base of the service's recipe")
+    one.add_argument("--due", type=_day, metavar="YYYY-MM-DD", help="the day by which it must be served")
+    one.add_argument("--key", help="your own name for the request; the same key again is the same request")
+    one.add_argument("--dry-run", action="store_true", help="show what would be found, and change nothing")
+    one.add_argument("--show-text", action="store_true", help="show what the rows say, too")
+    one.add_argument("--yes-many", action="store_true", help="confirm a request for more than the service's `most` of all rows")
+    one = verb("list", show, "all requests with their states, those that are due first, first")
+    one.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    one = verb("run", run, "serve what is pending, together or one by one; goes on with what was killed")
+    one.add_argument("--one-by-one", action="store_true", help="a run for each request, each from what the one before left")
+    one.add_argument("--show-text", action="store_true", help="print an error's words even if they repeat a row's")
+    one = verb("verify", verify, "check the ledger's chain, and signature and weights of every certificate")
+    one.add_argument("certificates", nargs="*", type=Path, metavar="FILE", help="certificates to check; default: all of the ledger")
+    one.add_argument("--key", type=Path, metavar="PEM", help="the public key that must have signed; default: your own")
+    one = verb("export", export, "write the newest certificate of each request, and the public key, into a folder")
+    one.add_argument("folder", type=Path, metavar="FOLDER")
+    one = verb("model", model, "write the model as the accepted runs left it, every adapter merged, into a folder")
+    one.add_argument("folder", type=Path, metavar="FOLDER")
+    one.add_argument("--model", help="which, where the ledger has several; default: model.base of the service's recipe")
+    for name, function, text in (
+        ("withdraw", withdraw, "take a request back that is not served yet"),
+        ("retry", retry, "let a request that needs attention be served again"),
+    ):
+        verb(name, function, text).add_argument("request", type=int, metavar="N", help="its number in `list`")
+
+
+def _day(word: str) -> str:
+    try:
+        return date.fromisoformat(word).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {word!r}; expected a day such as 2026-12-01") from None
+
+
+def _open(options: argparse.Namespace) -> tuple[Office, Ledger]:
+    office = service.load(options.service)
+    return office, _ledger(office)
+
+
+def _ledger(office: Office) -> Ledger:
+    return Ledger(office.ledger, f"{getpass.getuser()}@{socket.gethostname()}")
+
+
+def new(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    if options.service.exists():
+        raise Refused(f"{options.service}: exists already. Nothing was changed; choose another name with --service.")
+    folder.write(options.service, service.TEMPLATE)
+    print(f"{options.service}\nnext: llm-unlearn requests add --dry-run --where COLUMN=VALUE")
+    return 0
+
+
+def add(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    office = service.load(options.service)
+    name = options.model or office.recipe.model.base
+    if missing(name):
+        raise Refused(f"--model: no such folder: {name} (looked from {Path.cwd()}).")
+    from llm_unlearn.requests import matching
+    from llm_unlearn.requests.serving import row_of
+
+    rows = matching.read_training(office)
+    if options.where:
+        wanted = dict(_column(word) for word in options.where)
+        kind, selector, found = "where " + ", ".join(sorted(wanted)), sorted(wanted.items()), matching.by_columns(wanted, rows)
+    elif options.ids:
+        names = [line.strip() for line in sys.stdin if line.strip()] if options.ids == ["-"] else options.ids
+        found = matching.by_ids(names, rows)
+        kind, selector = "ids", sorted((str(one.id), "") for one in found)
+    else:
+        text = _text(options.text)
+        found = matching.by_text(text, rows, office.columns, options.score)
+        kind, selector = f"text, score {options.score:g}", [("text", text), ("score", str(options.score))]
+    _preview(found, office, len(rows), options.show_text)
+    if len(found) > office.service.most * len(rows) and not options.yes_many:
+        raise Refused(
+            f"{len(found)} of {len(rows)} rows are more than the service's `most` ({office.service.most:g} of all). Nothing was "
+            "added; look at them with --dry-run, and add --yes-many if they are meant."
+        )
+    if options.dry_run:
+        print("dry run: nothing was added")
+        return 0
+    ledger = _ledger(office)
+    data = office.service.data
+    request, is_new = ledger.add(
+        key=options.key,
+        kind=kind,
+        selector=ledger.digest("selector", selector, data.source, data.config, data.split),
+        model=name,
+        due=options.due,
+        rows=[row_of(ledger, office, one.id, one.row, one.score) for one in found],
+    )
+    print(f"request {request.id}: {'added, ' if is_new else 'is there already, '}{request.state}")
+    if not is_new and request.state == ATTENTION:
+        print(f"to have it served again: llm-unlearn requests retry {request.id}")
+    return 0
+
+
+def _column(word: str) -> tuple[str, str]:
+    column, equals, value = word.partition("=")
+    if not equals or not column:
+        raise Refused("--where: expected COLUMN=VALUE, such as person='Ada Lovelace'.")
+    return column, value
+
+
+def _text(word: str) -> str:
+    if word == "-":
+        return sys.stdin.read()
+    if word.startswith("@"):
+        if not Path(word[1:]).is_file():
+            raise Refused(f"--text: no such file: {word[1:]} (looked from {Path.cwd()}).")
+        return Path(word[1:]).read_text(encoding="utf-8")
+    return word
+
+
+def _preview(found: Sequence[Found], office: Office, of: int, show_text: bool) -> None:
+    print(f"{len(found)} of {of} rows of {office.service.data.source}:")
+    for one in found[:SHOWN]:
+        print(f"  {one.id}  {one.score:.0f}")
+        for column in office.columns if show_text else ():
+            print(f"      {column}: {one.row[column]}")
+    if len(found) > SHOWN:
+        print(f"  … and {len(found) - SHOWN} more")
+
+
+def show(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    _, ledger = _open(options)
+    today = date.today().isoformat()
+    found = [(one, len(ledger.rows_of(one.id)), is_overdue(one, today)) for one in ledger.requests()]
+    if options.json:
+        keys = ("id", "state", "reason", "kind", "model", "due", "added", "run")
+        said = [{key: getattr(one, key) for key in keys} | {"rows": rows, "overdue": late} for one, rows, late in found]
+        print(json.dumps(said, indent=1))
+        return 0
+    if not found:
+        print("no requests")
+        return 0
+    from llm_unlearn.report.listing import print_requests
+
+    print_requests(
+        [
+            (
+                str(one.id),
+                one.state,
+                one.kind,
+                str(rows),
+                f"{one.due or ''}{' overdue' * late}",
+                one.model,
+                one.added[:10],
+                one.reason,
+            )
+            for one, rows, late in found
+        ]
+    )
+    return 0
+
+
+def is_overdue(request: Request, today: str) -> bool:
+    """Whether its day has passed and it is not fulfilled."""
+    return request.due is not None and request.due < today and request.state not in (FULFILLED, WITHDRAWN)
+
+
+def run(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    office, ledger = _open(options)
+    key = signing_key(config)
+    from llm_unlearn.requests.serving import Desk
+    from llm_unlearn.requests.ways import ByRecipe
+
+    desk = Desk(office, ledger, ByRecipe(office, cache), key, one_by_one=options.one_by_one, show_text=options.show_text)
+    return desk.serve()
+
+
+def verify(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    alone = options.certificates and not options.service.is_file()  # who receives a certificate has no ledger
+    office, ledger = (None, None) if alone else _open(options)
+    trusted = read_public(options.key) if options.key else None
+    if trusted is None and not alone:
+        trusted = public_text(signing_key(config))
+    from llm_unlearn.requests import verifying
+
+    if options.certificates:
+        found = []
+        for path in options.certificates:
+            if not path.is_file():
+                raise Refused(f"{path}: no such file (looked from {Path.cwd()}).")
+            text, output = path.read_text(encoding="utf-8"), office.output if office else None
+            found += [f"{path}: {said}" for said in verifying.of_certificate(text, str(path), ledger, output, trusted)]
+        what = f"{len(options.certificates)} certificates" + (", signatures only: no service file here" if alone else "")
+    else:
+        assert office and ledger and trusted
+        found = verifying.of_ledger(ledger, office.output, trusted)
+        what = f"the ledger {office.ledger} and its {len(ledger.certificates())} certificates"
+    for line in found:
+        print(line, file=sys.stderr)
+    signer = f"signed with {trusted}" if trusted else "by whom was not checked: give --key PEM"
+    print(f"{what}: {f'{len(found)} things do not fit' if found else f'all fits; {signer}'}")
+    return int(bool(found))
+
+
+def export(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    _, ledger = _open(options)
+    newest = {request: (run, text) for (request, run), text in ledger.certificates().items()}
+    key = signing_key(config)
+    for request, (_, text) in newest.items():
+        folder.write(options.folder / f"request-{request}.json", text)
+    folder.write(options.folder / PUBLIC, public_pem(key))
+    states = {one.id: one.state for one in ledger.requests()}
+    print(f"{options.folder}: {len(newest)} certificates and {PUBLIC}")
+    for request in newest:
+        if states[request] != FULFILLED:
+            print(f"request {request} is {states[request]} now; its certificate is of an earlier run", file=sys.stderr)
+    return 0
+
+
+def model(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    office, ledger = _open(options)
+    if options.folder.exists():
+        raise Refused(f"{options.folder}: exists already. Nothing was changed; choose another name.")
+    name = options.model or office.recipe.model.base
+    runs = ledger.runs("accepted", model=name)
+    if not runs:
+        known = ", ".join(dict.fromkeys(run.model for run in ledger.runs("accepted"))) or "none yet"
+        raise Refused(f"--model: {name}: no request on it was fulfilled; models with fulfilled requests: {known}.")
+    from llm_unlearn.requests.ways import release
+
+    release(office, name, [office.output / run.folder for run in runs], options.folder, cache)
+    print(f"{options.folder}: {name} after run{'s' * (len(runs) > 1)} {', '.join(str(run.id) for run in runs)}")
+    return 0
+
+
+def withdraw(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    _, ledger = _open(options)
+    print(f"request {options.request}: {ledger.move(options.request, [PENDING, ATTENTION], WITHDRAWN, WITHDRAWN).state}")
+    return 0
+
+
+def retry(options: argparse.Namespace, cache: Path, config: Path) -> int:
+    _, ledger = _open(options)
+    print(f"request {options.request}: {ledger.move(options.request, [ATTENTION], PENDING, 'retried').state}")
+    return 0

@@ -1,0 +1,141 @@
+"""What a ledger holds: its tables, a request, a row, a run, a verdict, and how events are chained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+VERSION, APPLICATION = 1, 0x4C4C4D55
+PENDING, RUNNING, FULFILLED, ATTENTION, WITHDRAWN = "pending", "running", "fulfilled", "needs attention", "withdrawn"
+GENESIS = "0" * 64
+SCHEMA = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY, model TEXT NOT NULL, folder TEXT NOT NULL, settings TEXT NOT NULL, process INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('running', 'accepted', 'rejected', 'given up')), began TEXT NOT NULL, ended TEXT,
+    numbers TEXT) STRICT;
+CREATE UNIQUE INDEX one_run_of_a_model ON runs (model) WHERE state = 'running';
+CREATE TABLE requests (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, selector TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL, due TEXT,
+    state TEXT NOT NULL CHECK (state IN ('pending', 'running', 'fulfilled', 'needs attention', 'withdrawn')),
+    reason TEXT NOT NULL DEFAULT '', run INTEGER REFERENCES runs (id), added TEXT NOT NULL, numbers TEXT) STRICT;
+CREATE TABLE rows (
+    request INTEGER NOT NULL REFERENCES requests (id), id TEXT NOT NULL, content TEXT NOT NULL, score REAL NOT NULL,
+    PRIMARY KEY (request, id)) STRICT;
+CREATE TABLE certificates (
+    request INTEGER NOT NULL REFERENCES requests (id), run INTEGER NOT NULL REFERENCES runs (id), text TEXT NOT NULL,
+    PRIMARY KEY (request, run)) STRICT;
+CREATE TABLE events (
+    n INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL,
+    request INTEGER REFERENCES requests (id), run INTEGER REFERENCES runs (id), detail TEXT NOT NULL, hash TEXT NOT NULL) STRICT;
+CREATE TRIGGER events_stay BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are only added'); END;
+CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are only added'); END;
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One deletion request as it stands."""
+
+    id: int
+    key: str
+    selector: str
+    kind: str
+    model: str
+    due: str | None
+    state: str
+    reason: str
+    run: int | None
+    added: str
+    numbers: dict[str, Any] | None
+    """What was measured on its rows by the run that served it: `set` and `numbers`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a request: its id, and the salted hash of what it says."""
+
+    id: str | int
+    content: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One serving of requests."""
+
+    id: int
+    model: str
+    folder: str
+    settings: str
+    process: int
+    state: str
+    began: str
+    ended: str | None
+    numbers: list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run came to for one request. `numbers` are kept where the request was served by this run."""
+
+    request: int
+    state: str
+    reason: str
+    numbers: dict[str, Any] | None
+    certificate: Callable[[Mapping[str, Any]], str] | None
+    """Makes the certificate, given the place in the chain at which it is made."""
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def canonical(data: object) -> str:
+    """Plain data in the one way in which it is hashed and signed: sorted keys, no spaces, ASCII."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def digest_of(text: str | None) -> str | None:
+    """SHA-256 of a text, as 64 hexadecimal digits; None of none."""
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def link(previous: str, number: int, event: Mapping[str, Any]) -> str:
+    """The hash of an event: SHA-256 of the hash before it, its number, and all that it says."""
+    return hashlib.sha256(canonical([previous, number, dict(event)]).encode()).hexdigest()
+
+
+def make_tables(on: sqlite3.Connection) -> None:
+    """Make a new ledger of an empty file: tables, version, name, and the salt. Inside a transaction of the caller's."""
+    for statement in _statements(SCHEMA):
+        on.execute(statement)
+    on.execute(f"PRAGMA user_version = {VERSION}")
+    on.execute(f"PRAGMA application_id = {APPLICATION}")
+    facts = {"salt": secrets.token_hex(32), "ledger": secrets.token_hex(8)}
+    on.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script one by one, as `executescript` would commit in between."""
+    text = ""
+    for line in script.splitlines():
+        text += line + "\n"
+        if sqlite3.complete_statement(text):
+            yield text
+            text = ""
+
+
+def request_of(found: sqlite3.Row) -> Request:
+    return Request(**{**dict(found), "numbers": json.loads(found["numbers"]) if found["numbers"] else None})
+
+
+def run_of(found: sqlite3.Row) -> Run:
+    return Run(**{**dict(found), "numbers": json.loads(found["numbers"]) if found["numbers"] else None})

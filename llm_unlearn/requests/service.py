@@ -1,0 +1,198 @@
+"""The service file: how deletion requests are served, in which data rows are looked up, and when a request counts as fulfilled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llm_unlearn import recipe as recipes
+from llm_unlearn.evaluation import suite as suites
+from llm_unlearn.evaluation.numbers import titles
+from llm_unlearn.recipe import Recipe
+from llm_unlearn.source import Source, source_problems
+from llm_unlearn.spec import FiniteFloat, NonNegativeFloat, Portion, Refused, dotted, fingerprint, nearest, spec
+from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
+
+FILE = "requests.yaml"
+"""The service file that is meant where none is named."""
+TEMPLATE = """\
+# How deletion requests are served: llm-unlearn requests add --where person=…, then llm-unlearn requests run
+ledger: requests.db                 # who asked for what, and what was done; beside this file
+output: runs/requests               # one run folder per serving; beside this file
+recipe: recipes/forget_lora.yaml    # how to forget: its data.forget becomes the rows of the requests
+suite: eval/quick.yaml              # what is measured, on the rows of each request by themselves
+data: {source: embedded:forget, id: id}
+
+thresholds:                         # a request is fulfilled when all of these hold, after every later run too
+  - {measure: extraction strength, set: forget, at_most: 0.3}
+  - {measure: probability, set: forget, judged: as retrained}
+  - {measure: probability, set: retain, at_least: 0.95, of: before}
+"""
+
+
+@spec
+class Training:
+    """The training data in which the rows of a request are looked up."""
+
+    source: str
+    """A hub id, a local file or folder, or embedded:…, as in a recipe; `data.forget` of the recipe names its columns."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set; without it, train."""
+    id: str
+    """Column that names each row; no two rows may have the same."""
+
+
+@spec
+class Threshold:
+    """What a number of the suite must be. At most one of `at_most` and `at_least`, or `judged`."""
+
+    measure: str
+    """Title of a measure, as the table shows it, such as `extraction strength`."""
+    set: str
+    """A set of the suite; `forget` is measured on the rows of each request by themselves."""
+    at_most: FiniteFloat | None = None
+    """Largest value that will do."""
+    at_least: FiniteFloat | None = None
+    """Smallest value that will do."""
+    of: Literal["before", "retrained"] | None = None
+    """Take the bound times this model's value: `at_least: 0.95, of: before`. Before is the model before the first request."""
+    judged: Literal["as retrained"] | None = None
+    """The table's judgement must be this."""
+
+    @property
+    def asked(self) -> str:
+        """The bound in words."""
+        if self.judged:
+            return self.judged
+        bound = f"at most {self.at_most:g}" if self.at_most is not None else f"at least {self.at_least:g}"
+        return f"{bound} of {self.of}" if self.of else bound
+
+
+@spec
+class Service:
+    """How deletion requests are served."""
+
+    recipe: str
+    """How to forget: a recipe, whose `data.forget` is replaced by the rows of the requests and whose other sets lose them."""
+    data: Training
+    thresholds: tuple[Threshold, ...]
+    """What must hold for a request to count as fulfilled."""
+    suite: str | None = None
+    """What is measured; without it, the suite of the recipe."""
+    ledger: str = "requests.db"
+    """The SQLite file that holds the requests, from the folder of this file."""
+    output: str = "runs/requests"
+    """Where the run folders go, from the folder of this file."""
+    apart: NonNegativeFloat = 0.1
+    """Weight of the penalty that keeps a later adapter's directions apart from earlier ones' (O3, Gao et al. 2024, 2407.10223)."""
+    most: Portion = 0.2
+    """A request for a larger share of the rows must be confirmed."""
+
+
+@dataclass(frozen=True)
+class Office:
+    """A service with all that it names, read and checked."""
+
+    service: Service
+    recipe: Recipe
+    suite: suites.Suite
+    suite_name: str
+    ledger: Path
+    output: Path
+
+    @property
+    def hash(self) -> str:
+        """Stands for everything that decides how requests are served; a run that was begun under another cannot go on."""
+        return fingerprint(self.recipe.hash, self.suite, self.service)
+
+    def is_training(self, source: Source) -> bool:
+        """Whether a source reads the data in which requests are looked up."""
+        data = self.service.data
+        same_part = (source.config, source.split or "train") == (data.config, data.split or "train")
+        return same_part and (source.source == data.source or _same_place(source.source, data.source))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the training data that are learnt: what a row says."""
+        forget = self.recipe.data.forget
+        named = (forget.prompt, forget.answer, forget.choices, forget.messages, forget.text)
+        return tuple(column for column in named if column)
+
+
+def _same_place(a: str, b: str) -> bool:
+    """Whether two names are of one local file: rows that are to be forgotten must not stay because it was written another way."""
+    one, other = Path(a).expanduser(), Path(b).expanduser()
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def load(path: Path) -> Office:
+    """Read and check a service file with its recipe and suite. Imports nothing heavy.
+
+    Raises:
+        Refused: every wrong key at once, each with its place, what was found and what was expected.
+    """
+    if not path.is_file():
+        raise Refused(f"{no_such_file(path)} Name one with --service FILE, or write one with: llm-unlearn requests new.")
+    tree = read_tree(path)
+    service = build(Service, tree)
+    at = locate(service.recipe, path)
+    if not at.is_file():
+        raise Refused(f"{tree.place(('recipe',))}: recipe: {no_such_file(at)}")
+    recipe = recipes.load(at)
+    name = service.suite or (recipe.evaluation.suite if recipe.evaluation else None)
+    if name is None:
+        raise Refused(f"{path}: suite: missing; {service.recipe} names none, and a request is judged by its numbers.")
+    suite_at = locate(name, path) if service.suite else locate(name, at)
+    if not suite_at.is_file():
+        raise Refused(f"{tree.place(('suite',))}: suite: {no_such_file(suite_at)}")
+    office = Office(
+        service, recipe, suites.load(suite_at), name, path.parent / service.ledger, path.resolve().parent / service.output
+    )
+    problems = list(_problems(office, tree))
+    if problems:
+        raise Refused("\n".join(problems))
+    return office
+
+
+def _problems(office: Office, tree: Tree) -> Iterable[str]:
+    def say(text: str, *path: str | int) -> str:
+        return f"{tree.place(path)}: {dotted(path)}: {text}"
+
+    service, suite = office.service, office.suite
+    data = Source(source=service.data.source, config=service.data.config, split=service.data.split, text=service.data.id)
+    yield from (say(text, "data", *where) for where, text in source_problems(data))
+    if "forget" not in suite.sets:
+        yield say(f"{office.suite_name} has no set `forget`, on which a request is measured.", "suite")
+    elif not office.is_training(suite.sets["forget"]):
+        found = suite.sets["forget"].source
+        yield say(f"sets.forget of {office.suite_name} reads {found}, and requests are looked up elsewhere.", "data", "source")
+    yield from _threshold_problems(office, say)
+
+
+def _threshold_problems(office: Office, say: Callable[..., str]) -> Iterable[str]:
+    """Every threshold must read a number that the suite has, and say what it must be."""
+    service, suite = office.service, office.suite
+    if not service.thresholds:
+        yield say("found none; expected at least one, or every request would be fulfilled.", "thresholds")
+    elif all(one.set.partition("_")[0] != "forget" for one in service.thresholds):
+        yield say("none reads the set `forget`; a request would be fulfilled without anything forgotten.", "thresholds")
+    known = {(measure.set, title) for measure, title in zip(suite.measures, titles(suite), strict=True)}
+    has_control = bool((office.recipe.evaluation and office.recipe.evaluation.retrained) or suite.retrained)
+    for i, one in enumerate(service.thresholds):
+        if one.set not in {name for name, _ in known}:
+            yield say(f"found {one.set!r}; {nearest(one.set, sorted({name for name, _ in known}))}", "thresholds", i, "set")
+        elif (one.set, one.measure) not in known:
+            valid = [title for name, title in known if name == one.set]
+            yield say(f"found {one.measure!r}; {nearest(one.measure, sorted(valid))}", "thresholds", i, "measure")
+        if sum(bound is not None for bound in (one.at_most, one.at_least, one.judged)) != 1:
+            yield say("expected one of at_most, at_least, judged.", "thresholds", i)
+        if one.of and one.judged:
+            yield say("goes with at_most or at_least.", "thresholds", i, "of")
+        if (one.judged or one.of == "retrained") and not has_control:
+            yield say(f"compares with the retrained model, and {office.suite_name} names none.", "thresholds", i)
+        if one.judged and one.set.partition("_")[0] != "forget":
+            yield say("is said of sets that are to be forgotten only; give at_least and of: before.", "thresholds", i, "judged")

@@ -1,0 +1,241 @@
+"""Pending requests become a run, its numbers become states and certificates; one run of a model after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llm_unlearn.data.sources import Row as DataRow
+from llm_unlearn.requests.certificate import signed
+from llm_unlearn.requests.judging import Finding, findings, of_request, reason_of
+from llm_unlearn.requests.ledger import Ledger
+from llm_unlearn.requests.matching import RowId, read_training, texts_of
+from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, RUNNING, WITHDRAWN, Request, Row, Run, Verdict, now
+from llm_unlearn.requests.service import Office
+from llm_unlearn.requests.ways import Served, Way, Work, withheld
+from llm_unlearn.spec import Refused, plain
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+DONE, SOME, BUSY, INTERRUPTED = 0, 1, 3, 130
+"""All that was pending is fulfilled, or nothing was · some need attention · another process serves this model · Ctrl-C."""
+
+
+@dataclass
+class Desk:
+    """One process that serves the requests of a ledger."""
+
+    office: Office
+    ledger: Ledger
+    way: Way
+    key: Ed25519PrivateKey
+    one_by_one: bool = False
+    show_text: bool = False
+    say: Callable[[str], None] = print
+    data: dict[RowId, DataRow] = field(default_factory=dict)
+
+    def serve(self) -> int:
+        """Serve all that is pending, and go on with what was killed.
+
+        Returns:
+            DONE, SOME, BUSY or INTERRUPTED.
+        """
+        from filelock import FileLock, Timeout
+
+        waiting = self.ledger.requests(PENDING, RUNNING)
+        worst = DONE
+        if waiting:
+            self.data = read_training(self.office)
+        for model in dict.fromkeys(one.model for one in waiting):
+            # held by the kernel as long as this process lives: a run that is under way and not locked was killed
+            lock = FileLock(f"{self.ledger.path}.{hashlib.sha256(model.encode()).hexdigest()[:8]}.lock")
+            try:
+                with lock.acquire(timeout=0):
+                    found = self._serve(model)
+            except Timeout:
+                under_way = ", ".join(f"run {one.id}, process {one.process}" for one in self.ledger.runs("running", model=model))
+                print(
+                    f"{model}: another process is serving it ({under_way or 'about to begin'}); try again later.", file=sys.stderr
+                )
+                found = BUSY
+            if found == INTERRUPTED:
+                return found
+            worst = max(worst, found)
+        attention = ", ".join(str(one.id) for one in self.ledger.requests(ATTENTION))
+        if not waiting:
+            self.say("nothing is pending")
+        if attention:
+            self.say(f"need attention: {attention}; llm-unlearn requests retry N has one served again, from the model as it is now")
+        return worst
+
+    def _serve(self, model: str) -> int:
+        """All runs of one model, which this process holds."""
+        worst = DONE
+        while True:
+            for one in self.ledger.requests(PENDING, model=model):
+                if problem := rows_problem(self.ledger.rows_of(one.id), self.data, self.office, self.ledger):
+                    self.ledger.move(one.id, [PENDING], ATTENTION, ATTENTION, problem)
+                    self.say(f"request {one.id}: {ATTENTION}: {problem}")
+                    worst = SOME
+            under_way = self.ledger.runs("running", model=model)
+            run = under_way[0] if under_way else self.ledger.claim(model, self.office.hash, 1 if self.one_by_one else None)
+            if run is None:
+                return worst
+            if run.settings != self.office.hash:
+                text = "the service, its recipe or its suite has changed since it was begun"
+                again = [Verdict(one.id, PENDING, "", None, None) for one in self.ledger.served_by(run.id)]
+                self.ledger.finish(run.id, "given up", again, [], [text])
+                self.say(f"run {run.id}: given up, as {text}; its requests are served anew")
+                continue
+            found = self._carry_out(run, resumed=bool(under_way))
+            if found == INTERRUPTED:
+                return found
+            worst = max(worst, found)
+
+    def _carry_out(self, run: Run, resumed: bool) -> int:
+        """One run: from its requests to their states."""
+        mine = self.ledger.served_by(run.id)
+        work, unmeasured = self._work(run, mine)
+        count = sum(len(ids) for ids in work.requests.values())
+        names = ", ".join(str(one.id) for one in mine)
+        what = "goes on with" if resumed else "serves"
+        self.say(f"run {run.id} {what} request{'s' * (len(mine) > 1)} {names} ({count} rows) on {run.model}: {work.output}")
+        try:
+            served = self.way.serve(work)
+        except Refused as error:
+            forgotten = [self.data[one] for ids in work.requests.values() for one in ids if one in self.data]
+            if self.show_text:
+                print(f"run {run.id}: {error}", file=sys.stderr)
+            texts = [text for row in forgotten for column in self.office.columns for text in texts_of(row[column])]
+            said = withheld(error, texts)
+            self._end(run, "rejected", [Verdict(one.id, ATTENTION, said, None, None) for one in mine], [], [])
+            return SOME
+        if served is None:
+            print(f"interrupted; llm-unlearn requests run goes on with run {run.id}.", file=sys.stderr)
+            return INTERRUPTED
+        return self._judge(run, mine, work, served, unmeasured)
+
+    def _work(self, run: Run, mine: Sequence[Request]) -> tuple[Work, list[int]]:
+        """What a run is to do, and the earlier requests that cannot be measured again, as their rows are gone."""
+        rows = {one.id: self.ledger.rows_of(one.id) for one in self.ledger.requests(model=run.model) if one.state != WITHDRAWN}
+        earlier = [one.id for one in self.ledger.requests(FULFILLED, model=run.model)]
+        unmeasured = [one for one in earlier if rows_problem(rows[one], self.data, self.office, self.ledger)]
+        ids = {one: [row.id for row in found] for one, found in rows.items()}
+        asked = {one.id for one in mine}
+        gone = dict.fromkeys(row for one, found in ids.items() if one not in asked for row in found if row in self.data)
+        work = Work(
+            model=run.model,
+            requests={one: ids[one] for one in sorted(asked)},
+            earlier={one: ids[one] for one in sorted(earlier) if one not in unmeasured},
+            gone=tuple(gone),
+            before=[self.office.output / one.folder for one in self.ledger.runs("accepted", model=run.model)],
+            output=self.office.output / run.folder,
+        )
+        return work, unmeasured
+
+    def _judge(self, run: Run, mine: Sequence[Request], work: Work, served: Served, unmeasured: Sequence[int]) -> int:
+        """Thresholds on every request, the earlier ones too; then all states in one transaction."""
+        accepted_before = self.ledger.runs("accepted", model=run.model)
+        baseline = (accepted_before[0].numbers if accepted_before else None) or served.numbers
+        kept = [one for one in baseline if not str(one["set"]).startswith("forget")]
+        every = {one.id: one for one in self.ledger.requests(model=run.model)}
+        thresholds = self.office.service.thresholds
+        found: dict[int, list[Finding]] = {}
+        for number in (*work.requests, *work.earlier):
+            own = every[number].numbers
+            first = own["numbers"] if own else of_request(served.numbers, number)
+            asked = thresholds if number in work.requests else [one for one in thresholds if one.set.startswith("forget")]
+            found[number] = findings(asked, served.numbers, number, [*first, *kept])
+        reasons = {number: served.broken or reason_of(one) for number, one in found.items()}
+        accepted = any(not reasons[one.id] for one in mine)
+        notes = [f"request {one}: not measured again, as its rows are gone from the data or were changed" for one in unmeasured]
+        again = {str(one): not reasons[one] for one in work.earlier}
+
+        def verdict(request: Request) -> Verdict:
+            number, reason = request.id, reasons[request.id]
+            if reason:
+                lost = f"no longer holds after run {run.id}: " if number in work.earlier else ""
+                return Verdict(number, ATTENTION, lost + reason, self._first(request, served), None)
+            content = self._content(request, run, work, served, found[number], again)
+            return Verdict(
+                number,
+                FULFILLED,
+                "",
+                self._first(request, served),
+                lambda place: signed({**content, "ledger": {"id": self.ledger.name, **place}}, self.key),
+            )
+
+        judged = [*mine, *(every[one] for one in work.earlier)] if accepted else list(mine)
+        verdicts = [verdict(one) for one in judged]
+        if not accepted and work.earlier:
+            notes.append("its weights are not taken: earlier requests stand on the model as it was")
+        self._end(run, "accepted" if accepted else "rejected", verdicts, served.numbers, notes)
+        return SOME if any(reasons[one.request] for one in verdicts) else DONE
+
+    @staticmethod
+    def _first(request: Request, served: Served) -> dict[str, Any] | None:
+        """The numbers on a request's rows, where they are its first: what is `before` for every later run."""
+        return None if request.numbers else {"numbers": of_request(served.numbers, request.id)}
+
+    def _end(
+        self, run: Run, state: str, verdicts: Sequence[Verdict], numbers: Sequence[Mapping[str, Any]], notes: Sequence[str]
+    ) -> None:
+        self.ledger.finish(run.id, state, verdicts, numbers, notes)
+        for one in verdicts:
+            self.say(f"request {one.request}: {one.state}{': ' * bool(one.reason)}{one.reason}")
+        for note in notes:
+            self.say(f"run {run.id}: {note}")
+
+    def _content(
+        self, request: Request, run: Run, work: Work, served: Served, found: Sequence[Finding], again: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        """What a certificate says, but for its place in the ledger and the signature."""
+        rows = self.ledger.rows_of(request.id)
+        thresholds = [
+            {key: one[key] for key in ("measure", "set", "asked", "value", "bound", "holds") if key in one} for one in found
+        ]
+        return {
+            "format": 1,
+            "says": "The rows below were forgotten by the model below, as far as the thresholds below measure it.",
+            "request": {key: getattr(request, key) for key in ("id", "kind", "selector", "model", "due", "added")},
+            "rows": {
+                "count": len(rows),
+                "hash": "HMAC-SHA256 of id and content under the salt of the ledger",
+                "hashes": sorted(row_seal(self.ledger, row) for row in rows),
+            },
+            "run": {"id": run.id, "folder": run.folder, "began": run.began, "certified": now(), **served.facts},
+            "served": "now" if request.id in work.requests else "earlier",
+            "served_together": sorted(work.requests),
+            "earlier_requests_hold": dict(again),
+            "weights": {"before": served.before, "after": served.after},
+            "thresholds": thresholds,
+            "settings": plain(self.office.service),
+            "numbers": [*of_request(served.numbers, request.id), *(n for n in served.numbers if _kept(n))],
+        }
+
+
+def _kept(number: Mapping[str, Any]) -> bool:
+    return str(number["set"]).partition("_")[0] != "forget"
+
+
+def row_seal(ledger: Ledger, row: Row) -> str:
+    """What stands for a row in a certificate."""
+    return ledger.digest("row", row.id, row.content)
+
+
+def row_of(ledger: Ledger, office: Office, name: RowId, row: DataRow, score: float) -> Row:
+    """A row of the data as it stands in a ledger."""
+    return Row(name, ledger.digest("content", *(texts_of({column: row[column]}) for column in office.columns)), score)
+
+
+def rows_problem(rows: Sequence[Row], data: Mapping[RowId, DataRow], office: Office, ledger: Ledger) -> str:
+    """Why the rows of a request cannot be served or measured; empty where they are as they were when it was added."""
+    gone = sum(one.id not in data for one in rows)
+    changed = sum(one.id in data and row_of(ledger, office, one.id, data[one.id], one.score).content != one.content for one in rows)
+    what = ((gone, "are gone from the data"), (changed, "were changed"))
+    said = [f"{count} of its {len(rows)} rows {text}" for count, text in what if count]
+    return f"{' and '.join(said)} since it was added; withdraw it, and add it again" if said else ""

@@ -1,0 +1,70 @@
+"""Whether certificates are true: signature, weights, the ledger's chain, and whether a request stands on the newest weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llm_unlearn.requests import chain
+from llm_unlearn.requests.certificate import read, signature_problems, weight_problems
+from llm_unlearn.requests.ledger import Ledger
+from llm_unlearn.requests.records import FULFILLED
+from llm_unlearn.requests.serving import row_seal
+from llm_unlearn.spec import Refused
+
+
+def of_ledger(ledger: Ledger, output: Path, trusted: str) -> list[str]:
+    """All that does not fit: in the ledger, and in every certificate that it holds.
+
+    Args:
+        output: where the run folders are.
+        trusted: the public key that must have signed.
+    """
+    found = chain.problems(ledger)
+    certificates = ledger.certificates()
+    for (request, run), text in certificates.items():
+        name = f"request {request}, certificate of run {run}"
+        found += [f"{name}: {problem}" for problem in of_certificate(text, name, ledger, output, trusted)]
+    for one in ledger.requests(FULFILLED):
+        newest = max((run.id for run in ledger.runs("accepted", model=one.model)), default=None)
+        if (one.id, newest) not in certificates and not _said(ledger, newest, one.id):
+            found.append(f"request {one.id}: is fulfilled, and has no certificate on the newest weights (run {newest})")
+    return found
+
+
+def of_certificate(text: str, name: str, ledger: Ledger | None, output: Path | None, trusted: str | None) -> Iterable[str]:
+    """All that does not fit in one certificate.
+
+    Args:
+        ledger, output: its ledger and the run folders; None checks the signature alone.
+    """
+    try:
+        certificate = read(text, name)
+    except Refused as error:
+        return [str(error)]
+    found = list(signature_problems(certificate, trusted))
+    if found:  # what nobody signed may have any shape
+        return found
+    found += weight_problems(certificate, output) if output else []
+    return found + (_against_ledger(certificate, ledger) if ledger else [])
+
+
+def _against_ledger(certificate: dict[str, Any], ledger: Ledger) -> list[str]:
+    place, number = certificate["ledger"], certificate["request"]["id"]
+    if place["id"] != ledger.name:
+        return [f"was made for another ledger ({place['id']}; this is {ledger.name})"]
+    if chain.hash_of_event(ledger, place["event"]) != place["hash"]:
+        return [f"event {place['event']} of the ledger is not the one it was made after: the ledger was changed or cut"]
+    if certificate["rows"]["hashes"] != sorted(row_seal(ledger, row) for row in ledger.rows_of(number)):
+        return ["its rows are not those of the request"]
+    return []
+
+
+def _said(ledger: Ledger, run: int | None, request: int) -> bool:
+    """Whether the newest run says why it did not measure a request again."""
+    with ledger.reading() as on:
+        events = on.execute("SELECT detail FROM events WHERE what = 'run accepted' AND run = ?", (run,)).fetchall()
+    notes = [note for event in events for note in json.loads(event["detail"])["notes"]]
+    return any(note.startswith(f"request {request}: not measured again") for note in notes)

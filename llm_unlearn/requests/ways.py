@@ -1,0 +1,190 @@
+"""Ways of serving deletion requests: what a serving is given, what it must hand back, and the way of a recipe.
+
+Another way (a store of models that were trained apart, say) is another class with `serve`; ledger, thresholds and certificates
+stay.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from llm_unlearn import folder
+from llm_unlearn.recipe import Recipe
+from llm_unlearn.report.verdict import Number
+from llm_unlearn.requests.certificate import files_of
+from llm_unlearn.requests.derived import Ids, model_of, recipe_of, suite_of
+from llm_unlearn.requests.judging import plainly
+from llm_unlearn.requests.service import Office
+from llm_unlearn.spec import Refused, fingerprint
+
+
+@dataclass(frozen=True)
+class Work:
+    """One serving: which rows a model is to forget, and where the result goes."""
+
+    model: str
+    requests: Mapping[int, Ids]
+    """Request -> ids of its rows, of those that are served now."""
+    earlier: Mapping[int, Ids]
+    """The same of those that were fulfilled before: measured again, and not to be undone."""
+    gone: Ids
+    """Rows of earlier requests that are still in the data: nothing may teach them again."""
+    before: Sequence[Path]
+    """Run folders whose result is the model now, in their order; none before the first."""
+    output: Path
+    """The run folder. If it is there, a serving that was killed goes on."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What came of it."""
+
+    numbers: list[Number]
+    """Of one evaluation with the columns `before`, `after` and perhaps `retrained`; a request N is measured on `forget_N`."""
+    before: list[dict[str, Any]]
+    """The weights before: place, name, and SHA-256 of each file."""
+    after: dict[str, Any]
+    facts: dict[str, Any]
+    """How it went: way, recipe and suite by hash, seed, steps, versions."""
+    broken: str = ""
+    """Why the result cannot be used, whatever was measured."""
+
+
+class Way(Protocol):
+    """How requests are served. Called again with the same work after a kill, it goes on and does nothing twice."""
+
+    def serve(self, work: Work) -> Served | None:
+        """Carry it out; None when the user interrupted it.
+
+        Raises:
+            Refused: it cannot be carried out.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ByRecipe:
+    """A run of the service's recipe on the rows, begun from what the runs before left."""
+
+    office: Office
+    cache: Path
+    """Where the embedded models are."""
+
+    def serve(self, work: Work) -> Served | None:
+        forget = tuple(dict.fromkeys(one for ids in work.requests.values() for one in ids))
+        gone = tuple(one for one in work.gone if one not in set(forget))
+        wanted = recipe_of(self.office, work.model, forget, gone, work.before, work.output)
+        suite = suite_of(self.office, {**work.earlier, **work.requests}, (*forget, *gone))
+        scratch = work.output.with_name(f"{work.output.name}.scratch")
+        _clear_unbegun(work.output)
+        if not folder.check(wanted, resume=True, overwrite=False):
+            from llm_unlearn.run import run
+
+            outcome = run(wanted, suite, cache=_scratch(scratch, self.cache), resume=True)
+            if outcome.status == "interrupted":
+                return None
+        strip(work.output)
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(work.output / folder.CHECKPOINTS, ignore_errors=True)
+        results = folder.results_in(work.output)
+        facts = results["run"]
+        known = {
+            "way": "recipe",
+            "recipe_hash": wanted.hash,
+            "suite_hash": fingerprint(suite),
+            "recipe": self.office.service.recipe,
+        }
+        known |= {key: facts[key] for key in ("seed", "status", "steps", "kept_step", "device", "precision", "versions")}
+        after = folder.MODEL if wanted.model.adapter is None else folder.ADAPTER
+        return Served(
+            plainly(results["numbers"]),
+            self._weights(wanted, work),
+            _part("output", f"{work.output.name}/{after}", work.output / after),
+            known,
+            str(facts["reason"] or "a loss was not finite") if facts["broken"] else "",
+        )
+
+    def _weights(self, wanted: Recipe, work: Work) -> list[dict[str, Any]]:
+        """The files of the model before: its base, and the adapters that are merged into it."""
+        from llm_unlearn.embedded.target import embedded
+        from llm_unlearn.models.load import folder_of
+
+        def part(name: str, at: Path) -> dict[str, Any]:
+            ours = at.is_relative_to(work.output.parent)
+            return _part("output" if ours else "elsewhere", str(at.relative_to(work.output.parent)) if ours else name, at)
+
+        base = wanted.model.base
+        found = [part(base, folder_of(embedded(wanted.model, self.cache).base, wanted.model.revision))]
+        return found + [part(name, folder_of(folder.adapter_in(name))) for name in wanted.model.starts]
+
+
+def release(office: Office, model: str, before: Sequence[Path], output: Path, cache: Path) -> None:
+    """Write the model as the runs left it, every adapter merged, with its tokenizer, as `transformers` reads it.
+
+    Raises:
+        Refused: the model or an adapter cannot be read.
+    """
+    import torch
+
+    from llm_unlearn.embedded.target import embedded
+    from llm_unlearn.models.load import load
+
+    wanted = replace(embedded(model_of(office.recipe.model, model, before), cache), quantize=None)
+    loaded = load(wanted, torch.device("cpu"))
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    loaded.causal.save_pretrained(str(unfinished))
+    loaded.tokenizer.save_pretrained(str(unfinished))
+    unfinished.rename(output)
+
+
+def _part(place: str, name: str, at: Path) -> dict[str, Any]:
+    return {"place": place, "name": name, "files": files_of(at)}
+
+
+def _clear_unbegun(output: Path) -> None:
+    """Remove what a run leaves that was killed while it wrote the very first file."""
+    if output.is_dir() and all(path.name.startswith(".") for path in output.iterdir()):
+        shutil.rmtree(output)
+
+
+def _scratch(scratch: Path, cache: Path) -> Path:
+    """A cache for this run alone, as tables hold the texts of the rows; the embedded models are shared."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    (cache / "embedded").mkdir(parents=True, exist_ok=True)
+    if not (scratch / "embedded").is_symlink():
+        (scratch / "embedded").symlink_to((cache / "embedded").resolve(), target_is_directory=True)
+    return scratch
+
+
+def strip(output: Path) -> None:
+    """Take every question and answer out of a run folder: from the page, the values by row, and the numbers' file, which comes
+    last and says that it was done.
+
+    Raises:
+        Refused: the run left no numbers.
+    """
+    from llm_unlearn.report.page import write_page
+
+    results = folder.results_in(output)
+    if not results["answers"] and not (output / folder.ROWS).exists():
+        return
+    results["answers"] = {}
+    log = output / folder.LOG
+    (output / folder.ROWS).unlink(missing_ok=True)
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    write_page(results, rows, output / folder.REPORT)
+    folder.write(output / folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
+
+
+def withheld(error: Refused, texts: Sequence[str]) -> str:
+    """An error's words, unless they repeat words of a row."""
+    said, size = str(error), 12
+    short = any(text in said for text in texts if 4 <= len(text) <= size)
+    long = any(text[i : i + size] in said for text in texts if len(text) > size for i in range(0, len(text) - size + 1))
+    return "the reason repeats words of the rows and is not kept; --show-text prints it" if short or long else said
