@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments
-from kronfluence.task import Task as Question
+from kronfluence.task import Task as KronfluenceTask
 from torch import Tensor, nn
 
 from llm_unlearn.data.batch import lay_out
@@ -47,7 +47,7 @@ class Factors:
         return [found[name] for name in weights]
 
 
-class _Answers(Question):  # type: ignore[misc]  # the library has no types
+class _Answers(KronfluenceTask):  # type: ignore[misc]  # the library has no types
     """What kronfluence asks about our rows: their answers' log-likelihood, true (sampled) answers for the Gauss–Newton matrix."""
 
     def __init__(self, layers: list[str], examples: Sequence[Example], accelerator: Accelerator) -> None:
