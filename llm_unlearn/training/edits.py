@@ -74,18 +74,19 @@ def edit(
         log.write({**row, **situation.noted(), **seen})
     if probe:
         restore(model, progress.good)
-        outcome = _chosen(method, ending(probe, progress, "greater strengths"), situation.trained)
+        outcome = _chosen(method, probe, progress, situation.trained)
     model.eval()
     return outcome, situation.told
 
 
-def _chosen(method: Edit, outcome: Outcome, trained: int) -> Outcome:
+def _chosen(method: Edit, probe: Probe, progress: Progress, trained: int) -> Outcome:
     """What is said of the strength that was taken; steps count on from those of a training inside."""
+    outcome, gap = ending(probe, progress, "greater strengths"), probe.gap(progress.good_look)
+    said = outcome.reason if gap is not None and gap > 0 else probe.compared(progress.good_look) if gap is not None else ""
     if not outcome.kept:
-        reason = outcome.reason or "no strength came nearer to the aim"
-        return replace(outcome, step=trained + outcome.step, reason=f"no {method.knob} was within the budget and nearer: {reason}")
-    taken = f"{method.knob} {method.strengths[outcome.kept - 1]:g} was taken"
-    reason = f"{taken}; {outcome.reason}" if outcome.reason else taken
+        reason = f"no {method.knob} was within the budget and nearer to the aim" + (f"; {said}" if said else "")
+        return replace(outcome, step=trained + outcome.step, reason=reason)
+    reason = f"{method.knob} {method.strengths[outcome.kept - 1]:g} was taken" + (f"; {said}" if said else "")
     return replace(outcome, step=trained + outcome.step, kept=trained + outcome.kept, reason=reason)
 
 
