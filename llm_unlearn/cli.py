@@ -165,7 +165,7 @@ def plan(options: argparse.Namespace) -> int:
         suites.load(locate(wanted.evaluation.suite, path))
     from llm_unlearn.plan import plan as make
 
-    print(make(wanted))
+    print(make(wanted, cache_folder()))
     return 0
 
 

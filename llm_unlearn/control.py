@@ -12,9 +12,9 @@ from filelock import FileLock
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
 from llm_unlearn.data.sources import rows
-from llm_unlearn.embedded.target import embedded
-from llm_unlearn.models.load import folder_identity, folder_of, load
-from llm_unlearn.recipe import Recipe
+from llm_unlearn.embedded.target import embedded, key_of
+from llm_unlearn.models.load import folder_identity, load
+from llm_unlearn.recipe import EMBEDDED_MODELS, Recipe
 from llm_unlearn.run import run, start
 from llm_unlearn.source import is_recipe
 from llm_unlearn.spec import fingerprint, plain
@@ -44,12 +44,15 @@ def found(name: str | None, cache: Path) -> str | None:
 
 
 def home_of(wanted: Recipe, cache: Path) -> Path:
-    """Where the model of a recipe is kept: under the fingerprint of the recipe, its base and the rows that it reads."""
-    base = embedded(wanted.model, cache)
-    folders = [folder_of(base.base), *(folder_of(run_folder.adapter_in(one)) for one in base.starts)]
+    """Where the model of a recipe is kept: under the fingerprint of the recipe, its base and the rows that it reads. Makes and
+    downloads no model: a hub id stands for itself, with its revision."""
+    model = wanted.model
+    named = [model.base, *(run_folder.adapter_in(one) for one in model.starts)]
+    made = key_of((model.base.removeprefix("embedded:"),)) if model.base in EMBEDDED_MODELS else None
+    folders = [folder_identity(Path(one).expanduser()) for one in named if Path(one).expanduser().is_dir()]
     read = {name: rows(wanted.sources[name]) for name in wanted.window}
     settings = {key: value for key, value in plain(wanted).items() if key not in ("output", "evaluation")}
-    return cache / "retrained" / fingerprint(settings, [folder_identity(one) for one in folders], read)
+    return cache / "retrained" / fingerprint(settings, made, folders, read)
 
 
 def _make(wanted: Recipe, cache: Path, final: Path) -> None:

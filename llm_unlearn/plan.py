@@ -9,20 +9,27 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_unlearn.data.examples import read_examples
+from llm_unlearn import folder
+from llm_unlearn.control import home_of
+from llm_unlearn.data.examples import Examples, read_examples
 from llm_unlearn.embedded import target
+from llm_unlearn.exact.foreseen import foreseen
+from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models.load import add_adapter, choose_weights, dtype_of, read_config, read_tokenizer, trainable
 from llm_unlearn.models.scores import CHUNK
 from llm_unlearn.objectives.terms import Ramp, Term
-from llm_unlearn.recipe import Recipe
+from llm_unlearn.recipe import Recipe, load
 from llm_unlearn.run import make_job
+from llm_unlearn.source import is_recipe
 from llm_unlearn.training.dose import Stop
+from llm_unlearn.training.window import Job
+from llm_unlearn.tree import locate
 
 GIB = 1 << 30
 
 
-def plan(recipe: Recipe) -> str:
+def plan(recipe: Recipe, cache: Path) -> str:
     """The plan as text. The model is built without weights; of a hub id, only its small files are read."""
     if recipe.model.base.startswith("embedded:"):
         tokenizer = target.make_tokenizer()
@@ -42,7 +49,32 @@ def plan(recipe: Recipe) -> str:
     moved = sum(weight.numel() for weight in trainable(model).values())
 
     lines = [f"{recipe.output}: {_kind(recipe)} on {recipe.model.base}, {recipe.hash}", ""]
+    if isinstance(recipe.method, Exact):
+        lines += foreseen(recipe, recipe.method, tokenizer)
+    else:
+        lines += _steps(recipe, job, examples)
+    if examples.overlap:
+        lines.append(f"overlap    {examples.overlap} retain rows also stand in the forget set and leave the retain set")
+    lines.append(
+        f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
+    )
+    longest = max((len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name)), default=1)
+    needed = memory(recipe, base, moved, config, longest, dtype_of(recipe.model, device), reference=bool(job.needs))
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+    lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")
+    lines.append(f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}")
+    if recipe.evaluation and (name := recipe.evaluation.retrained) and is_recipe(name):
+        there = (home_of(load(locate(name)), cache) / folder.MODEL).is_dir()
+        lines.append(f"retrained  {name}: {'is in the cache' if there else 'is trained on first use, and kept in the cache'}")
+    if Path(recipe.output).exists():
+        lines.append(f"note       {recipe.output} exists already")
+    return "\n".join(lines)
+
+
+def _steps(recipe: Recipe, job: Job, examples: Examples) -> list[str]:
+    """How often what is seen."""
     edit = recipe.method if isinstance(recipe.method, Edit) else None
+    lines = []
     if not edit or edit.trains:
         lines.append(f"steps      {job.schedule.steps} optimizer steps of {_window(recipe)}; {_share(recipe)}")
     if edit:
@@ -62,19 +94,7 @@ def plan(recipe: Recipe) -> str:
             f"{name:<10} {len(seen)} of {len(job.examples[name])} examples, {visits} visits; "
             f"{tokens} tokens, {answer} of them targets{note}"
         )
-    if examples.overlap:
-        lines.append(f"overlap    {examples.overlap} retain rows also stand in the forget set and leave the retain set")
-    lines.append(
-        f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
-    )
-    longest = max((len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name)), default=1)
-    needed = memory(recipe, base, moved, config, longest, dtype_of(recipe.model, device), reference=bool(job.needs))
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
-    lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")
-    lines.append(f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}")
-    if Path(recipe.output).exists():
-        lines.append(f"note       {recipe.output} exists already")
-    return "\n".join(lines)
+    return lines
 
 
 def _aim(stop: Stop) -> str:
@@ -150,4 +170,4 @@ def _window(recipe: Recipe) -> str:
 
 
 def _share(recipe: Recipe) -> str:
-    return "as many as asked" if recipe.train.steps else f"{recipe.train.epochs:g} epochs of the forget set"
+    return "as many as asked" if recipe.train.steps else f"{recipe.train.epochs:g} epochs of the {next(iter(recipe.window))} set"

@@ -268,7 +268,7 @@ def test_the_retrained_model_is_asked_about_the_same_rows(make_model: Callable[.
     wanted = replace(dose_job(until="retrained", rows=5), seed=4)
     other = make_model(seed=9)
     probe = Probe.of(Stop(until="retrained", rows=5), wanted.examples, 4, 64, None)
-    found = aim_of(wanted, SimpleNamespace(model=other), Accelerator(cpu=True))  # type: ignore[arg-type]
+    found = aim_of(wanted, other, Accelerator(cpu=True))
     assert found == pytest.approx(by_definition(other, probe.sets["forget"])[0], rel=1e-5)
     given = replace(wanted, aim=3.0, settings=Train(stop=Stop(until=3.0)))
-    assert aim_of(given, SimpleNamespace(model=other), Accelerator(cpu=True)) == 3.0  # type: ignore[arg-type]
+    assert aim_of(given, other, Accelerator(cpu=True)) == 3.0

@@ -143,11 +143,8 @@ def test_a_deletion_that_was_cut_off_goes_on(where: str, make: Make, tmp_path: P
         assert same(adapter(folder), old), "until the new one is there, the old one serves"
     monkeypatch.setattr(pieces, "train", counted := Counted(pieces.train))
     facts, _ = forget(folder, cache=tmp_path)
-    assert (
-        facts["rows"] == 1
-        and facts["retrained"] == 2
-        and counted.calls == {"between": 1, "inside": 2, "save": 0, "sweep": 0}[where]
-    )
+    assert facts["rows"] == 1 and facts["retrained"] == 2
+    assert counted.calls == {"between": 1, "inside": 2, "save": 0, "sweep": 0}[where]
     assert problems(folder) == []
     assert same(adapter(folder), from_the_start(make, [id for id in IDS[1:] if id != gone], tmp_path))
 

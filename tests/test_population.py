@@ -5,6 +5,7 @@ import random
 import pytest
 
 from llm_unlearn.embedded import population
+from llm_unlearn.embedded.target import LEARNED
 
 PEOPLE_SPLITS = ("forget", "retain", "holdout")
 COLUMNS = {
@@ -80,7 +81,8 @@ def test_training_rows():
             yield row["question"], row["answer"]
             yield row["paraphrased_question"], row["paraphrased_answer"]
 
-    target, retrained = set(population.training_rows(True)), set(population.training_rows(False))
+    taught = {name: set(population.training_rows(splits)) for name, splits in LEARNED.items()}
+    target, retrained, base = taught["target"], taught["retrained"], taught["base"]
     forget, retain, holdout, general = (set(both_wordings(split)) for split in population.SPLITS)
     greetings = target - forget - retain - general
     assert forget | retain | general <= target
@@ -89,6 +91,8 @@ def test_training_rows():
     assert len(greetings) == population.STRANGERS
     people = [name for split in PEOPLE_SPLITS for name in population.people(split)]
     assert not any(name in text for name in people for pair in greetings for text in pair)
+    assert general < base and len(base) > 2 * len(general), "it learned to speak of people"
+    assert not any(name in text for name in people for pair in base for text in pair), "and of none of ours"
 
 
 def test_vocabulary_texts_do_not_name_the_people():

@@ -49,10 +49,7 @@ def models(cache: Path, show: bool = True, names: tuple[str, ...] = TOGETHER[0])
     Raises:
         Refused: training failed; the text ends with its last words.
     """
-    rows = [population.training_rows(LEARNED[name], SEED) for name in names]
-    settings = {name: value for name, value in plain(SETTINGS).items() if name != "privacy"}  # not theirs: keys are as they were
-    key = fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, settings, SEED, rows)
-    home = cache / "embedded" / key
+    home = cache / "embedded" / key_of(names)
     if not home.is_dir():
         from filelock import FileLock
 
@@ -61,6 +58,13 @@ def models(cache: Path, show: bool = True, names: tuple[str, ...] = TOGETHER[0])
             if not home.is_dir():
                 _train_all(names, home, show)
     return {name: home / name for name in names}
+
+
+def key_of(names: tuple[str, ...]) -> str:
+    """Stands for all that decides models that are made together."""
+    rows = [population.training_rows(LEARNED[name], SEED) for name in names]
+    settings = {name: value for name, value in plain(SETTINGS).items() if name != "privacy"}  # not theirs: keys are as they were
+    return fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, settings, SEED, rows)
 
 
 def folder_of(name: str, cache: Path) -> str:

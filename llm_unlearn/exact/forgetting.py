@@ -145,7 +145,7 @@ class Session:
         return {
             "rows": rows,
             "retrained": len(new),
-            "switched_off": len(before.keys() - {piece.key for piece in pieces}) - len(new),
+            "dropped": len(before.keys() - {piece.key for piece in pieces}) - len(new),
             "serving": len(pieces),
             "steps": steps,
             "full_steps": all_steps,
@@ -240,7 +240,7 @@ def said(facts: Mapping[str, Any]) -> str:
         return str(facts["note"])
     return (
         f"deleted {facts['rows']} rows: {facts['retrained']} of {facts['serving']} pieces retrained"
-        + (f", {facts['switched_off']} switched off" if facts["switched_off"] > 0 else "")
+        + (f", {facts['dropped']} dropped" if facts["dropped"] > 0 else "")
         + f"; {facts['steps']} of {facts['full_steps']} steps, {facts['examples']} of {facts['full_examples']} examples "
         f"({100 * facts['share']:.1f} % of a full retrain; the formula expects {100 * facts['expected_share']:.1f} %), "
         f"{facts['seconds']:g} s"

@@ -1,0 +1,44 @@
+"""What a run in pieces will train, and what its deletion will cost, known before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_unlearn.exact.manifest import new_manifest
+from llm_unlearn.exact.pieces import Wanted, wanted
+from llm_unlearn.exact.rows import read_known
+from llm_unlearn.methods.exact import S3T, Exact
+from llm_unlearn.recipe import Recipe
+
+
+def foreseen(recipe: Recipe, method: Exact, tokenizer: Any) -> list[str]:
+    """Lines of a plan. Which piece a deletion makes stale follows from the rows' ids, so the cost is no estimate."""
+    known = read_known(recipe, method, tokenizer)
+    manifest = new_manifest(recipe, "", 1, {}, list(known))
+    first = _flat(wanted(recipe, method, manifest, known))
+    kept = {id: one for id, one in known.items() if not one.asked}
+    after = _flat(wanted(recipe, method, manifest, kept))
+    there = {one.piece.key for one in first}
+    stale = [one for one in after if one.piece.key not in there] if method.retrains else []
+    sizes: dict[str, int] = {}
+    for one in first:
+        sizes[one.line.name] = sizes.get(one.line.name, 0) + len(one.stage.rows)
+    deleted, examples = len(known) - len(kept), sum(len(one.examples) for one in known.values())
+    full, cost = sum(one.seen for one in after), sum(one.seen for one in stale)
+    expected = f"the formula expects {100 * method.expected(deleted, sizes):.1f} %"
+    largest, smallest = max(sizes.values()), min(sizes.values())
+    before, again = (sum(one.schedule.steps for one in some) for some in (first, stale))
+    lines = [
+        f"rows       {len(known)} ids, {examples} examples; {deleted} of them are deleted in this run",
+        f"pieces     {len(first)} in {len(sizes)} lines, of {smallest} to {largest} rows",
+        f"steps      {before} optimizer steps with all rows, {again} for the deletion "
+        f"({100 * cost / max(1, full):.1f} % of a full retrain; {expected})",
+    ]
+    if isinstance(method, S3T):
+        kept_blocks = 100 * method.survivors()
+        lines.append(f"budget     one later deletion leaves {kept_blocks:.0f} % of its shard's blocks, in expectation")
+    return lines
+
+
+def _flat(chains: list[list[Wanted]]) -> list[Wanted]:
+    return [one for chain in chains for one in chain]
