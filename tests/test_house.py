@@ -469,7 +469,7 @@ def test_every_shipped_recipe_loads_and_names_no_machine(
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a hub id was asked for"))
     monkeypatch.chdir(ROOT)
     wanted = recipe.load(path)
-    assert wanted.objective and wanted.hash
+    assert wanted.terms and wanted.hash
     if wanted.evaluation:
         assert suites.load(tree.locate(wanted.evaluation.suite, path)).measures
     text = path.read_text(encoding="utf-8")
