@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
-from jobs import RECIPE, adapted, log, moved_by, on_processes, rows, straight_and_resumed, weights
+from jobs import RECIPE, ROOT, adapted, log, moved_by, on_processes, rows, straight_and_resumed, weights
 from scipy import stats
 from test_window import DEFINITIONS, Rank, Whole, apart, gradients_of, model_of
 from torch import Tensor, nn
@@ -27,8 +28,11 @@ from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.representation import EmbedMatch
 from llm_unlearn.objectives.terms import Term, count
+from llm_unlearn.plan import plan
+from llm_unlearn.run import run
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
+from llm_unlearn.training import secret
 from llm_unlearn.training.clipped import Clipped
 from llm_unlearn.training.privacy import Mechanism, Privacy, mechanism
 from llm_unlearn.training.secret import new_key
@@ -243,6 +247,32 @@ def test_two_processes_train_as_one(make_model: Callable[..., Any], tmp_path: Pa
         shared = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)]
         assert torch.equal(*shared)
         assert (shared[0] - alone).norm() <= 1e-4 * alone.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dp_finetune", "noisy_finetune"])
+def test_the_shipped_recipes_say_what_they_promise(
+    name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    steps = "train.steps=3" if name == "dp_finetune" else "method.noisy_steps=3"
+    wanted = recipe.load(Path(f"recipes/{name}.yaml"), [f"output={tmp_path / 'run'}", "evaluation=null", "train.steps=4", steps])
+    run(wanted, None, cache=cache)
+    facts = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    told = capsys.readouterr().out
+    assert facts["epsilon"] == pytest.approx(8, abs=0.1) and all(f"           {one}\n" in told for one in facts["assumptions"])
+    assert not list((tmp_path / "run").rglob("*.key"))
+    assert "noise" in plan(wanted) or "σ" in plan(wanted)
+
+
+def test_the_key_is_kept_for_its_user_only(tmp_path: Path) -> None:
+    job = private_job()
+    key = secret.key_of(False, 0, tmp_path, resume=True)
+    assert job.private and len(key) == 32 and secret.key_of(None, 0, tmp_path, resume=True) == b""
+    secret.begin(dataclasses.replace(job.private, key=key), tmp_path)
+    (kept,) = tmp_path.rglob("*.key")
+    assert kept.stat().st_mode & 0o777 == 0o600 and kept.read_bytes() == key
+    assert secret.key_of(False, 0, tmp_path, resume=True) == key != secret.key_of(False, 0, tmp_path, resume=False)
 
 
 def processes_models(make_model: Callable[..., Any]) -> dict[str, Callable[[], Any]]:

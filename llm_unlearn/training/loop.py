@@ -176,7 +176,7 @@ class Training:
         return self.row, outcome
 
     def _move(self) -> None:
-        """The optimizer's step, what a trust region leaves of it, and budgets; or a noisy step, which no optimizer remembers."""
+        """The optimizer's step, what a trust region leaves of it, and budgets; or a noisy step, not to be remembered."""
         if self.job.certified and self.progress.step < self.noisy_steps:
             self.job.certified.move(self.weights, self.memory["reference"], self.progress.step)
             self.optimizer.zero_grad()

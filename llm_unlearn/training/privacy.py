@@ -86,8 +86,22 @@ class Mechanism:
             return 0.0
         with _opacus() as (create_accountant, _):
             accountant = create_accountant(self.settings.accountant)
+            if self.settings.accountant == "rdp":  # it adds up: what one step costs is worked out once
+                from opacus.accountants.analysis.rdp import get_privacy_spent
+
+                spent = self._of_a_step * steps
+                return float(get_privacy_spent(orders=accountant.DEFAULT_ALPHAS, rdp=spent, delta=self.settings.delta)[0])
             accountant.history = [(self.sigma, self.rate, steps)]
             return float(accountant.get_epsilon(delta=self.settings.delta))
+
+    @cached_property
+    def _of_a_step(self) -> Any:
+        """The Rényi divergence of one step, at Opacus' orders."""
+        from opacus.accountants.analysis.rdp import compute_rdp
+        from opacus.accountants.rdp import RDPAccountant
+
+        orders = RDPAccountant.DEFAULT_ALPHAS
+        return compute_rdp(q=self.rate, noise_multiplier=self.sigma, steps=1, orders=orders)
 
     def spent(self, steps: int) -> dict[str, float]:
         """What a step's line of the log says."""
@@ -101,8 +115,8 @@ class Mechanism:
             [
                 f"privacy    ε {self.epsilon(self.steps):.3g} at δ {wanted.delta:g} for every row after {self.steps} steps: "
                 f"noise {self.sigma:.3g} × clip {wanted.clip:g}, a row enters a step with probability {self.rate:.3g} "
-                f"({wanted.accountant})",
-                *(f"           if {one}" for one in self.assumptions),
+                f"({wanted.accountant}); it rests on:",
+                *(f"           {one}" for one in self.assumptions),
             ]
         )
 
