@@ -112,11 +112,11 @@ class Gain:
 
     name: str
     knowing: Knowing = "raises"
-    at_last: bool = False
-    """The value at the whole budget counts, not the best one: with less of it the same is only estimated worse."""
     against_control: bool = True
     """Whether the retrained model's value stands for what is known without the data. Where it does not, as its states are of their
     own kind, no share of what was forgotten is read off the curves, and no leak."""
+    at_last: bool = False
+    """The value at the whole budget counts, not the best one: with less of it the same is only estimated worse."""
 
 
 class Attack(Protocol):
