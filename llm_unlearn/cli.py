@@ -168,12 +168,10 @@ def run(options: argparse.Namespace) -> int:
     if folder.check(wanted, options.resume, options.overwrite):
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return 0
-    from llm_unlearn.control import found
-
     named = (wanted.evaluation.retrained if wanted.evaluation else None) or (suite.retrained if suite else None)
     outcome = command.engine(wanted)(
         wanted, suite, cache=cache_folder(), resume=options.resume, overwrite=options.overwrite,
-        retrained=found(named, cache_folder()),
+        retrained=_made(named) if named else None,
     )  # fmt: skip
     if outcome.status == "interrupted":
         print(

@@ -140,7 +140,7 @@ def test_run_hands_the_recipe_and_its_suite_on(path: Path, asked: Asked, monkeyp
     ((wanted, suite, how),) = asked.runs
     assert (wanted.train.lr, wanted.seed) == (1e-5, 4)
     assert suite.retrained == "embedded:retrained"
-    assert how == {"cache": Path("kept/here"), "resume": False, "overwrite": False}
+    assert how == {"cache": Path("kept/here"), "resume": False, "overwrite": False, "retrained": "embedded:retrained"}
 
 
 def test_settings_may_stand_before_and_after_options(path: Path, asked: Asked) -> None:
