@@ -24,7 +24,9 @@ class NoisyFinetune:
     reference: str
     """A model of the same architecture that never saw the forget set, such as the public one that was fine-tuned."""
     epsilon: PositiveFloat
+    """ε of the certificate; the noise is found from it."""
     delta: Part
+    """δ of the certificate."""
     radius: PositiveFloat
     """C₀: how far from the reference the weights may begin."""
     noisy_steps: PositiveInt = 10
