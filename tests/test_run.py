@@ -172,7 +172,7 @@ def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[st
 
 @pytest.mark.parametrize("config", ["launch/single.yaml", "launch/cpu.yaml"])
 def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, environment: Mapping[str, str], tmp_path: Path, config: str) -> None:
-    short = ["train.steps=40", "train.checkpoint_every=4", *NOT_MEASURED]
+    short = ["train.steps=20", "train.checkpoint_every=4", *NOT_MEASURED]
     launch = ["accelerate", "launch", "--config_file", config, RECIPE, *short]
     call([*launch, f"output={tmp_path / 'straight'}"], environment)
     cut = tmp_path / "cut"
