@@ -15,8 +15,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from jobs import adapted, on_processes
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from pyarrow import parquet
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -107,6 +105,9 @@ def ask(model: Loaded, *tasks: Task, batch_tokens: int = 600, cache: Path | None
 
 def reference(model: Loaded, task: Task, max_length: int | None = None) -> Any:
     """What the library finds with its own class, one text at a time."""
+    from lm_eval.evaluator import evaluate  # late: it takes long to import
+    from lm_eval.models.huggingface import HFLM
+
     with quiet():
         found = harness._found(task)
         lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1, max_length=max_length)
@@ -357,6 +358,7 @@ MADE_UP: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MADE_UP)
 def test_tasks_of_the_shipped_suites_on_made_up_rows(

@@ -124,6 +124,7 @@ def test_evaluate_finds_what_the_run_found_and_asks_nobody_twice(
     assert time.perf_counter() - began < 120
 
 
+@pytest.mark.long
 def test_the_same_recipe_by_every_command(finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
     short = ["train.steps=3", *NOT_MEASURED]
     call(
@@ -170,7 +171,7 @@ def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[st
             assert other == (row[model] and pytest.approx(row[model], rel=1e-4)), (key, model)
 
 
-@pytest.mark.parametrize("config", ["launch/single.yaml", "launch/cpu.yaml"])
+@pytest.mark.parametrize("config", ["launch/single.yaml", pytest.param("launch/cpu.yaml", marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, environment: Mapping[str, str], tmp_path: Path, config: str) -> None:
     short = ["train.steps=20", "train.checkpoint_every=4", *NOT_MEASURED]
     launch = ["accelerate", "launch", "--config_file", config, RECIPE, *short]
@@ -246,6 +247,7 @@ def test_looks_along_the_way_and_ends_at_its_bound(environment: Mapping[str, str
     assert kept["retain", "perplexity"] < 1.5
 
 
+@pytest.mark.long
 def test_qlora_from_recipe_to_report(environment: Mapping[str, str], tmp_path: Path) -> None:
     call(["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'a'}", "model.quantize=nf4", "train.epochs=2"], environment)
     found = values(tmp_path / "a")
