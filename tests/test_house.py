@@ -21,11 +21,11 @@ ROOMS = (
     "embedded.population",
     "source",
     "training.vectors",
-    "methods",  # settings and equations, as of the rules below: what is heavy is asked of a protocol
     "training.dose",
     "training.gradients",
     "training.privacy",  # settings, and an accountant that is imported late
     "sections",
+    "methods",  # settings and equations: what is heavy is asked of a protocol
     "recipe",
     "folder",
     "catalogue",
