@@ -42,7 +42,7 @@ ROOMS = (
     "report",
     "results",
     "run",
-    "control",  # carries out a recipe, for others to be compared with its model
+    "retrained",  # carries out a recipe, for others to be compared with its model
     "exact",  # runs in pieces: begins, looks and reports as `run` does
     "alternates",
     "plan",
