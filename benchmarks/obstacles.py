@@ -4,8 +4,8 @@
     python benchmarks/obstacles.py sequence [--jobs 2]                              # incrementality: 1, 2, 4, 8 requests one by one
     python benchmarks/obstacles.py share    [--jobs 2]                              # catastrophic forgetting: 1 % to 50 % of rows
 
-All people that `embedded:target` learnt stand in one file, and a recipe of `recipes/methods` forgets some of them and keeps the
-others. `forgotten` and `kept` are those of the leaderboard (`llm_unlearn/report/ranking.py`), and all methods are scored against
+All people that `embedded:target` learnt stand in one file, and a recipe of `recipes/methods` forgets some of them and keeps
+the others. `forgotten` and `kept` are those of the leaderboard (`llm_unlearn/report/ranking.py`); all methods are scored against
 `embedded:target` before and a model retrained without the rows, also those that begin from another model. Each run is a process of
 its own by a command that a user could type; the same command goes on where it ended.
 """
@@ -61,27 +61,34 @@ class Place:
             path.write_text(text, encoding="utf-8")
         return path
 
-    def recipe(self, name: str, method: str, ids: Sequence[str], suite: Path, **more: Any) -> Path:
-        """A recipe that forgets the rows of these ids, out of `embedded:target` or what is given, and keeps all others."""
-        people = str(self.write("people.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)).resolve())
-        data = {
-            "forget": {"source": people, "where": {"id": list(ids)}},
-            "retain": {"source": people, "without": {"id": list(ids)}},
-        }
-        text = {
-            "extends": str(ROOT / "recipes" / "methods" / f"{method}.yaml"),
+    @property
+    def people(self) -> str:
+        """The file of all rows."""
+        return str(self.write("people.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)).resolve())
+
+    def settings(self, name: str, forget: Sequence[str], gone: Sequence[str], **more: Any) -> dict[str, Any]:
+        """What a run changes in a recipe: some rows are forgotten, all that are not gone are kept.
+
+        Args:
+            forget: ids of the rows.
+            gone: ids of the rows that are not to be kept.
+        """
+        own = {"forget": {"source": self.people, "where": {"id": list(forget)}}}
+        return {
             "output": str(self.home / name),
-            "data": data,
-            "evaluation": {"suite": str(suite.resolve()), "retrained": None} | more.pop("evaluation", {}),
-        }
-        return self.write(f"{name}.yaml", yaml.safe_dump(text | more, sort_keys=False))
+            "data": own | {"retain": {"source": self.people, "without": {"id": list(gone)}}},
+        } | more
+
+    def run(self, method: str, settings: Mapping[str, Any]) -> list[str]:
+        """The words of a command."""
+        recipe = ROOT / "recipes" / "methods" / f"{method}.yaml"
+        return ["run", str(recipe), *(f"{key}={json.dumps(value)}" for key, value in settings.items()), "--resume"]
 
     def suite(self, name: str, forget: Sequence[str], retain: Mapping[str, Any], retrained: str) -> Path:
         """eval/quick.yaml on other rows."""
         whole = yaml.safe_load((ROOT / "eval" / "quick.yaml").read_text(encoding="utf-8"))
-        people = str(self.write("people.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows)).resolve())
-        whole["sets"]["forget"] |= {"source": people, "where": {"id": list(forget)}}
-        whole["sets"]["retain"] |= {"source": people} | dict(retain)
+        whole["sets"]["forget"] |= {"source": self.people, "where": {"id": list(forget)}}
+        whole["sets"]["retain"] |= {"source": self.people} | dict(retain)
         return self.write(f"{name}.suite.yaml", yaml.safe_dump(whole | {"retrained": retrained}, sort_keys=False))
 
     def carry_out(self, commands: Mapping[str, Sequence[str]]) -> None:
@@ -136,23 +143,27 @@ def sequence(place: Place) -> list[str]:
     own = [[row["id"] for row in rows if row["person"] == person] for person in people]
     others = {"without": {"person": people}}  # what is kept is measured on those who never ask
     suites = {k: place.suite(f"sequence-{k}", ids[k - 1], others, "embedded:retrained") for k in REQUESTS}
-    commands: dict[str, Sequence[str]] = {}
-    for k in REQUESTS:
-        for method in (one for one in METHODS if one not in EXACT):
-            commands[f"together/{method}-{k}"] = ["run", str(place.recipe(f"together/{method}-{k}", method, ids[k - 1], suites[k]))]
-    place.carry_out({name: [*words, "--resume"] for name, words in commands.items()})
+    commands = {
+        f"together/{method}-{k}": place.run(
+            method, place.settings(f"together/{method}-{k}", ids[k - 1], ids[k - 1], evaluation=str(suites[k]))
+        )
+        for k in REQUESTS
+        for method in METHODS
+        if method not in EXACT
+    }
+    place.carry_out(commands)
     for k in range(1, len(people) + 1):
         step: dict[str, Sequence[str]] = {}
         for method in METHODS:
-            name, suite = f"sequence/{method}-{k}", suites.get(k)
-            if method in EXACT:
-                run = str(place.home / f"sequence/{method}")
-                first = place.recipe(f"sequence/{method}", method, ids[0], suites[1], evaluation={"suite": str(suites[1])})
-                step[f"sequence/{method}" if k == 1 else name] = (
-                    ["run", str(first), "--resume"] if k == 1 else ["forget", run, "--where", f"person={people[k - 1]}"]
-                )
-                continue
-            step[name] = ["run", str(_next(place, name, method, own[k - 1], ids[k - 1], suite or suites[8], k)), "--resume"]
+            name, evaluation = f"sequence/{method}-{k}", str(suites.get(k, suites[8]))
+            if method not in EXACT:
+                model = _begun(place, method, k)
+                step[name] = place.run(method, place.settings(name, own[k - 1], ids[k - 1], evaluation=evaluation, **model))
+            elif k == 1:
+                first = place.settings(f"sequence/{method}", ids[0], ids[0], evaluation={"suite": evaluation, "retrained": None})
+                step[f"sequence/{method}"] = place.run(method, first)
+            else:
+                step[name] = ["forget", str(place.home / f"sequence/{method}"), "--where", f"person={people[k - 1]}"]
         place.carry_out(step)
         if k in REQUESTS:
             here = place.home / "sequence"
@@ -168,19 +179,12 @@ def sequence(place: Place) -> list[str]:
     return _sequence_table(place)
 
 
-def _next(place: Place, name: str, method: str, own: Sequence[str], gone: Sequence[str], suite: Path, k: int) -> Path:
-    """The recipe of the k-th request: only its own rows are forgotten, and no earlier ones come back as rows to be kept."""
-    before = [place.home / f"sequence/{method}-{i}" for i in range(1, k)]
-    model: dict[str, Any] = {}
-    if before and method in FULL:
-        model = {"base": str((before[-1] / folder.MODEL).resolve())}
-    elif before:
-        model = {"start": [str(one.resolve()) for one in before]}
-    people = str((place.home / "people.jsonl").resolve())
-    path = place.recipe(name, method, own, suite, model=model)
-    text = yaml.safe_load(path.read_text(encoding="utf-8"))
-    text["data"]["retain"] = {"source": people, "without": {"id": list(gone)}}
-    return place.write(f"{name}.yaml", yaml.safe_dump(text, sort_keys=False))
+def _begun(place: Place, method: str, k: int) -> dict[str, Any]:
+    """What the k-th request begins from: all that the earlier ones left."""
+    before = [(place.home / f"sequence/{method}-{i}").resolve() for i in range(1, k)]
+    if not before:
+        return {}
+    return {"model": {"base": str(before[-1] / folder.MODEL)} if method in FULL else {"start": [str(one) for one in before]}}
 
 
 def _sequence_table(place: Place) -> list[str]:
@@ -207,11 +211,12 @@ def share(place: Place) -> list[str]:
         ids = [row["id"] for row in rows[: max(1, round(part * len(rows)))]]
         name = f"{100 * part:g}"
         beside = place.suite(f"share-{name}", ids, {"without": {"id": ids}}, "embedded:retrained")
-        control = place.recipe(f"share/retrain-{name}", "retrain", ids, beside, evaluation={"suite": str(beside)})
-        own = {"suite": str(beside), "retrained": str(control.resolve())}  # made once, on first use
+        control = {"extends": str(ROOT / "recipes/methods/retrain.yaml")} | place.settings(f"share/retrain-{name}", ids, ids)
+        retrained = place.write(f"share/retrain-{name}.yaml", yaml.safe_dump(control, sort_keys=False))
+        own = {"suite": str(beside.resolve()), "retrained": str(retrained.resolve())}  # made once, on first use
         for method in METHODS:
-            asked = place.recipe(f"share/{method}-{name}", method, ids, beside, evaluation=own)
-            commands[f"share/{method}-{name}"] = ["run", str(asked), "--resume"]
+            run = f"share/{method}-{name}"
+            commands[run] = place.run(method, place.settings(run, ids, ids, evaluation=own))
     place.carry_out(commands)
     lines = _head("method", "share", *COLUMNS, *VALUES)
     for method in METHODS:
