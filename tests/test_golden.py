@@ -243,7 +243,7 @@ SMOOTH = ("perplexity", "probability", "entropy", "truth ratio", "option probabi
 """Read off log p itself; the others are shares of rows or pairs, of which one may tip over."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bf16_is_as_close_as_the_docs_say(embedded: dict[str, Path]) -> None:
     """Of the control, which is less certain than the target and so moves further."""
     from llm_unlearn.models.load import load
