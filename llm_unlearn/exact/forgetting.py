@@ -23,7 +23,7 @@ from llm_unlearn.look import Looks, attacked
 from llm_unlearn.methods.exact import S3T, Exact
 from llm_unlearn.models.load import add_adapter, load, trainable
 from llm_unlearn.recipe import Recipe
-from llm_unlearn.results import flattened, publish, results_of, run_facts, versions
+from llm_unlearn.results import flattened, publish, results_of, run_facts, versions, without_texts
 from llm_unlearn.run import start
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
@@ -94,15 +94,18 @@ class Session:
     @property
     def kept(self) -> dict[str, Known]:
         """The rows that are not deleted."""
-        rows, deleted = set(self.manifest.rows), set(self.manifest.deleted)
-        hashes = {id: self.manifest.hash(id) for id in self.known}
-        return {id: one for id, one in self.known.items() if hashes[id] in rows and hashes[id] not in deleted}
+        return standing(self.manifest, self.known)
 
-    def train(self) -> tuple[Manifest, Outcome]:
-        """With all rows: the model before."""
+    def train(self, name: str = BEFORE, state: str = "building") -> tuple[Manifest, Outcome]:
+        """With all rows: the model before, or a store of which nothing is deleted yet.
+
+        Args:
+            name: of the adapter's folder in the run folder.
+            state: of the manifest, from then on.
+        """
         alive, outcome = self.workshop.settle(self.manifest, self.kept, training=True)
         if outcome.status != "interrupted" and self.main:
-            self.workshop.publish(self.manifest, alive, BEFORE, "building")
+            self.workshop.publish(self.manifest, alive, name, state)
         return self._again(outcome)
 
     def delete(self, hashes: Iterable[str]) -> tuple[Manifest, Outcome]:
@@ -202,12 +205,72 @@ def run(
     return outcome
 
 
+def stored(recipe: Recipe, cache: Path) -> Outcome:
+    """Train on all rows of a recipe, those of its forget set too, and delete none: a store, whose deletions come later. What was
+    broken off goes on by itself; nothing is done where the store is there.
+
+    Raises:
+        Refused: the run folder holds a run of another kind that did not finish.
+    """
+    folder, wanted_recipe = Path(recipe.output), replace(recipe, evaluation=None)
+    if (folder / FILE).is_file() and read(folder).state != "building":
+        return Outcome("finished", 0, 0)
+    if (folder / run_folder.RECIPE).is_file() and recipe_in(folder).hash != wanted_recipe.hash:
+        raise Refused(f"{folder}: {UNFINISHED}")
+    run_folder.check(wanted_recipe, resume=True, overwrite=False)
+    return Session(wanted_recipe, cache).train(run_folder.ADAPTER, "complete")[1]
+
+
+UNFINISHED = "its run is not finished; go on with it (llm-unlearn run RECIPE --resume), and forget then."
+
+
+def recipe_in(folder: Path) -> Recipe:
+    """The recipe of a run folder, as a run in that place."""
+    return replace(recipes.load(folder / run_folder.RECIPE, check=False), output=str(folder))
+
+
+def finished(folder: Path) -> Manifest:
+    """The manifest of a run that may be asked to forget more.
+
+    Raises:
+        Refused: the run is not finished, or it is none of ours.
+    """
+    manifest = read(folder)
+    if manifest.state == "building" or (folder / BEFORE).exists():
+        raise Refused(f"{folder}: {UNFINISHED}")
+    return manifest
+
+
+def standing(manifest: Manifest, known: Mapping[str, Known]) -> dict[str, Known]:
+    """The rows that are there and not deleted."""
+    rows, deleted = set(manifest.rows), set(manifest.deleted)
+    hashes = {id: manifest.hash(id) for id in known}
+    return {id: one for id, one in known.items() if hashes[id] in rows and hashes[id] not in deleted}
+
+
+def meant(manifest: Manifest, known: Mapping[str, Known], ids: Iterable[str], where: Mapping[str, str]) -> set[str]:
+    """Hashes of the rows that are asked for and not deleted yet. An id may have left the data, but not one that was never there.
+
+    Raises:
+        Refused: there is no such row.
+    """
+    ids = list(ids)
+    gone = {manifest.hash(id) for id in ids} & set(manifest.rows)
+    unknown = [id for id in ids if manifest.hash(id) not in gone]
+    found = find(standing(manifest, known), unknown, where) if unknown or where else []
+    return {*gone, *(manifest.hash(id) for id in found)} - set(manifest.deleted)
+
+
+NOTHING = {"rows": 0, "note": "these rows were deleted before; nothing was left to do"}
+
+
 def forget(
     folder: Path, ids: Iterable[str] = (), *, where: Mapping[str, str] | None = None, cache: Path
 ) -> tuple[dict[str, Any], Outcome]:
     """Delete rows from a finished run: retrain (or switch off) what they touched, and replace the adapter.
 
-    Ids that were deleted before are passed over. Without ids, a deletion that was broken off is finished.
+    Ids that were deleted before are passed over. Without ids, a deletion that was broken off is finished. Questions and answers
+    that an evaluation left in the folder are taken out.
 
     Args:
         folder: a run folder of an exact method.
@@ -219,17 +282,13 @@ def forget(
     Raises:
         Refused: the run is not finished, or there is no such row. Nothing was changed.
     """
-    manifest = read(folder)
-    if manifest.state == "building" or (folder / BEFORE).exists():
-        raise Refused(f"{folder}: its run is not finished; go on with it (llm-unlearn run RECIPE --resume), and forget then.")
-    wanted_recipe = recipes.load(folder / run_folder.RECIPE, check=False)
-    session = Session(replace(wanted_recipe, output=str(folder)), cache)
-    gone = {manifest.hash(id) for id in ids} & set(manifest.rows)
-    unknown = [id for id in ids if manifest.hash(id) not in gone]
-    found = find(session.kept, unknown, dict(where or {})) if unknown or where else []
-    asked = {*gone, *(manifest.hash(id) for id in found)} - set(manifest.deleted)
+    manifest = finished(folder)
+    session = Session(recipe_in(folder), cache)
+    asked = meant(manifest, session.known, ids, where or {})
     if not asked and manifest.state == "complete":
-        return {"rows": 0, "note": "these rows were deleted before; nothing was left to do"}, Outcome("finished", 0, 0)
+        return dict(NOTHING), Outcome("finished", 0, 0)
+    if session.main and (folder / run_folder.RESULTS).is_file():
+        without_texts(folder)
     manifest, outcome = session.delete(asked)
     return ({} if outcome.status == "interrupted" or not session.main else manifest.deletions[-1]), outcome
 

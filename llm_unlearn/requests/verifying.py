@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.requests import chain
-from llm_unlearn.requests.certificate import read, signature_problems, weight_problems
+from llm_unlearn.requests.certificate import files_of, read, signature_problems, weight_problems
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.records import FULFILLED
 from llm_unlearn.requests.serving import row_seal
@@ -31,7 +31,40 @@ def of_ledger(ledger: Ledger, output: Path, trusted: str) -> list[str]:
         newest = max((run.id for run in ledger.runs("accepted", model=one.model)), default=None)
         if (one.id, newest) not in certificates and not _said(ledger, newest, one.id):
             found.append(f"request {one.id}: is fulfilled, and has no certificate on the newest weights (run {newest})")
-    return found
+    stores = {read(text, "")["weights"]["after"]["name"] for text in certificates.values() if _of_store(read(text, ""))}
+    return found + [f"{name}: {text}" for name in sorted(stores) for text in _store_problems(Path(name).parent)]
+
+
+def _of_store(certificate: dict[str, Any]) -> bool:
+    return bool(certificate["weights"]["after"]["place"] == "store")
+
+
+def _store_problems(store: Path) -> list[str]:
+    """What `llm-unlearn verify` finds."""
+    from llm_unlearn.exact.verify import problems
+
+    try:
+        return problems(store)
+    except Refused as error:
+        return [str(error)]
+
+
+def _against_store(certificate: dict[str, Any]) -> list[str]:
+    """Whether a store is as a certificate says, unless a later deletion has replaced its weights."""
+    from llm_unlearn.exact.manifest import FILE, read, sha256
+
+    after = certificate["weights"]["after"]
+    adapter = Path(after["name"])
+    try:
+        manifest = read(adapter.parent)
+    except Refused as error:
+        return [str(error)]
+    if len(manifest.deletions) > after["deletions"]:
+        return []
+    found = (
+        [] if sha256(adapter.parent / FILE) == after["manifest"] else [f"{adapter.parent / FILE} is not the one that was certified"]
+    )
+    return found + ([] if files_of(adapter) == after["files"] else [f"weights {adapter} are not those that were certified"])
 
 
 def of_certificate(text: str, name: str, ledger: Ledger | None, output: Path | None, trusted: str | None) -> Iterable[str]:
@@ -47,7 +80,9 @@ def of_certificate(text: str, name: str, ledger: Ledger | None, output: Path | N
     found = list(signature_problems(certificate, trusted))
     if found:  # what nobody signed may have any shape
         return found
-    found += weight_problems(certificate, output) if output else []
+    if output:
+        found += _against_store(certificate) if _of_store(certificate) else []
+        found += weight_problems(certificate, output)
     return found + (_against_ledger(certificate, ledger) if ledger else [])
 
 
