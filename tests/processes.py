@@ -80,6 +80,11 @@ if what == "harness":
     accelerator.wait_for_everyone()
     answered = ask(as_loaded(make_llama, make_tokenizer()), *of_each_kind(folder))
     torch.save(answered, folder / f"found-{accelerator.process_index}.pt")
+if what == "certified":
+    from llm_unlearn import recipe
+    from llm_unlearn.run import run
+
+    run(recipe.load(folder / "shared" / "recipe.yaml"), None, cache=folder)
 if what == "exact":
     from llm_unlearn import recipe
     from llm_unlearn.exact.forgetting import forget, run

@@ -4,10 +4,13 @@ beside what the suite says of the adapter after."""
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.embedded.target import embedded
@@ -17,8 +20,9 @@ from llm_unlearn.exact.forgetting import NOTHING, finished, meant, method_of, re
 from llm_unlearn.exact.manifest import Manifest, adapter_files, read
 from llm_unlearn.exact.rows import Known, read_known
 from llm_unlearn.look import Looks
+from llm_unlearn.models.joined import WEIGHTS
 from llm_unlearn.models.load import read_tokenizer
-from llm_unlearn.results import keep_numbers, results_of, versions
+from llm_unlearn.results import keep_numbers, results_of, run_facts
 from llm_unlearn.run import start
 from llm_unlearn.sections import Model
 from llm_unlearn.source import Source, left_out
@@ -56,7 +60,7 @@ class Measured:
         Raises:
             Refused: something cannot be read, or there is no such row; nothing was deleted.
         """
-        recipe, ids = recipe_in(self.store), list(ids)
+        began, recipe, ids = time.perf_counter(), recipe_in(self.store), list(ids)
         accelerator = start(recipe.model)
         if not (self.home / PENDING).is_file():
             manifest = finished(self.store)
@@ -80,7 +84,8 @@ class Measured:
         after = self._look("after")
         if accelerator.is_main_process:
             earlier, manifest = pending(self.home), read(self.store)
-            about = {"recipe_hash": recipe.hash, "seed": recipe.seed, "device": str(accelerator.device), "versions": versions()}
+            serving = load_file(self.store / run_folder.ADAPTER / WEIGHTS)
+            about = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in serving.values()))
             facts = {"deletions": manifest.deletions, "before": {key: earlier[key] for key in ("deletions", "adapter")}}
             run = {"run": about | (self.says.get("run") or {}) | facts}
             keep_numbers(beside(earlier["results"], after) | self.says | run, self.home)

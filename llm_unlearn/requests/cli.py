@@ -103,9 +103,7 @@ def add(options: argparse.Namespace, cache: Path, config: Path) -> int:
     if missing(name) and name != office.model:
         raise Refused(f"--model: no such folder: {name} (looked from {Path.cwd()}).")
     if office.in_pieces and name != office.model:
-        raise Refused(
-            f"--model: found {name}; requests are served by the store {office.model}, the output of the service's recipe."
-        )
+        raise Refused(f"--model: found {name}; this service's requests are served by {office.model}, its recipe's output.")
     from llm_unlearn.requests import matching
     from llm_unlearn.requests.serving import row_of
 

@@ -182,10 +182,8 @@ def _problems(office: Office, tree: Tree) -> Iterable[str]:
         found = suite.sets["forget"].source
         yield say(f"sets.forget of {office.suite_name} reads {found}, and requests are looked up elsewhere.", "data", "source")
     if office.in_pieces and suite.attacks:
-        text = (
-            f"{office.suite_name} has attacks, which compare with the model before; a deletion from a store leaves none. Take them"
-        )
-        yield say(f"{text} out, and attack the store with llm-unlearn evaluate.", "suite")
+        text = f"{office.suite_name} has attacks, which look at the model before, and a deletion from a store leaves none"
+        yield say(f"{text}; take them out, and attack the store with llm-unlearn evaluate.", "suite")
     yield from _threshold_problems(office, say)
 
 

@@ -139,10 +139,9 @@ class Desk:
 
     def _judge(self, run: Run, mine: Sequence[Request], work: Work, served: Served, unmeasured: Sequence[int]) -> int:
         """Thresholds on every request, the earlier ones too; then all states in one transaction."""
-        measured_before = (one.numbers for one in self.ledger.runs("accepted", "rejected", model=run.model))
-        baseline = (
-            next(filter(None, measured_before), None) or served.numbers
-        )  # a rejected run began with the same model, or deleted
+        # a rejected run, too, began with the model before; from a store it may have deleted rows
+        measured = (one.numbers for one in self.ledger.runs("accepted", "rejected", model=run.model))
+        baseline = next(filter(None, measured), None) or served.numbers
         kept = [one for one in baseline if not str(one["set"]).startswith("forget")]
         every = {one.id: one for one in self.ledger.requests(model=run.model)}
         thresholds = self.office.service.thresholds

@@ -60,7 +60,7 @@ class ByStore:
                 "deletions": deletions,
                 "checked": found or "every weight is as the manifest says, and none depends on a deleted row",
             },
-        } | {key: run[key] for key in ("recipe_hash", "seed", "device", "versions")}
+        } | {key: run[key] for key in ("recipe_hash", "seed", "steps", "device", "precision", "versions")}
         before = {"place": STORE, "name": f"{work.model}/{folder.ADAPTER}", "files": run["before"]["adapter"]}
         after = part(STORE, f"{work.model}/{folder.ADAPTER}", store / folder.ADAPTER)
         after |= {"manifest": sha256(store / FILE), "deletions": len(manifest.deletions)}

@@ -24,15 +24,21 @@ def of_ledger(ledger: Ledger, output: Path, trusted: str) -> list[str]:
     """
     found = chain.problems(ledger)
     certificates = ledger.certificates()
+    stores = set[Path]()
     for (request, run), text in certificates.items():
         name = f"request {request}, certificate of run {run}"
         found += [f"{name}: {problem}" for problem in of_certificate(text, name, ledger, output, trusted)]
+        if not list(of_certificate(text, name, None, None, trusted)) and _of_store(certificate := read(text, name)):
+            stores.add(_adapter(certificate).parent)
     for one in ledger.requests(FULFILLED):
         newest = max((run.id for run in ledger.runs("accepted", model=one.model)), default=None)
         if (one.id, newest) not in certificates and not _said(ledger, newest, one.id):
             found.append(f"request {one.id}: is fulfilled, and has no certificate on the newest weights (run {newest})")
-    stores = {read(text, "")["weights"]["after"]["name"] for text in certificates.values() if _of_store(read(text, ""))}
-    return found + [f"{name}: {text}" for name in sorted(stores) for text in _store_problems(Path(name).parent)]
+    return found + [f"{store}: {text}" for store in sorted(stores) for text in _store_problems(store)]
+
+
+def _adapter(certificate: dict[str, Any]) -> Path:
+    return Path(certificate["weights"]["after"]["name"])
 
 
 def _of_store(certificate: dict[str, Any]) -> bool:
@@ -54,17 +60,16 @@ def _against_store(certificate: dict[str, Any]) -> list[str]:
     from llm_unlearn.exact.manifest import FILE, read, sha256
 
     after = certificate["weights"]["after"]
-    adapter = Path(after["name"])
+    adapter = _adapter(certificate)
     try:
         manifest = read(adapter.parent)
     except Refused as error:
         return [str(error)]
     if len(manifest.deletions) > after["deletions"]:
         return []
-    found = (
-        [] if sha256(adapter.parent / FILE) == after["manifest"] else [f"{adapter.parent / FILE} is not the one that was certified"]
-    )
-    return found + ([] if files_of(adapter) == after["files"] else [f"weights {adapter} are not those that were certified"])
+    manifest_is = sha256(adapter.parent / FILE) == after["manifest"]
+    checks = ((manifest_is, adapter.parent / FILE), (files_of(adapter) == after["files"], f"weights {adapter}"))
+    return [f"{what}: not as it was certified" for holds, what in checks if not holds]
 
 
 def of_certificate(text: str, name: str, ledger: Ledger | None, output: Path | None, trusted: str | None) -> Iterable[str]:

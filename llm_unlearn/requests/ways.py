@@ -1,5 +1,5 @@
-"""Ways of serving deletion requests: what a serving is given, what it must hand back, and the way of a recipe. Another way is another
-class with `serve` (such as that of a store, in `stores.py`); ledger, thresholds and certificates stay."""
+"""Ways of serving deletion requests: what a serving is given, what it must hand back, and the way of a recipe. Another way is
+another class with `serve`, such as that of a store (`stores.py`); ledger, thresholds and certificates stay."""
 
 from __future__ import annotations
 
