@@ -29,6 +29,9 @@ from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.training.guard import Outcome
 
+BEGUN = (BUILDING, STORING) = ("building", "storing")
+"""States of a manifest in which the first training is under way: of a run that then deletes its forget set, or of a store."""
+
 
 def method_of(recipe: Recipe) -> Exact:
     """The recipe's method, which is one of ours.
@@ -45,7 +48,11 @@ def method_of(recipe: Recipe) -> Exact:
 class Session:
     """A run folder in the hands of the processes that are there: its rows, its frozen base, its manifest."""
 
-    def __init__(self, recipe: Recipe, cache: Path, overwrite: bool = False) -> None:
+    def __init__(self, recipe: Recipe, cache: Path, overwrite: bool = False, state: str = BUILDING) -> None:
+        """
+        Args:
+            state: of the manifest, where there is none yet.
+        """
         self.recipe, self.method, self.folder, self.cache = recipe, method_of(recipe), Path(recipe.output), cache
         self.accelerator: Accelerator = start(recipe.model)
         self.model: Model = embedded(recipe.model, cache)
@@ -64,7 +71,8 @@ class Session:
                 run_folder.clear(self.folder)
             if not (self.folder / FILE).is_file():
                 run_folder.write(self.folder / run_folder.RECIPE, flattened(recipe))
-                save(new_manifest(recipe, self.base, torch.get_num_threads(), versions(), list(self.known)), self.folder)
+                made = new_manifest(recipe, self.base, torch.get_num_threads(), versions(), list(self.known))
+                save(replace(made, state=state), self.folder)
         self.accelerator.wait_for_everyone()
         self.manifest = read(self.folder)
         self._check()
@@ -96,7 +104,7 @@ class Session:
         """The rows that are not deleted."""
         return standing(self.manifest, self.known)
 
-    def train(self, name: str = BEFORE, state: str = "building") -> tuple[Manifest, Outcome]:
+    def train(self, name: str = BEFORE, state: str = BUILDING) -> tuple[Manifest, Outcome]:
         """With all rows: the model before, or a store of which nothing is deleted yet.
 
         Args:
@@ -173,7 +181,7 @@ def run(
     """
     began, session = time.perf_counter(), Session(recipe, cache, overwrite)
     outcome = Outcome("finished", 0, 0)
-    if session.manifest.state == "building":
+    if session.manifest.state in BEGUN:
         manifest, outcome = session.train()
         if outcome.status == "interrupted":
             return outcome
@@ -213,12 +221,13 @@ def stored(recipe: Recipe, cache: Path) -> Outcome:
         Refused: the run folder holds a run of another kind that did not finish.
     """
     folder, wanted_recipe = Path(recipe.output), replace(recipe, evaluation=None)
-    if (folder / FILE).is_file() and read(folder).state != "building":
+    state = read(folder).state if (folder / FILE).is_file() else STORING
+    if state not in BEGUN:
         return Outcome("finished", 0, 0)
-    if (folder / run_folder.RECIPE).is_file() and recipe_in(folder).hash != wanted_recipe.hash:
+    if state != STORING:
         raise Refused(f"{folder}: {UNFINISHED}")
     run_folder.check(wanted_recipe, resume=True, overwrite=False)
-    return Session(wanted_recipe, cache).train(run_folder.ADAPTER, "complete")[1]
+    return Session(wanted_recipe, cache, state=STORING).train(run_folder.ADAPTER, "complete")[1]
 
 
 UNFINISHED = "its run is not finished; go on with it (llm-unlearn run RECIPE --resume), and forget then."
@@ -236,7 +245,7 @@ def finished(folder: Path) -> Manifest:
         Refused: the run is not finished, or it is none of ours.
     """
     manifest = read(folder)
-    if manifest.state == "building" or (folder / BEFORE).exists():
+    if manifest.state in BEGUN or (folder / BEFORE).exists():
         raise Refused(f"{folder}: {UNFINISHED}")
     return manifest
 
