@@ -22,6 +22,7 @@ from llm_unlearn.exact.rows import Known, read_known
 from llm_unlearn.look import Looks
 from llm_unlearn.models.joined import WEIGHTS
 from llm_unlearn.models.load import read_tokenizer
+from llm_unlearn.report.terminal import print_table
 from llm_unlearn.results import keep_numbers, results_of, run_facts
 from llm_unlearn.run import start
 from llm_unlearn.sections import Model
@@ -88,7 +89,9 @@ class Measured:
             about = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in serving.values()))
             facts = {"deletions": manifest.deletions, "before": {key: earlier[key] for key in ("deletions", "adapter")}}
             run = {"run": about | (self.says.get("run") or {}) | facts}
-            keep_numbers(beside(earlier["results"], after) | self.says | run, self.home)
+            results = beside(earlier["results"], after) | self.says | run
+            print_table(results)
+            keep_numbers(results, self.home)
             (self.home / PENDING).unlink()
         accelerator.wait_for_everyone()
         return outcome
@@ -144,7 +147,7 @@ def forget(folder: Path, ids: Iterable[str], where: Mapping[str, str], cache: Pa
     sets to be kept lose the deleted rows. One that was broken off comes to its end first.
 
     Returns:
-        What it cost, and whether it came to its end.
+        What it cost (on the first process), and whether it came to its end.
 
     Raises:
         Refused: as `forgetting.forget`, or something cannot be measured; nothing was deleted.
@@ -155,7 +158,7 @@ def forget(folder: Path, ids: Iterable[str], where: Mapping[str, str], cache: Pa
         begun = set(pending(folder)["asked"])
         outcome = _again(folder, manifest, known, begun, cache).delete([id for id in known if manifest.hash(id) in begun])
         if outcome.status == "interrupted":
-            return facts, outcome
+            return {}, outcome
         facts = read(folder).deletions[-1]
         if not (ids or where):
             return facts, outcome
@@ -170,7 +173,8 @@ def forget(folder: Path, ids: Iterable[str], where: Mapping[str, str], cache: Pa
             raise
         (folder / PENDING).unlink(missing_ok=True)
         raise Refused(f"{error}\nNothing was deleted; --no-evaluation deletes without measuring.") from None
-    return (facts if outcome.status == "interrupted" else read(folder).deletions[-1]), outcome
+    ended = outcome.status != "interrupted" and start(recipe_in(folder).model).is_main_process
+    return (read(folder).deletions[-1] if ended else {}), outcome
 
 
 def _known(folder: Path, cache: Path) -> dict[str, Known]:
