@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_requests import PEOPLE, SERVICE, SUITE, ask, everything_fits, states
 
 from llm_unlearn.cli import main
-from llm_unlearn.exact import measuring, pieces
+from llm_unlearn.exact import measuring, pieces, verify
 from llm_unlearn.exact.manifest import read as manifest_of
 from llm_unlearn.exact.verify import problems
 from llm_unlearn.requests import service
@@ -143,6 +143,20 @@ def test_what_is_deleted_stays_deleted_whatever_its_thresholds_say(here: Path) -
     one = desk()
     assert one.serve() == SOME and same(first, weights()) and len(manifest_of(STORE).deletions) == 1, "nothing is done twice"
     assert one.ledger.request(1).reason.endswith(f"at most 1 of before = {before:,.0f}"), "before the first request"
+
+
+def test_a_store_that_does_not_verify_certifies_nothing(here: Path) -> None:
+    ask(0)
+    one = desk()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "problems", lambda store: ["a piece was changed"])
+        assert one.serve() == SOME
+    assert one.ledger.request(1).reason == "llm-unlearn verify store finds 1 problems" and one.ledger.certificates() == {}
+    assert [run.state for run in one.ledger.runs()] == ["rejected"] and main(["requests", "retry", "1"]) == 0
+    assert one.serve() == DONE and len(manifest_of(STORE).deletions) == 1
+    learnt, gone = values("run-1", "forget_1")["before"], values("run-2", "forget_1")["before"]
+    kept = read(one.ledger.certificates()[1, 2], "")
+    assert learnt < gone == values("run-2", "forget_1")["after"] and kept["run"]["store"]["deletions"] == []
 
 
 def test_a_store_is_released_and_checked(here: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
