@@ -20,6 +20,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
+@pytest.fixture
+def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `processes.py` made of the kind in the test's mark, on two processes: they are started once for all tests of this run,
+    by whichever asks first, since starting takes longer than most of what they do."""
+    from filelock import FileLock
+    from jobs import on_processes
+
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_processes"
+    marks = (item.get_closest_marker("two_processes") for item in request.session.items)
+    kinds = sorted({str(mark.args[0]) for mark in marks if mark})
+    failed = place / "failed.txt"
+    with FileLock(f"{place}.lock"):
+        if not place.is_dir():
+            place.mkdir()
+            try:
+                on_processes(2, "processes.py", str(place), *kinds)
+            except AssertionError as error:
+                failed.write_text(str(error))
+    assert not failed.exists(), failed.read_text()
+    mark = request.node.get_closest_marker("two_processes")
+    return place / str(mark.args[0])
+
+
 @pytest.fixture(scope="session")
 def cache() -> Path:
     """Where the embedded models are kept between test runs."""

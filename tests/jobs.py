@@ -118,7 +118,7 @@ def on_processes(count: int, script: str, *words: str) -> str:
     """Run a script of this folder on several real processes (gloo); what the first one prints."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "0", "--standalone"]
     done = subprocess.run(
-        [*launch, str(ROOT / "tests" / script), *words], capture_output=True, text=True, timeout=400, cwd=ROOT, check=False
+        [*launch, str(ROOT / "tests" / script), *words], capture_output=True, text=True, timeout=900, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -188,14 +188,14 @@ def test_two_processes_end_with_the_same_weights_and_certificate(
     make_model(seed=7, hidden_size=64).save_pretrained(tmp_path / "public")
     tokenizer.save_pretrained(tmp_path / "public")
     found = []
-    for name in ("alone", "shared"):
+    for name in ("alone", "certified"):
         (tmp_path / name).mkdir()
         file = tmp_path / name / "recipe.yaml"
         file.write_text(WHOLE.format(folder=tmp_path / name / "run", base=tiny_base, public=tmp_path / "public"))
         if name == "alone":
             run(recipe.load(file), None, cache=tmp_path)
         else:
-            on_processes(2, "processes.py", "certified", str(tmp_path))
+            on_processes(2, "processes.py", str(tmp_path), "certified")
         facts = json.loads((tmp_path / name / "run" / "privacy.json").read_text())
         found.append((facts, load_file(tmp_path / name / "run" / "model" / "model.safetensors")))
     (certificate, alone), (other, shared) = found

@@ -411,6 +411,6 @@ def test_two_processes_make_the_same_bits(make: Make, tmp_path: Path, monkeypatc
     alone, shared = make("alone", IDS), make("shared", IDS)
     run(alone, None, cache=tmp_path)
     forget(Path(alone.output), [IDS[3]], cache=tmp_path)
-    on_processes(2, "processes.py", "exact", str(tmp_path))
+    on_processes(2, "processes.py", str(tmp_path), "exact")
     assert same(adapter(Path(alone.output)), adapter(Path(shared.output)))
     assert problems(Path(shared.output)) == []
