@@ -109,6 +109,13 @@ def harness(folder: Path) -> None:
     torch.save(answered, folder / f"found-{accelerator.process_index}.pt")
 
 
+def certified(folder: Path) -> None:
+    from llm_unlearn import recipe
+    from llm_unlearn.run import run
+
+    run(recipe.load(folder / "recipe.yaml"), None, cache=folder)
+
+
 def exact(folder: Path) -> None:
     from llm_unlearn import recipe
     from llm_unlearn.exact.forgetting import forget, run
@@ -135,6 +142,7 @@ KINDS = {
     "privacy": privacy,
     "whitebox": whitebox,
     "harness": harness,
+    "certified": certified,
     "exact": exact,
     "golden": golden,
 }

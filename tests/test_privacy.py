@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
-from jobs import RECIPE, ROOT, adapted, log, moved_by, rows, straight_and_resumed, weights
+from jobs import RECIPE, ROOT, adapted, log, moved_by, refusal, rows, straight_and_resumed, weights
 from scipy import stats
 from test_window import DEFINITIONS, Rank, Whole, apart, gradients_of, model_of
 from torch import Tensor, nn
@@ -340,12 +340,8 @@ PRIVATE = RECIPE.replace("npo", "nll") + "train: {steps: 4, privacy: {noise: 1.0
     ],
 )
 def test_what_would_break_the_guarantee_is_refused(tmp_path: Path, override: str, place: str, reason: str) -> None:
-    path = tmp_path / "r.yaml"
-    path.write_text(PRIVATE, encoding="utf-8")
-    assert recipe.load(path).train.privacy == Privacy(noise=1.0, delta=1e-4, clip=1.0)
-    with pytest.raises(Refused) as refused:
-        recipe.load(path, [override])
-    assert f": {place}: " in str(refused.value) and reason in str(refused.value)
+    stands, said = refusal(tmp_path, PRIVATE, override)
+    assert stands.train.privacy == Privacy(noise=1.0, delta=1e-4, clip=1.0) and f": {place}: " in said and reason in said
 
 
 def test_layers_that_mix_examples_are_refused(make_model: Callable[..., Any]) -> None:
