@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
 
+from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import AnyMethod, Edit
@@ -240,11 +241,8 @@ def _exact_problems(recipe: Recipe, method: Exact, say: Callable[..., str]) -> I
     """Pieces are adapters over a base that no row decides, each trained on its own rows alone."""
     adapter, name = recipe.model.adapter, method.name
     if not adapter or adapter.init != "zero":
-        yield say(
-            f"{name} trains adapters over a frozen base that no row decides; give an adapter with init: zero.",
-            "model",
-            "adapter",
-        )
+        text = f"{name} trains adapters over a frozen base that no row decides; give an adapter with init: zero."
+        yield say(text, "model", "adapter")
     for key, given in (("rules", recipe.train.rules), ("stop", recipe.train.stop)):
         if given:
             yield say(f"{name} trains each piece on its own rows alone, and has no use for it; take it out.", "train", key)
@@ -255,6 +253,8 @@ def _edit_problems(recipe: Recipe, method: Edit, say: Callable[..., str]) -> Ite
     if method.whole and recipe.model.adapter:
         text = f"{method.name} changes weights that are there, and a fresh adapter has none; give model.adapter: null."
         yield say(text, "model", "adapter")
+    if isinstance(method, Contrast) and (not recipe.model.adapter or recipe.model.adapter.init != "zero"):
+        yield say(f"{method.name} combines the base with an adapter of its own; give one with init: zero.", "model", "adapter")
     if len(method.strengths) > 1 and not recipe.train.stop:
         text = f"{len(method.strengths)} strengths, and no dose to choose one by; give train.stop, or one of them: [0.5]."
         yield say(text, "method", method.knob)
