@@ -96,11 +96,10 @@ def run(
     facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
 
     if look and suite and recipe.evaluation:
-        answering = combined.combine(causal(model), combination) if combination else model
-        after = loaded.become(answering, saved, whole)
+        after = loaded.become(combined.combine(causal(model), combination) if combination else model, saved, whole)
         again = (replace(model_before, base=str(saved), start=None), None) if whole else (model_before, str(saved))
         seen["after"] = look.seen(after, "the model after", str(folder), *again)
-        del after, answering, along, loaded, model  # an attack needs the memory
+        del after, along, loaded, model  # an attack needs the memory
         attacks = attacked(suite, seen, accelerator, cache)
         if accelerator.is_main_process:
             results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)

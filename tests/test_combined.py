@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from jobs import away
+from jobs import adapted, away, job, weights
 from test_passes import SOURCE
 from test_scores import ARCHITECTURES, examples
 from torch import Tensor
@@ -24,12 +24,15 @@ from llm_unlearn.evaluation.generation import Ask, written
 from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import encode_set
 from llm_unlearn.methods.combination import Combination
+from llm_unlearn.methods.contrast import ULD, Contrast, Guided
 from llm_unlearn.models import combined
 from llm_unlearn.models.forms import Again, adapter_scaled
-from llm_unlearn.models.load import Loaded, add_adapter, folder_identity, load, put_on
+from llm_unlearn.models.load import Loaded, add_adapter, causal, folder_identity, load, put_on
 from llm_unlearn.models.scores import Scorer, check_head, embedding_of, head_of, score
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.spec import Refused
+from llm_unlearn.training.dose import Harm, Stop
+from llm_unlearn.training.edits import edit
 
 TOLERANCE = 5e-4
 """Of float32 logits of size 10, of which some are subtracted."""
@@ -208,3 +211,37 @@ def test_a_file_that_says_no_combination_is_refused(place: Place, change: dict[s
     with pytest.raises(Refused, match=r"combination\.json") as error:
         combined.read(place[0])
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("method", [ULD(weight=(0.2, 0.6)), Guided(alpha=(0.5, 2.0))], ids=["uld", "guided"])
+def test_a_method_takes_the_strength_at_which_the_combination_is_nearest(
+    method: Contrast, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its log has the perplexities of the combinations, by the definition, and the aim is put where the second one is."""
+    looked = Stop(until=1.0, rows=100, budget=Harm(retain_perplexity=None))
+
+    def run(name: str, stop: Stop, aim: float) -> tuple[Any, Any, Combination | None, list[dict[str, Any]]]:
+        model = adapted(make_model)
+        wanted = job(20, terms=method.terms, stop=stop, aim=aim)
+        outcome, _, found = edit(method, wanted, model, Accelerator(cpu=True), tmp_path / name)
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return model, outcome, found, [row for row in rows if method.knob in row]
+
+    model, _, _, rows = run("far", looked, 1e9)
+    z, total, count = [], torch.tensor(0.0, dtype=torch.float64), 0
+    for row in job().examples["forget"]:
+        with torch.no_grad():
+            with model.disable_adapter():
+                base = causal(model)(input_ids=torch.tensor([row.ids])).logits[0, row.answer - 1 : -1].double()
+            tuned = causal(model)(input_ids=torch.tensor([row.ids])).logits[0, row.answer - 1 : -1].double()
+        s = method.strengths[1]
+        z = base - s * tuned if isinstance(method, ULD) else base - s * (tuned - base).clamp(min=0)
+        total -= z.log_softmax(-1).gather(-1, torch.tensor(row.ids[row.answer :])[:, None]).sum()
+        count += len(row.ids) - row.answer
+    perplexity = float((total / count).exp())
+    assert rows[1]["forget_perplexity"] == pytest.approx(perplexity, rel=1e-3)
+    _, outcome, found, rows = run("near", looked, perplexity)
+    assert found == method.combination(method.strengths[1]) and outcome.kept == outcome.step == rows[1]["step"]
+    harmless = replace(looked, budget=Harm(retain_perplexity=1e-6))
+    model, outcome, found, _ = run("none", harmless, perplexity)
+    assert found is None and outcome.kept == 0 and torch.equal(weights(model), weights(adapted(make_model)))
