@@ -1,9 +1,9 @@
-# make demo: set up and run the main job · make test: set up and run every test · make check: lint, format, types
+# make demo: set up and run the main job · make test: set up and run the tests · make test-long: those that take minutes each · make check: lint, format, types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-long check clean
 
 setup: $(VENV)/.ready
 
@@ -18,6 +18,9 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-long: setup
+	$(BIN)/pytest -n 2 --dist worksteal -m long
 
 check: setup
 	scripts/check

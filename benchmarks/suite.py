@@ -38,7 +38,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from llm_unlearn import look, run
+from llm_unlearn import look, results, run
 from llm_unlearn.data.batch import Batch, cut, lay_out
 from llm_unlearn.data.examples import Example
 from llm_unlearn.embedded import target
@@ -68,7 +68,7 @@ STAGES = {
     "gradients": [(passes, "gradient_pass")],
     "tables kept": [(passes, "write_part")],
     "measures and bootstrap": [(run, "results_of")],
-    "rows and parquet": [(run, "records"), (run, "write_columns")],
+    "rows and parquet": [(results, "records"), (results, "write_columns")],
 }
 """Stage -> the functions whose time it is, where they are looked up. What one of them spends in another is the other's."""
 WHOLE = {"gradients", "generation: model"}  # what these call is theirs
@@ -166,7 +166,8 @@ def bare(model: Any, work: Work, batch_tokens: int) -> Callable[[], dict[str, fl
     """The plain calls, laid out beforehand; what is returned does them and says how long each kind took."""
     weights = [weight.requires_grad_(False) for weight in model.parameters()]
     model.generation_config.eos_token_id = None
-    batches = [lay_out([work.scored[i] for i in chosen]) for chosen in batched([len(one.ids) for one in work.scored], batch_tokens)]
+    lengths = [len(one.ids) for one in work.scored]
+    batches = [lay_out([work.scored[i] for i in chosen]) for chosen in cut(lengths, batch_tokens)[0]]
     written = sorted([*work.greedy, *work.drawn], key=lambda one: (-one[1], -len(one[0])))
     texts: list[tuple[torch.Tensor, torch.Tensor, int]] = []
     while written:
@@ -208,24 +209,6 @@ def bare(model: Any, work: Work, batch_tokens: int) -> Callable[[], dict[str, fl
     return do
 
 
-def batched(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    return cut(lengths, batch_tokens)[0] if lengths else []
-
-
-def tofu_model(data: Path, folder: Path) -> Path:
-    """A model of the shape of benchmarks/tofu/make_models.py with random weights."""
-    sys.path.insert(0, str(ROOT / "benchmarks" / "tofu"))
-    from make_models import ARCHITECTURE, make_tokenizer
-
-    tokenizer = make_tokenizer(data)
-    torch.manual_seed(0)
-    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 3}
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **special, **ARCHITECTURE)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def prepare(options: argparse.Namespace, folder: Path) -> tuple[suites.Suite, dict[str, tuple[Model, str | None]]]:
     """The suite and the models that it is run on."""
     changes: list[str] = []
@@ -235,7 +218,10 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[suites.Suite, di
             if not path.is_file():
                 raise SystemExit(f"{path}: no such file; docs/results.md says where TOFU's files come from.")
             changes.append(f"sets.{name}.source={path}")
-        models = {"model": options.model or tofu_model(options.tofu, folder / "random")}
+        sys.path.insert(0, str(ROOT / "benchmarks" / "tofu"))
+        from make_models import random_model
+
+        models = {"model": options.model or random_model(options.tofu, folder / "random")}
         changes += ["retrained=null", f"max_new_tokens={options.max_new_tokens or 64}"]
     else:
         found = target.models(options.cache)

@@ -212,7 +212,7 @@ def _made(retrained: str) -> str:
     """A model's folder or id; a recipe's model is made now."""
     if not is_recipe(retrained):
         return folder.model_in(retrained)
-    from llm_unlearn.control import found
+    from llm_unlearn.retrained import found
 
     return str(found(retrained, cache_folder()))
 

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm_unlearn import folder
-from llm_unlearn.control import home_of
 from llm_unlearn.data.examples import Examples, read_examples
 from llm_unlearn.embedded import target
 from llm_unlearn.exact.foreseen import foreseen
@@ -20,6 +19,7 @@ from llm_unlearn.models.load import add_adapter, choose_weights, dtype_of, read_
 from llm_unlearn.models.scores import CHUNK
 from llm_unlearn.objectives.terms import Ramp, Term
 from llm_unlearn.recipe import Recipe, load
+from llm_unlearn.retrained import home_of
 from llm_unlearn.run import make_job
 from llm_unlearn.source import is_recipe
 from llm_unlearn.training.dose import Stop

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
 
-from llm_unlearn.methods.contrast import Contrast
-from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune
-from llm_unlearn.methods.registry import AnyMethod, Edit
+from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Data, Evaluation, Model, Train
@@ -229,55 +227,8 @@ def _method_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     for name in recipe.method.terms:
         if name not in recipe.sources:
             yield say(f"missing; {recipe.method.name} reads it.", "data", name)
-    if isinstance(recipe.method, Exact):
-        yield from _exact_problems(recipe, recipe.method, say)
-    if isinstance(recipe.method, Edit):
-        yield from _edit_problems(recipe, recipe.method, say)
-    if isinstance(recipe.method, NoisyFinetune):
-        yield from _certificate_problems(recipe, recipe.method, say)
-
-
-def _exact_problems(recipe: Recipe, method: Exact, say: Callable[..., str]) -> Iterable[str]:
-    """Pieces are adapters over a base that no row decides, each trained on its own rows alone."""
-    adapter, name = recipe.model.adapter, method.name
-    if not adapter or adapter.init != "zero":
-        text = f"{name} trains adapters over a frozen base that no row decides; give an adapter with init: zero."
-        yield say(text, "model", "adapter")
-    for key, given in (("rules", recipe.train.rules), ("stop", recipe.train.stop)):
-        if given:
-            yield say(f"{name} trains each piece on its own rows alone, and has no use for it; take it out.", "train", key)
-
-
-def _edit_problems(recipe: Recipe, method: Edit, say: Callable[..., str]) -> Iterable[str]:
-    """An edit must find what it changes, and a dose by which its strength is chosen."""
-    if method.whole and recipe.model.adapter:
-        text = f"{method.name} changes weights that are there, and a fresh adapter has none; give model.adapter: null."
-        yield say(text, "model", "adapter")
-    if isinstance(method, Contrast) and (not recipe.model.adapter or recipe.model.adapter.init != "zero"):
-        yield say(f"{method.name} combines the base with an adapter of its own; give one with init: zero.", "model", "adapter")
-    if len(method.strengths) > 1 and not recipe.train.stop:
-        text = f"{len(method.strengths)} strengths, and no dose to choose one by; give train.stop, or one of them: [0.5]."
-        yield say(text, "method", method.knob)
-    if recipe.train.rules and not method.trains:
-        yield say(f"{method.name} takes no optimizer steps; take them out.", "train", "rules")
-    if recipe.evaluation and recipe.evaluation.every:
-        text = f"{method.name} has nothing to look at on the way but its strengths, which train.stop does; take it out."
-        yield say(text, "evaluation", "every")
-
-
-def _certificate_problems(recipe: Recipe, method: NoisyFinetune, say: Callable[..., str]) -> Iterable[str]:
-    """Where the certificate would not hold, it is not given."""
-    if missing(method.reference):
-        yield say(f"no such folder: {method.reference} (looked from {Path.cwd()}).", "method", "reference")
-    if recipe.model.adapter:
-        text = "the weights below it saw the forget set, and would stay as they are; give model.adapter: null."
-        yield say(text, "model", "adapter")
-    if recipe.train.rules:
-        yield say("the proof knows no step but its own; give rules: [].", "train", "rules")
-    if recipe.train.stop:
-        yield say("where a run ends would tell of the forget rows it looks at; give stop: null.", "train", "stop")
-    if recipe.train.privacy:
-        yield say("is another guarantee, of the rows trained on; give it in a run of its own.", "train", "privacy")
+    for text, *path in recipe.method.problems(recipe.model, recipe.train, recipe.evaluation):
+        yield say(text, *path)
 
 
 def _objective_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:

@@ -51,7 +51,7 @@ def run(
     Args:
         suite: what to measure before and after; None measures nothing.
         cache: folder for the embedded models and for tables that were computed before.
-        retrained: the model that never saw the forget set, where it is not under the name that recipe or suite give (`control`).
+        retrained: the model that never saw the forget set, where recipe or suite name another (`retrained.py`).
 
     Raises:
         Refused: something the recipe names cannot be used. The run folder is not touched before the data has been read.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Literal
 
@@ -118,3 +118,7 @@ class Evaluation:
     """The model that never saw the forget set, or a recipe that makes it (kept in the cache); without it, what the suite names."""
     every: PositiveInt | None = None
     """Also run the suite every so many optimizer steps."""
+
+
+Problems = Iterable[tuple[str, ...]]
+"""What does not fit: a text, and the keys of the recipe that it is about."""

@@ -550,6 +550,7 @@ retrained: embedded:retrained
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_run_evaluate_and_two_processes_find_the_same(cache: Path, embedded: Mapping[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")

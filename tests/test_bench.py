@@ -635,6 +635,7 @@ def test_a_page_of_its_own_is_replaced(play: Play, here: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- real
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_recipes_two_seeds_two_jobs(here: Path, cache: Path, embedded: Mapping[str, Path]) -> None:
     """The literal command on real models, killed at once and gone on with."""

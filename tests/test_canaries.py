@@ -79,6 +79,7 @@ def test_the_chance_is_that_of_counting() -> None:
         assert chance(9, guesses, right, 1.0, 0.01) == pytest.approx(min(1.0, expected))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_private_run_stays_below_its_claim_and_a_leaking_one_is_found(make_model: Callable[..., Any], tmp_path: Path) -> None:
     """The same run, with the noise of its claim and without."""

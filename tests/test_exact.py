@@ -15,7 +15,8 @@ import torch
 from jobs import PowerCut, on_processes
 from safetensors.torch import load_file
 
-from llm_unlearn import control, recipe
+from llm_unlearn import recipe
+from llm_unlearn import retrained as control
 from llm_unlearn.cli import main
 from llm_unlearn.data.schedule import by_key
 from llm_unlearn.exact import pieces

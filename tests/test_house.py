@@ -21,11 +21,11 @@ ROOMS = (
     "embedded.population",
     "source",
     "training.vectors",
-    "methods",  # settings and equations, as of the rules below: what is heavy is asked of a protocol
     "training.dose",
     "training.gradients",
     "training.privacy",  # settings, and an accountant that is imported late
     "sections",
+    "methods",  # settings and equations: what is heavy is asked of a protocol
     "recipe",
     "folder",
     "catalogue",
@@ -42,7 +42,7 @@ ROOMS = (
     "report",
     "results",
     "run",
-    "control",  # carries out a recipe, for others to be compared with its model
+    "retrained",  # carries out a recipe, for others to be compared with its model
     "exact",  # runs in pieces: begins, looks and reports as `run` does
     "alternates",
     "plan",

@@ -240,6 +240,7 @@ def take(ledger: Ledger, model: int) -> None:
         ledger.finish(run.id, "accepted", verdicts, [])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_eight_processes_lose_nothing_and_claim_nothing_twice(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
@@ -718,6 +719,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, out + err
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_in_the_middle_it_comes_to_one_result(
     begin: Callable[..., subprocess.Popen[str]], here: Path, tiny_base: Path

@@ -124,6 +124,7 @@ def test_evaluate_finds_what_the_run_found_and_asks_nobody_twice(
     assert time.perf_counter() - began < 120
 
 
+@pytest.mark.long
 def test_the_same_recipe_by_every_command(finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
     short = ["train.steps=3", *NOT_MEASURED]
     call(
@@ -170,9 +171,9 @@ def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[st
             assert other == (row[model] and pytest.approx(row[model], rel=1e-4)), (key, model)
 
 
-@pytest.mark.parametrize("config", ["launch/single.yaml", "launch/cpu.yaml"])
+@pytest.mark.parametrize("config", ["launch/single.yaml", pytest.param("launch/cpu.yaml", marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, environment: Mapping[str, str], tmp_path: Path, config: str) -> None:
-    short = ["train.steps=40", "train.checkpoint_every=4", *NOT_MEASURED]
+    short = ["train.steps=20", "train.checkpoint_every=4", *NOT_MEASURED]
     launch = ["accelerate", "launch", "--config_file", config, RECIPE, *short]
     call([*launch, f"output={tmp_path / 'straight'}"], environment)
     cut = tmp_path / "cut"
@@ -219,7 +220,11 @@ def test_a_finished_run_is_never_overwritten_unasked(finished: Path, environment
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_main_recipe_takes_a_real_step(recipe: Path, finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
     """Those of `recipes/methods` are run in test_methods.py."""
-    words = ["llm-unlearn", "run", str(recipe), f"output={tmp_path / 'a'}", "train.steps=1", *NOT_MEASURED]
+    words = ["llm-unlearn", "run", str(recipe), f"output={tmp_path / 'a'}", "train.steps=1", "evaluation=null"]
+    if "privacy" not in recipe.read_text() and "noisy" not in recipe.read_text():  # which may have no dose
+        words.append("train.stop.until=null")
+    if recipe.stem == "noisy_finetune":  # ten noisy steps, then the ordinary ones
+        words.append("train.steps=12")
     if recipe.stem == "second_request":  # of a first one that is there
         words += [f"model.start={finished}", f"train.rules=[{{name: orthogonal, adapters: [{finished}]}}]"]
     if "embedded:" not in recipe.read_text() and "extends:" not in recipe.read_text():  # hub ids: nothing is downloaded here
@@ -246,6 +251,7 @@ def test_looks_along_the_way_and_ends_at_its_bound(environment: Mapping[str, str
     assert kept["retain", "perplexity"] < 1.5
 
 
+@pytest.mark.long
 def test_qlora_from_recipe_to_report(environment: Mapping[str, str], tmp_path: Path) -> None:
     call(["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'a'}", "model.quantize=nf4", "train.epochs=2"], environment)
     found = values(tmp_path / "a")

@@ -812,6 +812,7 @@ def test_two_processes_find_what_one_does(make_model: Callable[..., Any], tokeni
 # ------------------------------------------------------------------------------------------------ the embedded models
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_the_target_knows_and_the_retrained_model_does_not(embedded: dict[str, Path]) -> None:
     """Every attack finds more in the model that saw the data than in the one that did not; the controls find nothing in either."""

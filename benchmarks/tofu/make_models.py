@@ -56,6 +56,19 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def random_model(data: Path, folder: Path) -> Path:
+    """A model of this shape with random weights: for what only asks how long things take."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer(data)
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 3}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **ARCHITECTURE)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_tokenizer(data: Path) -> Any:
     """A byte-level BPE tokenizer of the data set's questions and answers, with the embedded model's chat template."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers

@@ -225,7 +225,9 @@ class ActivationPatching:
     """The set whose answers are scored."""
 
     x: ClassVar[Axis] = Axis("decoder layer")
-    y: ClassVar[Gain] = Gain("drop in log p per answer token when this layer is patched into the original (nats)", "lowers", against_control=False)
+    y: ClassVar[Gain] = Gain(
+        "drop in log p per answer token when this layer is patched into the original (nats)", "lowers", against_control=False
+    )
 
     @property
     def title(self) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from llm_unlearn.methods.combination import Combination
-from llm_unlearn.methods.edits import FORGET, At, Situation
+from llm_unlearn.methods.edits import FORGET, At, Situation, Strong, edit_problems
 from llm_unlearn.objectives.distribution import Entropy
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
+from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.spec import PositiveFloats, spec
 
 ADAPTER = "default"
@@ -42,6 +43,10 @@ class ULD:
     def strengths(self) -> PositiveFloats:
         return self.weight
 
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """See `contrast_problems`."""
+        return contrast_problems(self, model, train, evaluation)
+
     def prepare(self, situation: Situation) -> At:
         return _learned(situation)
 
@@ -73,6 +78,10 @@ class Guided:
     def strengths(self) -> PositiveFloats:
         return self.alpha
 
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """See `contrast_problems`."""
+        return contrast_problems(self, model, train, evaluation)
+
     def prepare(self, situation: Situation) -> At:
         return _learned(situation)
 
@@ -88,3 +97,10 @@ def _learned(situation: Situation) -> At:
     situation.train()
     tuned = situation.weights
     return lambda strength: tuned
+
+
+def contrast_problems(method: Strong, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+    """An edit's, and there must be an adapter of its own to be taken off the base."""
+    yield from edit_problems(method, model, train, evaluation)
+    if not model.adapter or model.adapter.init != "zero":
+        yield f"{method.name} combines the base with an adapter of its own; give one with init: zero.", "model", "adapter"

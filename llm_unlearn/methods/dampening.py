@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from llm_unlearn.methods.edits import BOTH, At, Situation
+from llm_unlearn.methods.edits import BOTH, At, Situation, edit_problems
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
+from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.spec import PositiveFloat, PositiveFloats, PositiveInt, spec
 from llm_unlearn.training.vectors import Gradient
 
@@ -38,6 +39,10 @@ class Dampening:
     @property
     def strengths(self) -> PositiveFloats:
         return self.alpha
+
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """See `edit_problems`."""
+        return edit_problems(self, model, train, evaluation)
 
     def prepare(self, situation: Situation) -> At:
         import torch
@@ -84,6 +89,10 @@ class FisherNoise:
     @property
     def strengths(self) -> PositiveFloats:
         return self.scale
+
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """See `edit_problems`."""
+        return edit_problems(self, model, train, evaluation)
 
     def prepare(self, situation: Situation) -> At:
         if self.tune:

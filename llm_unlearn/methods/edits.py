@@ -12,6 +12,7 @@ from typing import Protocol
 
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
+from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.training.vectors import Gradient
 
 At = Callable[[float], Gradient]
@@ -76,3 +77,41 @@ class Situation(Protocol):
     def tell(self, stream: str, values: Sequence[float]) -> None:
         """A value for each of a stream's examples, for the file of influences."""
         ...
+
+
+class Strong(Protocol):
+    """What every edit is: something that is done at a strength."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def knob(self) -> str:
+        """The setting that holds its strengths."""
+        ...
+
+    @property
+    def strengths(self) -> Sequence[float]: ...
+    @property
+    def whole(self) -> bool:
+        """Whether it changes weights that are there, which a fresh adapter has not."""
+        ...
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a training inside."""
+        ...
+
+
+def edit_problems(method: Strong, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+    """An edit must find what it changes, and a dose by which its strength is chosen."""
+    if method.whole and model.adapter:
+        text = f"{method.name} changes weights that are there, and a fresh adapter has none; give model.adapter: null."
+        yield text, "model", "adapter"
+    if len(method.strengths) > 1 and not train.stop:
+        text = f"{len(method.strengths)} strengths, and no dose to choose one by; give train.stop, or one of them: [0.5]."
+        yield text, "method", method.knob
+    if train.rules and not method.trains:
+        yield f"{method.name} takes no optimizer steps; take them out.", "train", "rules"
+    if evaluation and evaluation.every:
+        text = f"{method.name} has nothing to look at on the way but its strengths, which train.stop does; take it out."
+        yield text, "evaluation", "every"

@@ -15,6 +15,7 @@ from typing import Literal
 
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
+from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.spec import PositiveFloat, PositiveInt, fingerprint, spec
 
 
@@ -83,6 +84,10 @@ class Sisa:
     terms = OBJECTIVE
     retrains = True
 
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """See `piece_problems`."""
+        return piece_problems(self, model, train)
+
     def lines(self, rows: Sequence[Placed]) -> list[Line]:
         """Shard and slice by hash of the id; an empty slice is no stage."""
         epochs = 2 / (self.slices + 1)
@@ -132,6 +137,10 @@ class S3T:
     terms = OBJECTIVE
     retrains = False
 
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """See `piece_problems`."""
+        return piece_problems(self, model, train)
+
     def lines(self, rows: Sequence[Placed]) -> list[Line]:
         """Shard and slice by hash of the id; order b begins with slice ⌊bL/B⌋."""
         cells = _cells(rows, self.shards, self.slices)
@@ -180,6 +189,10 @@ class Modules:
     terms = OBJECTIVE
     retrains = True
 
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """See `piece_problems`."""
+        return piece_problems(self, model, train)
+
     def lines(self, rows: Sequence[Placed]) -> list[Line]:
         """One line of one stage for every owner; no name of an owner stands in it."""
         by_owner: dict[str, list[str]] = {}
@@ -195,6 +208,16 @@ class Modules:
 
 
 Exact = Sisa | S3T | Modules
+
+
+def piece_problems(method: Exact, model: Model, train: Train) -> Problems:
+    """Pieces are adapters over a base that no row decides, each trained on its own rows alone."""
+    if not model.adapter or model.adapter.init != "zero":
+        text = f"{method.name} trains adapters over a frozen base that no row decides; give an adapter with init: zero."
+        yield text, "model", "adapter"
+    for key, given in (("rules", train.rules), ("stop", train.stop)):
+        if given:
+            yield f"{method.name} trains each piece on its own rows alone, and has no use for it; take it out.", "train", key
 
 
 def _cells(rows: Sequence[Placed], shards: int, slices: int) -> dict[str, list[tuple[str, ...]]]:

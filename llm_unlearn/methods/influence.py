@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
-from llm_unlearn.methods.edits import BOTH, At, Situation
+from llm_unlearn.methods.edits import BOTH, At, Situation, edit_problems
 from llm_unlearn.objectives.terms import Term
+from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.spec import PositiveFloat, PositiveFloats, PositiveInt, spec
 from llm_unlearn.training.vectors import Gradient, dot, norm, plus, zeros
 
@@ -48,6 +49,10 @@ class Influence:
     @property
     def strengths(self) -> PositiveFloats:
         return self.scale
+
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """See `edit_problems`."""
+        return edit_problems(self, model, train, evaluation)
 
     def prepare(self, situation: Situation) -> At:
         theta, n_f, n_r = situation.weights, situation.rows("forget"), situation.rows("retain")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal
 
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
+from llm_unlearn.sections import Evaluation, Model, Problems, Train
+from llm_unlearn.source import missing
 from llm_unlearn.spec import Part, PositiveFloat, PositiveInt, Share, spec
 
 
@@ -44,6 +47,20 @@ class NoisyFinetune:
     def terms(self) -> dict[str, Term]:
         """The objective that it stands for."""
         return {"retain": Term(loss=NLL())}
+
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """Where the certificate would not hold, it is not given."""
+        if missing(self.reference):
+            yield f"no such folder: {self.reference} (looked from {Path.cwd()}).", "method", "reference"
+        if model.adapter:
+            text = "the weights below it saw the forget set, and would stay as they are; give model.adapter: null."
+            yield text, "model", "adapter"
+        if train.rules:
+            yield "the proof knows no step but its own; give rules: [].", "train", "rules"
+        if train.stop:
+            yield "where a run ends would tell of the forget rows it looks at; give stop: null.", "train", "stop"
+        if train.privacy:
+            yield "is another guarantee, of the rows trained on; give it in a run of its own.", "train", "privacy"
 
     @property
     def sensitivity(self) -> float:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
+from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.spec import spec
 
 
@@ -20,3 +21,7 @@ class Retrain:
     def terms(self) -> dict[str, Term]:
         """The objective that it stands for."""
         return {"retain": Term(loss=NLL())}
+
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """It goes with every setting."""
+        return ()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from llm_unlearn.methods.edits import FORGET, At, Situation
+from llm_unlearn.methods.edits import FORGET, At, Situation, edit_problems
 from llm_unlearn.objectives.terms import Term
+from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.spec import PositiveFloats, spec
 from llm_unlearn.training.vectors import Gradient
 
@@ -31,6 +32,10 @@ class TaskVector:
     @property
     def strengths(self) -> PositiveFloats:
         return self.scale
+
+    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+        """See `edit_problems`."""
+        return edit_problems(self, model, train, evaluation)
 
     def prepare(self, situation: Situation) -> At:
         start, directions = situation.weights, situation.directions
