@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -14,11 +15,24 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from jobs import adapted, away, job, weights
+from jobs import ROOT, adapted, away, job, weights
 from test_passes import SOURCE
 from test_scores import ARCHITECTURES, examples
+from test_whitebox import make_sets
 from torch import Tensor
 
+from llm_unlearn import retrained
+from llm_unlearn.attacks import asking
+from llm_unlearn.attacks.adapter_removal import AdapterRemoval
+from llm_unlearn.attacks.finding import Subject
+from llm_unlearn.attacks.gcg import GCG
+from llm_unlearn.attacks.layers import ActivationPatching, LayerProbe, LogitLens
+from llm_unlearn.attacks.quantization import Quantization
+from llm_unlearn.attacks.relearning import Relearning
+from llm_unlearn.attacks.rewrites import Rewrites
+from llm_unlearn.attacks.shadows import Shadows
+from llm_unlearn.attacks.soft_prompt import SoftPrompt
+from llm_unlearn.attacks.two_model import TwoModel
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.evaluation.generation import Ask, written
 from llm_unlearn.evaluation.passes import tables_of
@@ -29,6 +43,7 @@ from llm_unlearn.models import combined
 from llm_unlearn.models.forms import Again, adapter_scaled
 from llm_unlearn.models.load import Loaded, add_adapter, causal, folder_identity, load, put_on
 from llm_unlearn.models.scores import Scorer, check_head, embedding_of, head_of, score
+from llm_unlearn.requests import service
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.dose import Harm, Stop
@@ -191,6 +206,59 @@ def test_what_no_weights_can_do_is_refused(place: Place, tiny_base: Path, tmp_pa
         loaded.model(input_ids=torch.tensor([[5]]), past_key_values=plain)
     with pytest.raises(Refused, match="'third' is no adapter of this model; there are first"):
         combined.combine(loaded.causal, Combination(rule="sum", members=(None, "third"), weights=(1.0, 1.0)))
+
+
+MERGED, INSIDE = "it cannot be merged", "hidden states of its own"
+ATTACKS: dict[Any, str | None] = {
+    Relearning(set="forget", steps=1): MERGED,
+    Quantization(set="forget", formats=("nf4",)): MERGED,
+    Quantization(set="forget", formats=("nf4",), merged=False): None,
+    AdapterRemoval(set="forget", factors=(0.0,)): None,
+    LogitLens(): INSIDE,
+    LayerProbe(trained_on="retain"): INSIDE,
+    ActivationPatching(): INSIDE,
+    SoftPrompt(tokens=2, steps=1): None,
+    GCG(tokens=2, swaps=4, steps=1, rows=2): None,
+    Rewrites(kinds=("as_asked",), max_new_tokens=2): None,
+    TwoModel(scales=(1.4,)): None,
+}
+
+
+@pytest.mark.parametrize("name", ["guided", "average"])
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.title)
+def test_an_attack_acts_or_says_in_one_sentence_why_it_cannot(
+    attack: Any, name: str, place: Place, tiny_base: Path, tokenizer: Any
+) -> None:
+    loaded, model = read(place, tiny_base, RULES[name]), Model(base=str(tiny_base), precision="fp32")
+    load_after, load_before = (Again(model, adapter, torch.device("cpu"), adapter or "") for adapter in (str(place[0]), None))
+    sets, one = make_sets(tokenizer), Accelerator(cpu=True)
+    subject = Subject("after", model, str(place[0]), load_after, sets, load_before, one, 4096, 0, lambda text: None)
+    if said := ATTACKS[attack]:
+        with pytest.raises(Refused, match=said) as error:
+            attack(subject)
+        assert "\n" not in str(error.value)
+        return
+    curve = attack(subject)
+    assert all(math.isfinite(value) for value in curve.y)
+    if isinstance(attack, AdapterRemoval):
+        asked = asking.answers_of(subject.sets["forget"])
+        alone = [asking.known(one, asked, "probability", subject).value for one in (loaded, load_before())]
+        assert curve.y == pytest.approx(alone, rel=1e-4) and abs(alone[0] / alone[1] - 1) > 0.01
+
+
+def test_a_combined_model_is_no_control_no_shadow_and_no_begin_of_a_later_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    name = "recipes/methods/uld.yaml"
+    with pytest.raises(Refused, match=f"retrained: {name}: uld combines the logits of several models"):
+        retrained.found(name, tmp_path)
+    with pytest.raises(Refused, match="cannot forget by a recipe with method: uld"):
+        Shadows(recipe=name, set="forget", against="holdout", retain="retain").forgetting()
+    file = tmp_path / service.FILE
+    file.write_text(service.TEMPLATE.replace("recipes/forget_lora.yaml", str(ROOT / name)).replace("eval/", f"{ROOT}/eval/"))
+    with pytest.raises(Refused, match="recipe: uld leaves the logits of several models combined"):
+        service.load(file)
 
 
 @pytest.mark.parametrize(
