@@ -21,7 +21,7 @@ from test_scores import ARCHITECTURES, examples
 from test_whitebox import make_sets
 from torch import Tensor
 
-from llm_unlearn import retrained
+from llm_unlearn import recipe, retrained
 from llm_unlearn.attacks import asking
 from llm_unlearn.attacks.adapter_removal import AdapterRemoval
 from llm_unlearn.attacks.finding import Subject
@@ -43,6 +43,7 @@ from llm_unlearn.models import combined
 from llm_unlearn.models.forms import Again, adapter_scaled
 from llm_unlearn.models.load import Loaded, add_adapter, causal, folder_identity, load, put_on
 from llm_unlearn.models.scores import Scorer, check_head, embedding_of, head_of, score
+from llm_unlearn.plan import plan
 from llm_unlearn.requests import service
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.spec import Refused
@@ -251,6 +252,7 @@ def test_a_combined_model_is_no_control_no_shadow_and_no_begin_of_a_later_reques
 ) -> None:
     monkeypatch.chdir(ROOT)
     name = "recipes/methods/uld.yaml"
+    assert "the model runs 2 times for every token" in plan(recipe.load(Path(name)), tmp_path)
     with pytest.raises(Refused, match=f"retrained: {name}: uld combines the logits of several models"):
         retrained.found(name, tmp_path)
     with pytest.raises(Refused, match="cannot forget by a recipe with method: uld"):
