@@ -67,5 +67,5 @@ def test_every_recipe_takes_steps(path: Path, tmp_path: Path, monkeypatch: pytes
     else:
         assert outcome.step == (len(edit.strengths) if edit else 0) + 2 * (not edit or edit.trains)
     saved = next((tmp_path / "run" / name for name in (ADAPTER, MODEL) if (tmp_path / "run" / name).is_dir()), None)
-    assert saved and any(saved.glob("*.safetensors"))
+    assert saved and any(saved.rglob("*.safetensors"))
     assert torch.is_grad_enabled()
