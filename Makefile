@@ -7,10 +7,12 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
+# kronfluence asks for torchvision, which it never imports: it comes without what it asks for
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quantize]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,quantize]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps kronfluence einconv einops
 	touch $@
 
 demo: setup

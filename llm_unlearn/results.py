@@ -108,9 +108,33 @@ def publish(
 
 def keep(results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path, log: Path | None) -> None:
     """Write the values of every row, the page, then the JSON file, which says that all are there."""
+    write_columns(rows_of(suite, seen), folder / run_folder.ROWS)
+    _write(results, folder, log)
+
+
+def without_texts(folder: Path) -> None:
+    """Take every question and answer out of a run folder: from the page, the values by row, and the numbers' file, which comes
+    last and says that it was done.
+
+    Raises:
+        Refused: the run left no numbers.
+    """
+    results = run_folder.results_in(folder)
+    if not results["answers"] and not (folder / run_folder.ROWS).exists():
+        return
+    keep_numbers(results | {"answers": {}}, folder)
+
+
+def keep_numbers(results: Mapping[str, Any], folder: Path) -> None:
+    """Write an evaluation of which the values by row are not kept: the page, then the JSON file."""
+    (folder / run_folder.ROWS).unlink(missing_ok=True)
+    _write(results, folder, folder / run_folder.LOG)
+
+
+def _write(results: Mapping[str, Any], folder: Path, log: Path | None) -> None:
+    """The page, then the JSON file, which says that all are there."""
     from llm_unlearn.report.page import write_page
 
-    write_columns(rows_of(suite, seen), folder / run_folder.ROWS)
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log and log.is_file() else []
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log and log.is_file() else []
     write_page(results, rows, folder / run_folder.REPORT)
     run_folder.write(folder / run_folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from llm_unlearn.embedded.population import SPLITS
@@ -71,6 +72,13 @@ class Source:
     """Column of wrong answers, a list per row (evaluation only)."""
     keyword: str | None = None
     """Column of what an answer must name, text or a list of texts (evaluation only)."""
+
+
+def left_out(source: Source, column: str, values: Iterable[str | int | float | bool]) -> Source:
+    """A source without the rows whose column is one of these values, besides those that it leaves out already."""
+    out = dict(source.without or {})
+    already = out.get(column, ())
+    return replace(source, without=out | {column: (*(already if isinstance(already, tuple) else (already,)), *values)})
 
 
 def source_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:

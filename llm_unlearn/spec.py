@@ -103,14 +103,22 @@ def schema(kind: type[object]) -> dict[str, Any]:
 
 
 def fingerprint(*parts: object) -> str:
-    """16 hexadecimal digits that stand for the content of plain data, bytes or specs."""
+    """16 hexadecimal digits that stand for the content of plain data, bytes or specs. A key that is null counts as not given:
+    an optional setting that a later version adds leaves the runs and tables of earlier ones what they are."""
     digest = hashlib.sha256()
     for part in parts:
         if not isinstance(part, (str, bytes, int, float, bool, type(None), list, tuple, dict)):
             part = plain(part)
-        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
+        digest.update(part if isinstance(part, bytes) else json.dumps(_given(part), sort_keys=True, default=str).encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
+
+
+def _given(part: object) -> object:
+    """Plain data without the keys that are null."""
+    if isinstance(part, Mapping):
+        return {key: _given(value) for key, value in part.items() if value is not None}
+    return [_given(one) for one in part] if isinstance(part, (list, tuple)) else part
 
 
 def to_yaml(data: Mapping[str, Any]) -> str:

@@ -20,6 +20,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """(name, make) -> a folder that `make` filled, once for all test processes: by whichever asks first, while others wait."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    here = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        place, failed = here / name, here / f"{name}.failed"
+        with FileLock(f"{place}.lock"):
+            if not place.is_dir():
+                place.mkdir()
+                try:
+                    make(place)
+                except BaseException as error:
+                    failed.write_text(f"{name}: {error}")
+        assert not failed.exists(), failed.read_text()
+        return place
+
+    return made
+
+
+@pytest.fixture
+def two_processes(request: pytest.FixtureRequest, made_once: MadeOnce) -> Path:
+    """What `processes.py` made of the kind in the test's mark, on two processes. They are started once for all kinds that are asked
+    for, since starting takes longer than most of what they do."""
+    from jobs import on_processes
+
+    marks = (item.get_closest_marker("two_processes") for item in request.session.items)
+    kinds = sorted({str(mark.args[0]) for mark in marks if mark})
+    place = made_once("two_processes", lambda place: on_processes(2, "processes.py", str(place), *kinds))
+    mark = request.node.get_closest_marker("two_processes")
+    return place / str(mark.args[0])
+
+
 @pytest.fixture(scope="session")
 def cache() -> Path:
     """Where the embedded models are kept between test runs."""

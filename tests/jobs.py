@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from llm_unlearn import recipe
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import build
 from llm_unlearn.models.load import add_adapter, trainable
@@ -21,6 +22,7 @@ from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.sections import Adapter, Train
+from llm_unlearn.spec import Refused
 from llm_unlearn.training import gradients
 from llm_unlearn.training.checkpoint import snapshot
 from llm_unlearn.training.loop import train
@@ -46,6 +48,15 @@ objective:
 
 class PowerCut(Exception):
     """What ends a run in a test, at any place."""
+
+
+def refusal(folder: Path, text: str, override: str) -> tuple[recipe.Recipe, str]:
+    """A recipe as it stands, and why it is refused once one setting is another."""
+    path = folder / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(Refused) as refused:
+        recipe.load(path, [override])
+    return recipe.load(path), str(refused.value)
 
 
 def straight_and_resumed(wanted: Job, make: Callable[[], Any], folder: Path, at: int) -> tuple[Any, Any]:
@@ -107,7 +118,7 @@ def on_processes(count: int, script: str, *words: str) -> str:
     """Run a script of this folder on several real processes (gloo); what the first one prints."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "0", "--standalone"]
     done = subprocess.run(
-        [*launch, str(ROOT / "tests" / script), *words], capture_output=True, text=True, timeout=400, cwd=ROOT, check=False
+        [*launch, str(ROOT / "tests" / script), *words], capture_output=True, text=True, timeout=900, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -1,35 +1,47 @@
-"""Run by slow tests on several real processes, so that DistributedDataParallel and gloo are in it: trains, and saves the result."""
+"""Run by slow tests on several real processes, so that DistributedDataParallel and gloo are in it: trains, and saves the result.
+
+torchrun … processes.py FOLDER KIND …      # what each kind makes lies in FOLDER/KIND; one start for all of them
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import make_llama
-from jobs import moved_by
+from jobs import moved_by, rules
 
-what, folder = sys.argv[1], Path(sys.argv[2])
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes > 1
-if what == "rules":
+
+
+def every_rule(folder: Path) -> None:
     from test_gradients import a_job, a_model, cases
 
+    if accelerator.is_main_process:
+        rules("orthogonal", folder, make_llama)
+    accelerator.wait_for_everyone()
     for case in cases():
         name, adapter = case.values
         model = a_model(make_llama, adapter)
         found = moved_by(a_job(name, folder, make_llama), model, folder / str(case.id), Accelerator(cpu=True))
         if accelerator.is_main_process:
             torch.save(found, folder / f"{case.id}.pt")
-if what == "budget":
+
+
+def budget(folder: Path) -> None:
     from test_weights import budget_job
 
     moved_by(budget_job(lr=2e-2), make_llama(), folder / "budget", accelerator)
-if what == "fila":
+
+
+def fila(folder: Path) -> None:
     from test_fila import Scorer as scorer_of
     from test_fila import begun, fisher, head_of, npo_and_kl, rows
 
@@ -39,7 +51,9 @@ if what == "fila":
     found = moved_by(npo_and_kl(optimizer="sgd", lr=0.05), begun(make_llama), folder / "shared", Accelerator(cpu=True))
     if accelerator.is_main_process:
         torch.save(found, folder / "moved.pt")
-if what == "dose":
+
+
+def dose(folder: Path) -> None:
     from test_dose import processes_jobs, train, weights
 
     for name, wanted in processes_jobs().items():
@@ -48,30 +62,43 @@ if what == "dose":
         if accelerator.is_main_process:
             facts = (outcome.status, outcome.step, outcome.kept, outcome.reason)
             torch.save({"outcome": facts, "weights": weights(model)}, folder / f"{name}.pt")
-if what == "edits":
+
+
+def edits(folder: Path) -> None:
     from test_edits import edits_of_each_kind, told
 
     for name in edits_of_each_kind():
         found = told(name, make_llama(), folder)
         if accelerator.is_main_process:
             torch.save(found, folder / f"{name}.pt")
-if what == "privacy":
+
+
+def privacy(folder: Path) -> None:
     from test_privacy import private_job, processes_models
 
     for name, make in processes_models(make_llama).items():
         found = moved_by(private_job(noise=0.01, optimizer="sgd"), make(), folder / f"shared-{name}", Accelerator(cpu=True))
         torch.save(found, folder / f"{name}-{accelerator.process_index}.pt")
-if what == "whitebox":
+
+
+def whitebox(folder: Path) -> None:
     from test_whitebox import found_by
 
     from llm_unlearn.embedded.target import make_tokenizer
     from llm_unlearn.models.scores import Scorer
 
     read, call = [0], Scorer.forward
-    Scorer.forward = lambda self, ids, at, *more, **named: read.append(len(at)) or call(self, ids, at, *more, **named)  # type: ignore
-    found = found_by(make_llama, make_tokenizer())
+
+    def counted(self: Scorer, ids: torch.Tensor, at: torch.Tensor, *more: object, **named: object) -> object:
+        read.append(len(at))
+        return call(self, ids, at, *more, **named)
+
+    with patch.object(Scorer, "forward", counted):
+        found = found_by(make_llama, make_tokenizer())
     (folder / f"{accelerator.process_index}.json").write_text(json.dumps({"found": found, "read": sum(read)}))
-if what == "harness":
+
+
+def harness(folder: Path) -> None:
     from test_harness import ask, make_tokenizer, of_each_kind, written
     from test_harness import loaded as as_loaded
 
@@ -80,18 +107,49 @@ if what == "harness":
     accelerator.wait_for_everyone()
     answered = ask(as_loaded(make_llama, make_tokenizer()), *of_each_kind(folder))
     torch.save(answered, folder / f"found-{accelerator.process_index}.pt")
-if what == "exact":
+
+
+def certified(folder: Path) -> None:
+    from llm_unlearn import recipe
+    from llm_unlearn.run import run
+
+    run(recipe.load(folder / "recipe.yaml"), None, cache=folder)
+
+
+def exact(folder: Path) -> None:
     from llm_unlearn import recipe
     from llm_unlearn.exact.forgetting import forget, run
 
-    wanted = recipe.load(folder / "shared" / "recipe.yaml")
+    wanted = recipe.load(folder.parent / "shared" / "recipe.yaml")
     run(wanted, None, cache=folder)
     forget(Path(wanted.output), ["row3"], cache=folder)
-if what == "golden":
+
+
+def golden(folder: Path) -> None:
     from golden import FILE, measured
 
     numbers = measured(json.loads(FILE.read_text(encoding="utf-8"))["rows"], accelerator=accelerator)
     if accelerator.is_main_process:
         (folder / "golden.json").write_text(json.dumps(numbers))
-accelerator.wait_for_everyone()
+
+
+KINDS = {
+    "rules": every_rule,
+    "budget": budget,
+    "fila": fila,
+    "dose": dose,
+    "edits": edits,
+    "privacy": privacy,
+    "whitebox": whitebox,
+    "harness": harness,
+    "certified": certified,
+    "exact": exact,
+    "golden": golden,
+}
+
+for kind in sys.argv[2:]:
+    place = Path(sys.argv[1]) / kind
+    place.mkdir(parents=True, exist_ok=True)
+    KINDS[kind](place)
+    accelerator.wait_for_everyone()
 accelerator.end_training()

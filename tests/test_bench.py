@@ -268,12 +268,15 @@ def test_the_page_has_every_method_and_both_models_to_compare_with(here: Path) -
     assert "one seed, hence no interval" in markdown(board({"npo": [scored(0.5, 1.0)]}), Path("a.md"), Path("a.svg"))
 
 
-def test_methods_with_models_of_their_own_are_named() -> None:
-    other = scored(0.5, 1.0)
-    other["models"] = {name: {"name": name, "identity": f"nf4-{name}"} for name in ("before", "retrained")}
-    found = board({"a": [scored(0.5, 1.0)], "b": [scored(0.6, 1.0)], "nf4": [other]})
-    assert found["models"]["others"] == ["nf4"] and found["models"]["before"]["name"] == "some/before"
-    assert "of their own, not with those of the first rows: `nf4`" in markdown(found, Path("a.md"), Path("a.svg"))
+def test_methods_that_begin_elsewhere_are_judged_by_where_they_end() -> None:
+    other = scored(0.5, 0.6)
+    other["models"] = {name: {"name": name, "identity": f"sisa-{name}"} for name in ("before", "retrained")}
+    other["numbers"][1]["values"]["before"]["value"] = 0.6  # it kept all of what little it had
+    found = board({"a": [scored(0.5, 1.0)], "b": [scored(0.6, 1.0)], "sisa": [other]})
+    assert found["models"]["others"] == ["sisa"] and found["models"]["before"]["name"] == "some/before"
+    (one,) = next(method for method in found["methods"] if method["name"] == "sisa")["runs"]
+    assert (one["forgotten"], one["kept"]) == pytest.approx((0.5, 0.6))
+    assert "or have another control: `sisa`" in markdown(found, Path("a.md"), Path("a.svg"))
 
 
 def test_the_plot_is_svg_that_says_the_names(here: Path) -> None:

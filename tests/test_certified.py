@@ -14,7 +14,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import RECIPE, log, rows, straight_and_resumed, weights
+from jobs import RECIPE, log, on_processes, refusal, rows, straight_and_resumed, weights
+from safetensors.torch import load_file
 from scipy import optimize, stats
 
 from llm_unlearn import recipe
@@ -22,6 +23,7 @@ from llm_unlearn.data.chance import normals
 from llm_unlearn.data.schedule import build
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune, delta_of, told_apart
 from llm_unlearn.models.load import choose_weights, trainable
+from llm_unlearn.run import run
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.certified import Certified, certified_by
@@ -166,6 +168,46 @@ def test_it_goes_on_where_it_was_bit_for_bit(make_model: Callable[..., Any], pub
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+WHOLE = """\
+output: {folder}
+model: {{base: {base}, adapter: null}}
+data:
+  forget: {{source: embedded:forget, prompt: question, answer: answer, limit: 8}}
+  retain: {{source: embedded:retain, prompt: question, answer: answer, limit: 10}}
+method: {{name: noisy_finetune, reference: {public}, epsilon: 2, delta: 1.0e-3, radius: 0.5, noisy_steps: 3, rate: 0.05,
+  reproducible: true}}
+train: {{steps: 5, lr: 1.0e-2, optimizer: sgd, warmup: 0.0, window: {{retain: 7}}, batch_tokens: 200}}
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_weights_and_certificate(
+    tiny_base: Path, make_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """As whole runs: the noise is drawn once for all of them, and the gradient that is clipped is that of the whole window."""
+    make_model(seed=7, hidden_size=64).save_pretrained(tmp_path / "public")
+    tokenizer.save_pretrained(tmp_path / "public")
+    found = []
+    for name in ("alone", "certified"):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "recipe.yaml"
+        file.write_text(WHOLE.format(folder=tmp_path / name / "run", base=tiny_base, public=tmp_path / "public"))
+        if name == "alone":
+            run(recipe.load(file), None, cache=tmp_path)
+        else:
+            on_processes(2, "processes.py", str(tmp_path), "certified")
+        facts = json.loads((tmp_path / name / "run" / "privacy.json").read_text())
+        found.append((facts, load_file(tmp_path / name / "run" / "model" / "model.safetensors")))
+    (certificate, alone), (other, shared) = found
+    base = load_file(tiny_base / "model.safetensors")
+    assert certificate == other and certificate["epsilon"] == 2.0 and alone.keys() == shared.keys()
+    apart, moved = (
+        math.sqrt(sum(float((one[name].double() - two[name].double()).square().sum()) for name in alone))
+        for one, two in ((alone, shared), (alone, base))
+    )
+    assert apart <= 1e-5 * moved and moved > 1
+
+
 def test_the_facts_claim_nothing_before_the_noisy_steps_are_done() -> None:
     made = Certified(SETTINGS, "x", b"hush")
     assert made.facts(3)["epsilon"] is None and made.facts(4)["epsilon"] == 2.0
@@ -215,9 +257,5 @@ METHOD = (
     ],
 )
 def test_what_would_break_the_certificate_is_refused(tmp_path: Path, override: str, place: str, reason: str) -> None:
-    path = tmp_path / "r.yaml"
-    path.write_text(METHOD, encoding="utf-8")
-    assert recipe.load(path).drawn_openly is False
-    with pytest.raises(Refused) as refused:
-        recipe.load(path, [override])
-    assert f": {place}: " in str(refused.value) and reason in str(refused.value)
+    stands, said = refusal(tmp_path, METHOD, override)
+    assert stands.drawn_openly is False and f": {place}: " in said and reason in said

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import job, log, on_processes, rows, weights
+from jobs import job, log, rows, weights
 
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.objectives.likelihood import NLL, Ascent
@@ -217,14 +217,17 @@ def test_a_resumed_run_ends_where_the_whole_one_does(make_model: Callable[..., A
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    on_processes(2, "processes.py", "dose", str(tmp_path))
+@pytest.mark.two_processes("dose")
+def test_two_processes_end_where_one_does(make_model: Callable[..., Any], two_processes: Path) -> None:
     for name, wanted in processes_jobs().items():
         model = make_model()
-        alone, shared = train(wanted, model, Accelerator(cpu=True), tmp_path / f"{name}-alone"), torch.load(tmp_path / f"{name}.pt")
+        alone, shared = (
+            train(wanted, model, Accelerator(cpu=True), two_processes / f"{name}-alone"),
+            torch.load(two_processes / f"{name}.pt"),
+        )
         assert (alone.status, alone.step, alone.kept) == shared["outcome"][:3], name
         assert alone.step < 60 and torch.allclose(weights(model), shared["weights"], atol=2e-3)
-        for one, other in zip(log(tmp_path / f"{name}-alone"), log(tmp_path / name), strict=True):
+        for one, other in zip(log(two_processes / f"{name}-alone"), log(two_processes / name), strict=True):
             looks = {key: value for key, value in one.items() if "perplexity" in key or "accuracy" in key}
             assert looks == pytest.approx({key: other[key] for key in looks}, rel=1e-2), (name, one["step"])
 

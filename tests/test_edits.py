@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import RECIPE, adapted, away, job, on_processes, rows, weights
+from jobs import RECIPE, adapted, away, job, rows, weights
 from torch import Tensor
 
 from llm_unlearn import recipe
@@ -432,10 +432,10 @@ def told(name: str, model: Any, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_same_edit(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    on_processes(2, "processes.py", "edits", str(tmp_path))
+@pytest.mark.two_processes("edits")
+def test_two_processes_make_the_same_edit(make_model: Callable[..., Any], two_processes: Path) -> None:
     for name in edits_of_each_kind():
-        alone, shared = told(name, make_model(), tmp_path / "alone"), torch.load(tmp_path / f"{name}.pt")
+        alone, shared = told(name, make_model(), two_processes / "alone"), torch.load(two_processes / f"{name}.pt")
         start = weights(make_model())
         assert shared["kept"] == alone["kept"] > 1, name
         assert near([shared["weights"] - start], [alone["weights"] - start], 2e-3), name

@@ -497,6 +497,6 @@ def test_two_processes_make_the_same_bits(method: str, make: Make, tmp_path: Pat
     alone, shared = (make(name, IDS, method=method) for name in ("alone", "shared"))
     run(alone, None, cache=tmp_path)
     forget(Path(alone.output), [IDS[3]], cache=tmp_path)
-    on_processes(2, "processes.py", "exact", str(tmp_path))
+    on_processes(2, "processes.py", str(tmp_path), "exact")
     assert same(adapter(Path(alone.output)), adapter(Path(shared.output)))
     assert problems(Path(shared.output)) == []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import job, log, moved_by, on_processes, rows, straight_and_resumed, weights
+from jobs import job, log, moved_by, rows, straight_and_resumed, weights
 from torch import Tensor
 
 from llm_unlearn.models import fila
@@ -70,15 +70,17 @@ def test_fisher_is_the_mean_of_squared_gradients_of_single_answers(make_model: C
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_importance_and_train_the_same_adapter(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    on_processes(2, "processes.py", "fila", str(tmp_path))
+@pytest.mark.two_processes("fila")
+def test_two_processes_find_the_same_importance_and_train_the_same_adapter(
+    make_model: Callable[..., Any], two_processes: Path
+) -> None:
     model = make_model()
     mine = fisher(Scorer(model), head_of(model), list(model.parameters()), rows("forget", 5, 1), Accelerator(cpu=True))
     for rank in range(2):
-        for one, other in zip(mine, torch.load(tmp_path / f"fisher-{rank}.pt"), strict=True):
+        for one, other in zip(mine, torch.load(two_processes / f"fisher-{rank}.pt"), strict=True):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-6 * float(one.max()))
-    alone = moved_by(npo_and_kl(optimizer="sgd", lr=0.05), begun(make_model), tmp_path / "alone")
-    assert float((alone - torch.load(tmp_path / "moved.pt")).norm() / alone.norm()) < 1e-3
+    alone = moved_by(npo_and_kl(optimizer="sgd", lr=0.05), begun(make_model), two_processes / "alone")
+    assert float((alone - torch.load(two_processes / "moved.pt")).norm() / alone.norm()) < 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------------------- fila

@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from golden import END, FILE, FULL, MOST, SHAPE, Found, Rows, make_golden, make_words, measured
-from jobs import on_processes
 from numpy.typing import NDArray
 
 from llm_unlearn.evaluation import generation, likelihood
@@ -233,9 +232,9 @@ def test_texts_that_go_on_in_a_smaller_batch_are_the_same(
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_same_numbers(tmp_path: Path) -> None:
-    on_processes(2, "processes.py", "golden", str(tmp_path))
-    check(json.loads((tmp_path / "golden.json").read_text()))
+@pytest.mark.two_processes("golden")
+def test_two_processes_have_the_same_numbers(two_processes: Path) -> None:
+    check(json.loads((two_processes / "golden.json").read_text()))
 
 
 # ------------------------------------------------------------------------------------------------ in bf16
@@ -244,7 +243,7 @@ SMOOTH = ("perplexity", "probability", "entropy", "truth ratio", "option probabi
 """Read off log p itself; the others are shares of rows or pairs, of which one may tip over."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bf16_is_as_close_as_the_docs_say(embedded: dict[str, Path]) -> None:
     """Of the control, which is less certain than the target and so moves further."""
     from llm_unlearn.models.load import load

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import NPO_AND_NLL, adapted, job, log, moved_by, on_processes, rules, straight_and_resumed, weights
+from jobs import NPO_AND_NLL, adapted, job, log, moved_by, rules, straight_and_resumed, weights
 from torch import Tensor, nn
 
 from llm_unlearn.data.batch import lay_out
@@ -398,15 +398,14 @@ def test_the_adversary_brings_the_answers_back_within_its_bound(make_model: Call
 
 
 @pytest.mark.slow
-def test_two_processes_do_not_change_a_rule(make_model: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.two_processes("rules")
+def test_two_processes_do_not_change_a_rule(make_model: Callable[..., Any], two_processes: Path) -> None:
     """`processes.py` trains with every rule in turn, with adapters and with full weights; here alone."""
-    rules("orthogonal", tmp_path, make_model)
-    on_processes(2, "processes.py", "rules", str(tmp_path))
     for case in cases():
         name, adapter = case.values
-        here = tmp_path / f"{case.id}-alone"
-        alone = moved_by(a_job(name, tmp_path, make_model), a_model(make_model, adapter), here)
-        shared = torch.load(tmp_path / f"{case.id}.pt")
+        here = two_processes / f"{case.id}-alone"
+        alone = moved_by(a_job(name, two_processes, make_model), a_model(make_model, adapter), here)
+        shared = torch.load(two_processes / f"{case.id}.pt")
         assert float((alone - shared).norm() / alone.norm()) < 1e-3, case.id
-        for one, other in zip(log(here), log(tmp_path / str(case.id)), strict=True):
+        for one, other in zip(log(here), log(two_processes / str(case.id)), strict=True):
             assert one == pytest.approx(other, rel=1e-3, abs=1e-5), case.id

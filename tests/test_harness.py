@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from jobs import adapted, on_processes
+from jobs import adapted
 from pyarrow import parquet
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -341,11 +341,11 @@ def test_the_budget_changes_nothing(make_model: Callable[..., Any], tokenizer: A
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    on_processes(2, "processes.py", "harness", str(tmp_path))
-    mine = ask(loaded(make_model, make_tokenizer()), *of_each_kind(tmp_path))
+@pytest.mark.two_processes("harness")
+def test_two_processes_find_the_same(make_model: Callable[..., Any], two_processes: Path) -> None:
+    mine = ask(loaded(make_model, make_tokenizer()), *of_each_kind(two_processes))
     for process in range(2):
-        alike(mine, torch.load(tmp_path / f"found-{process}.pt", weights_only=False))
+        alike(mine, torch.load(two_processes / f"found-{process}.pt", weights_only=False))
 
 
 LETTER = {"question": "Who?", "choices": ["a", "b", "c", "d"], "answer": 2}

@@ -287,6 +287,7 @@ LIGHT = {
     "requests/certificate.py",
     "requests/verifying.py",
     "requests/serving.py",
+    "requests/stores.py",
     "requests/cli.py",
     "evaluation/suite.py",
     "evaluation/numbers.py",

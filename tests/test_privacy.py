@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
-from jobs import RECIPE, ROOT, adapted, log, moved_by, on_processes, rows, straight_and_resumed, weights
+from jobs import RECIPE, ROOT, adapted, log, moved_by, refusal, rows, straight_and_resumed, weights
 from scipy import stats
 from test_window import DEFINITIONS, Rank, Whole, apart, gradients_of, model_of
 from torch import Tensor, nn
@@ -240,11 +240,11 @@ def test_empty_steps_move_the_weights_by_noise_alone(make_model: Callable[..., A
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    on_processes(2, "processes.py", "privacy", str(tmp_path))
+@pytest.mark.two_processes("privacy")
+def test_two_processes_train_as_one(make_model: Callable[..., Any], two_processes: Path) -> None:
     for name, make in processes_models(make_model).items():
-        alone = moved_by(private_job(noise=0.01, optimizer="sgd"), make(), tmp_path / name)
-        shared = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)]
+        alone = moved_by(private_job(noise=0.01, optimizer="sgd"), make(), two_processes / name)
+        shared = [torch.load(two_processes / f"{name}-{rank}.pt") for rank in (0, 1)]
         assert torch.equal(*shared)
         assert (shared[0] - alone).norm() <= 1e-4 * alone.norm()
 
@@ -340,12 +340,8 @@ PRIVATE = RECIPE.replace("npo", "nll") + "train: {steps: 4, privacy: {noise: 1.0
     ],
 )
 def test_what_would_break_the_guarantee_is_refused(tmp_path: Path, override: str, place: str, reason: str) -> None:
-    path = tmp_path / "r.yaml"
-    path.write_text(PRIVATE, encoding="utf-8")
-    assert recipe.load(path).train.privacy == Privacy(noise=1.0, delta=1e-4, clip=1.0)
-    with pytest.raises(Refused) as refused:
-        recipe.load(path, [override])
-    assert f": {place}: " in str(refused.value) and reason in str(refused.value)
+    stands, said = refusal(tmp_path, PRIVATE, override)
+    assert stands.train.privacy == Privacy(noise=1.0, delta=1e-4, clip=1.0) and f": {place}: " in said and reason in said
 
 
 def test_layers_that_mix_examples_are_refused(make_model: Callable[..., Any]) -> None:

@@ -20,7 +20,7 @@ from llm_unlearn import recipe, sections, tree
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.objectives.terms import AnyLoss
 from llm_unlearn.source import Alternate
-from llm_unlearn.spec import Refused, plain, schema, to_yaml
+from llm_unlearn.spec import Refused, fingerprint, plain, schema, to_yaml
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST
 
 ROOT = Path(__file__).parents[1]
@@ -463,6 +463,7 @@ def test_the_hash_is_about_content_and_not_about_order_or_output(tmp_path: Path)
     assert list(one.objective) != list(other.objective) and one.hash == other.hash
     assert recipe.load(path, ["output=runs/y"]).hash == first.hash
     assert recipe.load(path, ["train.epochs=5", "train.lr=1e-4"]).hash == first.hash, "a default written out is the default"
+    assert fingerprint({"a": 1, "new": None}) == fingerprint({"a": 1}) != fingerprint([{"a": 1}, None]), "null is not given"
     for change in (
         "train.lr=2e-4",
         "seed=1",

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from conftest import MadeOnce
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -51,11 +52,10 @@ def values(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, environment: Mapping[str, str]) -> Path:
+def finished(made_once: MadeOnce, environment: Mapping[str, str]) -> Path:
     """The shipped recipe, launched as the README says."""
-    folder = tmp_path_factory.mktemp("runs") / "forget_lora"
-    call(["accelerate", "launch", "--config_file", "launch/single.yaml", RECIPE, f"output={folder}"], environment)
-    return folder
+    launch = ["accelerate", "launch", "--config_file", "launch/single.yaml", RECIPE]
+    return made_once("runs", lambda place: call([*launch, f"output={place / 'forget_lora'}"], environment)) / "forget_lora"
 
 
 def test_the_run_folder_is_complete(finished: Path) -> None:
@@ -171,10 +171,16 @@ def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[st
             assert other == (row[model] and pytest.approx(row[model], rel=1e-4)), (key, model)
 
 
-@pytest.mark.parametrize("config", ["launch/single.yaml", pytest.param("launch/cpu.yaml", marks=pytest.mark.long)])
-def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, environment: Mapping[str, str], tmp_path: Path, config: str) -> None:
+@pytest.mark.parametrize("config", [None, pytest.param("launch/cpu.yaml", marks=pytest.mark.long)])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    finished: Path, environment: Mapping[str, str], tmp_path: Path, config: str | None
+) -> None:
     short = ["train.steps=20", "train.checkpoint_every=4", *NOT_MEASURED]
-    launch = ["accelerate", "launch", "--config_file", config, RECIPE, *short]
+    launch = (
+        ["llm-unlearn", "run", RECIPE, *short]
+        if config is None
+        else ["accelerate", "launch", "--config_file", config, RECIPE, *short]
+    )
     call([*launch, f"output={tmp_path / 'straight'}"], environment)
     cut = tmp_path / "cut"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -188,7 +194,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished: Path, environment: Mapp
             process.kill()
         running.wait()
     assert list((cut / "checkpoints").glob("step-*")) and not (cut / "adapter").exists(), "it was killed in the middle"
-    again = call([*launch, f"output={cut}"], environment, status=1)  # the launcher's own status
+    again = call([*launch, f"output={cut}"], environment, status=1 if config else 2)  # 1 is the launcher's own
     assert "add --resume to go on" in again.stderr
     call([*launch, f"output={cut}", "--resume"], environment)
     straight = adapter(tmp_path / "straight")
@@ -217,36 +223,20 @@ def test_a_finished_run_is_never_overwritten_unasked(finished: Path, environment
     assert stamp == {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_main_recipe_takes_a_real_step(recipe: Path, finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
-    """Those of `recipes/methods` are run in test_methods.py."""
-    words = ["llm-unlearn", "run", str(recipe), f"output={tmp_path / 'a'}", "train.steps=1", "evaluation=null"]
-    if "privacy" not in recipe.read_text() and "noisy" not in recipe.read_text():  # which may have no dose
-        words.append("train.stop.until=null")
-    if recipe.stem == "noisy_finetune":  # ten noisy steps, then the ordinary ones
-        words.append("train.steps=12")
-    if recipe.stem == "second_request":  # of a first one that is there
-        words += [f"model.start={finished}", f"train.rules=[{{name: orthogonal, adapters: [{finished}]}}]"]
-    if "embedded:" not in recipe.read_text() and "extends:" not in recipe.read_text():  # hub ids: nothing is downloaded here
-        words += ["model.base=embedded:target", "data.forget.source=embedded:forget", "data.retain.source=embedded:retain"]
-    call(words, environment)
-    found = load_file(str(next((tmp_path / "a").glob("*/*.safetensors"))))
-    assert found and all(bool(weight.isfinite().all()) for weight in found.values())
-    moved = [weight.abs().max() for name, weight in found.items() if "lora_B" in name]
-    assert all(float(most) > 0 for most in moved)
-    assert moved or (tmp_path / "a" / "model").is_dir()
-
-
 def test_looks_along_the_way_and_ends_at_its_bound(environment: Mapping[str, str], tmp_path: Path) -> None:
-    """Ascent without anything to hold it: evaluated every four steps, and ended by the stop rule with the last good weights."""
-    words = ["evaluation={suite: eval/quick.yaml, every: 4}", "objective.forget.loss={name: ascent}", "objective.retain.weight=0.0"]
+    """Ascent without anything to hold it: evaluated every ten steps, ended by the stop rule with the last good weights."""
+    words = [
+        "evaluation={suite: eval/quick.yaml, every: 10}",
+        "objective.forget.loss={name: ascent}",
+        "objective.retain.weight=0.0",
+    ]
     stop = ["train.stop={until: null, budget: {retain_perplexity: 1.1, retain_accuracy: null}, every: 2}", "train.lr=3e-3"]
     done = call(["llm-unlearn", "run", RECIPE, f"output={tmp_path / 'a'}", *words, *stop], environment)
     assert "stopped: retain perplexity" in done.stderr
     results = json.loads((tmp_path / "a" / "evaluation.json").read_text())
     assert results["run"]["status"] == "stopped" and results["run"]["kept_step"] < results["run"]["steps"] < 120
     rows = [json.loads(line) for line in (tmp_path / "a" / "evaluations.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [*range(4, results["run"]["steps"], 4)]
+    assert [row["step"] for row in rows] == [*range(10, results["run"]["steps"], 10)]
     kept = {(row["set"], row["title"]): row["values"]["after"]["value"] for row in results["numbers"]}
     assert kept["retain", "perplexity"] < 1.5
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jobs import NPO_AND_NLL, SIZES, adapted, job, log, moved_by, on_processes, straight_and_resumed, weights
+from jobs import NPO_AND_NLL, SIZES, adapted, job, log, moved_by, straight_and_resumed, weights
 from torch import Tensor, nn
 
 from llm_unlearn.data.schedule import build
@@ -133,12 +133,12 @@ def test_a_budget_is_met(make_model: Callable[..., Any], tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_weight(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    on_processes(2, "processes.py", "budget", str(tmp_path))
-    train(budget_job(lr=2e-2), make_model(), Accelerator(cpu=True), tmp_path / "alone")
-    for one, other in zip(log(tmp_path / "alone"), log(tmp_path / "budget"), strict=True):
+@pytest.mark.two_processes("budget")
+def test_two_processes_find_the_same_weight(make_model: Callable[..., Any], two_processes: Path) -> None:
+    train(budget_job(lr=2e-2), make_model(), Accelerator(cpu=True), two_processes / "alone")
+    for one, other in zip(log(two_processes / "alone"), log(two_processes / "budget"), strict=True):
         assert one["retain_weight"] == pytest.approx(other["retain_weight"], rel=1e-4)
-    assert len({row["retain_weight"] for row in log(tmp_path / "budget")}) > 2
+    assert len({row["retain_weight"] for row in log(two_processes / "budget")}) > 2
 
 
 # ----------------------------------------------------------------------------------------------------------------- sophia

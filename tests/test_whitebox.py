@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from jobs import on_processes
 from pydantic import TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
@@ -793,11 +792,11 @@ def found_by(make_model: Callable[..., Any], tokenizer: Any) -> dict[str, dict[s
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.two_processes("whitebox")
+def test_two_processes_find_what_one_does(make_model: Callable[..., Any], tokenizer: Any, two_processes: Path) -> None:
     """And each of them has all of it, though it has read half of the rows."""
-    on_processes(2, "processes.py", "whitebox", str(tmp_path))
     one = found_by(make_model, tokenizer)
-    mine, theirs = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    mine, theirs = (json.loads((two_processes / f"{rank}.json").read_text()) for rank in (0, 1))
     assert mine["found"] == theirs["found"]
     assert 0 < mine["read"] < 0.6 * (mine["read"] + theirs["read"]) and theirs["read"] > 0
     for name, curve in one.items():

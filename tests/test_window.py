@@ -590,7 +590,7 @@ def test_nothing_trainable_below_the_layer_is_refused(three_layers: Callable[...
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_gradient_on_real_processes(three_layers: Callable[..., Any], tmp_path: Path, ranks: int) -> None:
     """Through DistributedDataParallel and gloo: `windows.py` saves the gradients that every rank ends with."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]

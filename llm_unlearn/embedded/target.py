@@ -63,8 +63,7 @@ def models(cache: Path, show: bool = True, names: tuple[str, ...] = TOGETHER[0])
 def key_of(names: tuple[str, ...]) -> str:
     """Stands for all that decides models that are made together."""
     rows = [population.training_rows(LEARNED[name], SEED) for name in names]
-    settings = {name: value for name, value in plain(SETTINGS).items() if name != "privacy"}  # not theirs: keys are as they were
-    return fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, settings, SEED, rows)
+    return fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, plain(SETTINGS), SEED, rows)
 
 
 def folder_of(name: str, cache: Path) -> str:

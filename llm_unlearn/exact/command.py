@@ -35,6 +35,7 @@ def add(verb: Callable[[str, Verb, str], argparse.ArgumentParser], cache: Callab
     one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
     one.add_argument("--ids", nargs="+", default=[], metavar="ID", help="rows, by the column that the method names as id")
     one.add_argument("--where", nargs="+", type=_pair, default=[], metavar="column=value", help="rows that say so in all of these")
+    one.add_argument("--no-evaluation", action="store_true", help="do not measure the run's suite again, before and after")
     one.set_defaults(cache=cache)
     one = verb("verify", verify, "check a run's manifest: that no kept weight depends on a deleted row")
     one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
@@ -50,18 +51,27 @@ def _pair(word: str) -> tuple[str, str]:
 
 
 def forget(options: argparse.Namespace) -> int:
-    """Delete rows, and print what it cost."""
+    """Delete rows, measure again where the run was measured, and print what it cost."""
+    from llm_unlearn.exact import measuring
     from llm_unlearn.exact.forgetting import forget as delete
     from llm_unlearn.exact.forgetting import said
 
-    facts, outcome = delete(options.run, options.ids, where=dict(options.where), cache=options.cache())
+    run, where = options.run, dict(options.where)
+    measured = (run / RESULTS).is_file() and not options.no_evaluation
+    if measured:
+        facts, outcome = measuring.forget(run, options.ids, where, options.cache())
+    else:
+        facts, outcome = delete(run, options.ids, where=where, cache=options.cache())
     if outcome.status == "interrupted":
         print(f"interrupted; llm-unlearn forget {options.run} goes on from there.", file=sys.stderr)
         return 130
     if facts:  # one process speaks
+        (run / measuring.PENDING).unlink(missing_ok=True)  # of a deletion that --no-evaluation brought to its end
         print(said(facts))
-        if facts["rows"] and (options.run / RESULTS).is_file():
-            print(f"The numbers in {RESULTS} are of the adapter before this; llm-unlearn evaluate makes new ones.")
+        if facts["rows"] and (run / RESULTS).is_file():
+            new = f"The numbers in {RESULTS} are of the adapter before and after this."
+            old = f"The numbers in {RESULTS} are of the adapter before this; llm-unlearn evaluate makes new ones."
+            print(new if measured else old)
     return 0
 
 

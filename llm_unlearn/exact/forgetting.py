@@ -23,11 +23,14 @@ from llm_unlearn.look import Looks, attacked
 from llm_unlearn.methods.exact import S3T, Exact
 from llm_unlearn.models.load import add_adapter, load, trainable
 from llm_unlearn.recipe import Recipe
-from llm_unlearn.results import flattened, publish, results_of, run_facts, versions
+from llm_unlearn.results import flattened, publish, results_of, run_facts, versions, without_texts
 from llm_unlearn.run import start
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.training.guard import Outcome
+
+BEGUN = (BUILDING, STORING) = ("building", "storing")
+"""States of a manifest in which the first training is under way: of a run that then deletes its forget set, or of a store."""
 
 
 def method_of(recipe: Recipe) -> Exact:
@@ -45,7 +48,11 @@ def method_of(recipe: Recipe) -> Exact:
 class Session:
     """A run folder in the hands of the processes that are there: its rows, its frozen base, its manifest."""
 
-    def __init__(self, recipe: Recipe, cache: Path, overwrite: bool = False) -> None:
+    def __init__(self, recipe: Recipe, cache: Path, overwrite: bool = False, state: str = BUILDING) -> None:
+        """
+        Args:
+            state: of the manifest, where there is none yet.
+        """
         self.recipe, self.method, self.folder, self.cache = recipe, method_of(recipe), Path(recipe.output), cache
         self.accelerator: Accelerator = start(recipe.model)
         self.model: Model = embedded(recipe.model, cache)
@@ -64,7 +71,8 @@ class Session:
                 run_folder.clear(self.folder)
             if not (self.folder / FILE).is_file():
                 run_folder.write(self.folder / run_folder.RECIPE, flattened(recipe))
-                save(new_manifest(recipe, self.base, torch.get_num_threads(), versions(), list(self.known)), self.folder)
+                made = new_manifest(recipe, self.base, torch.get_num_threads(), versions(), list(self.known))
+                save(replace(made, state=state), self.folder)
         self.accelerator.wait_for_everyone()
         self.manifest = read(self.folder)
         self._check()
@@ -94,15 +102,18 @@ class Session:
     @property
     def kept(self) -> dict[str, Known]:
         """The rows that are not deleted."""
-        rows, deleted = set(self.manifest.rows), set(self.manifest.deleted)
-        hashes = {id: self.manifest.hash(id) for id in self.known}
-        return {id: one for id, one in self.known.items() if hashes[id] in rows and hashes[id] not in deleted}
+        return standing(self.manifest, self.known)
 
-    def train(self) -> tuple[Manifest, Outcome]:
-        """With all rows: the model before."""
+    def train(self, name: str = BEFORE, state: str = BUILDING) -> tuple[Manifest, Outcome]:
+        """With all rows: the model before, or a store of which nothing is deleted yet.
+
+        Args:
+            name: of the adapter's folder in the run folder.
+            state: of the manifest, from then on.
+        """
         alive, outcome = self.workshop.settle(self.manifest, self.kept, training=True)
         if outcome.status != "interrupted" and self.main:
-            self.workshop.publish(self.manifest, alive, BEFORE, "building")
+            self.workshop.publish(self.manifest, alive, name, state)
         return self._again(outcome)
 
     def delete(self, hashes: Iterable[str]) -> tuple[Manifest, Outcome]:
@@ -170,7 +181,7 @@ def run(
     """
     began, session = time.perf_counter(), Session(recipe, cache, overwrite)
     outcome = Outcome("finished", 0, 0)
-    if session.manifest.state == "building":
+    if session.manifest.state in BEGUN:
         manifest, outcome = session.train()
         if outcome.status == "interrupted":
             return outcome
@@ -202,12 +213,73 @@ def run(
     return outcome
 
 
+def stored(recipe: Recipe, cache: Path) -> Outcome:
+    """Train on all rows of a recipe, those of its forget set too, and delete none: a store, whose deletions come later. What was
+    broken off goes on by itself; nothing is done where the store is there.
+
+    Raises:
+        Refused: the run folder holds a run of another kind that did not finish.
+    """
+    folder, wanted_recipe = Path(recipe.output), replace(recipe, evaluation=None)
+    state = read(folder).state if (folder / FILE).is_file() else STORING
+    if state not in BEGUN:
+        return Outcome("finished", 0, 0)
+    if state != STORING:
+        raise Refused(f"{folder}: {UNFINISHED}")
+    run_folder.check(wanted_recipe, resume=True, overwrite=False)
+    return Session(wanted_recipe, cache, state=STORING).train(run_folder.ADAPTER, "complete")[1]
+
+
+UNFINISHED = "its run is not finished; go on with it (llm-unlearn run RECIPE --resume), and forget then."
+
+
+def recipe_in(folder: Path) -> Recipe:
+    """The recipe of a run folder, as a run in that place."""
+    return replace(recipes.load(folder / run_folder.RECIPE, check=False), output=str(folder))
+
+
+def finished(folder: Path) -> Manifest:
+    """The manifest of a run that may be asked to forget more.
+
+    Raises:
+        Refused: the run is not finished, or it is none of ours.
+    """
+    manifest = read(folder)
+    if manifest.state in BEGUN or (folder / BEFORE).exists():
+        raise Refused(f"{folder}: {UNFINISHED}")
+    return manifest
+
+
+def standing(manifest: Manifest, known: Mapping[str, Known]) -> dict[str, Known]:
+    """The rows that are there and not deleted."""
+    rows, deleted = set(manifest.rows), set(manifest.deleted)
+    hashes = {id: manifest.hash(id) for id in known}
+    return {id: one for id, one in known.items() if hashes[id] in rows and hashes[id] not in deleted}
+
+
+def meant(manifest: Manifest, known: Mapping[str, Known], ids: Iterable[str], where: Mapping[str, str]) -> set[str]:
+    """Hashes of the rows that are asked for and not deleted yet. An id may have left the data, but not one that was never there.
+
+    Raises:
+        Refused: there is no such row.
+    """
+    ids = list(ids)
+    gone = {manifest.hash(id) for id in ids} & set(manifest.rows)
+    unknown = [id for id in ids if manifest.hash(id) not in gone]
+    found = find(standing(manifest, known), unknown, where) if unknown or where else []
+    return {*gone, *(manifest.hash(id) for id in found)} - set(manifest.deleted)
+
+
+NOTHING = {"rows": 0, "note": "these rows were deleted before; nothing was left to do"}
+
+
 def forget(
     folder: Path, ids: Iterable[str] = (), *, where: Mapping[str, str] | None = None, cache: Path
 ) -> tuple[dict[str, Any], Outcome]:
     """Delete rows from a finished run: retrain (or switch off) what they touched, and replace the adapter.
 
-    Ids that were deleted before are passed over. Without ids, a deletion that was broken off is finished.
+    Ids that were deleted before are passed over. Without ids, a deletion that was broken off is finished. Questions and answers
+    that an evaluation left in the folder are taken out.
 
     Args:
         folder: a run folder of an exact method.
@@ -219,17 +291,13 @@ def forget(
     Raises:
         Refused: the run is not finished, or there is no such row. Nothing was changed.
     """
-    manifest = read(folder)
-    if manifest.state == "building" or (folder / BEFORE).exists():
-        raise Refused(f"{folder}: its run is not finished; go on with it (llm-unlearn run RECIPE --resume), and forget then.")
-    wanted_recipe = recipes.load(folder / run_folder.RECIPE, check=False)
-    session = Session(replace(wanted_recipe, output=str(folder)), cache)
-    gone = {manifest.hash(id) for id in ids} & set(manifest.rows)
-    unknown = [id for id in ids if manifest.hash(id) not in gone]
-    found = find(session.kept, unknown, dict(where or {})) if unknown or where else []
-    asked = {*gone, *(manifest.hash(id) for id in found)} - set(manifest.deleted)
+    manifest = finished(folder)
+    session = Session(recipe_in(folder), cache)
+    asked = meant(manifest, session.known, ids, where or {})
     if not asked and manifest.state == "complete":
-        return {"rows": 0, "note": "these rows were deleted before; nothing was left to do"}, Outcome("finished", 0, 0)
+        return dict(NOTHING), Outcome("finished", 0, 0)
+    if session.main and (folder / run_folder.RESULTS).is_file():
+        without_texts(folder)
     manifest, outcome = session.delete(asked)
     return ({} if outcome.status == "interrupted" or not session.main else manifest.deletions[-1]), outcome
 

@@ -59,7 +59,8 @@ class Manifest:
     deleted: list[str] = field(default_factory=list)
     """Salted hashes of those that are deleted, asked for or done."""
     state: str = "building"
-    """building: trained with all rows · deleting: a deletion is under way · complete."""
+    """building: trained with all rows · storing: the same, and then nothing is deleted · deleting: a deletion is under way ·
+    complete."""
     pieces: list[Piece] = field(default_factory=list)
     serving: list[str] = field(default_factory=list)
     """Keys of the pieces that the adapter is made of."""

@@ -37,12 +37,8 @@ def read_known(recipe: Recipe, method: Exact, tokenizer: Any) -> dict[str, Known
     """
     found: dict[str, Known] = {}
     for name, source in recipe.sources.items():
-        kept = rows(source)
-        for column in (method.id, method.owner if isinstance(method, Modules) else None):
-            if column and column not in kept[0]:
-                raise Refused(f"method: {source.source} has no column {column!r}; {nearest(column, kept[0])}")
-        for row, examples in zip(kept, _encoded(kept, source, tokenizer), strict=True):
-            id = str(row[method.id]) if method.id else digest(content_of(row, source))
+        ids, kept = identified(source, method)
+        for id, row, examples in zip(ids, kept, _encoded(kept, source, tokenizer), strict=True):
             owner = str(row[method.owner]) if isinstance(method, Modules) else None
             before = found.get(id)
             if before and before.placed.owner != owner:
@@ -55,6 +51,19 @@ def read_known(recipe: Recipe, method: Exact, tokenizer: Any) -> dict[str, Known
     if not any(not one.asked for one in kept_ids.values()):
         raise Refused("data.retain: no row is left that is kept; an exact method needs some.")
     return kept_ids
+
+
+def identified(source: Source, method: Exact) -> tuple[list[str], list[Row]]:
+    """The rows of a source, and the id under which each is deleted: what the method's column says, or its content.
+
+    Raises:
+        Refused: the source cannot be read, or lacks a column.
+    """
+    kept = rows(source)
+    for column in (method.id, method.owner if isinstance(method, Modules) else None):
+        if column and column not in kept[0]:
+            raise Refused(f"method: {source.source} has no column {column!r}; {nearest(column, kept[0])}")
+    return [str(row[method.id]) if method.id else digest(content_of(row, source)) for row in kept], kept
 
 
 def _encoded(kept: list[Row], source: Source, tokenizer: Any) -> list[list[Example]]:

@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from llm_unlearn.catalogue import Method
-from llm_unlearn.report.ranking import APART, FLOOR, middle, ranked, scores_of, standing
-from llm_unlearn.report.verdict import Number, Results, printable, shown, value_of
+from llm_unlearn.report.ranking import APART, FLOOR, against, key_of, middle, ranked, scores_of, standing, values_of
+from llm_unlearn.report.verdict import Results, printable, shown, value_of
 
 COLUMNS = (
     ("forget", "probability"),
@@ -43,9 +43,14 @@ def board_of(outcomes: Mapping[Method, Sequence[Outcome]], *, suite: str, suite_
         outcomes: of each method, one per seed.
         command: the line that made it.
     """
+    models = _models(outcomes)
+    # a method that begins elsewhere (with adapters on a base that saw no row, say) is judged by where it ends, as the others are
+    common: dict[str, Mapping[str, float | None]] = {
+        column: models[column]["values"] for column in ("before", "retrained") if column in models
+    }
     methods = []
     for method, found in outcomes.items():
-        runs = [_run(*outcome) for outcome in found]
+        runs = [_run(*outcome, common) for outcome in found]
         facts = {"name": method.name, "recipe": str(method.path), "sentence": method.sentence, "paper": method.paper}
         values = {
             key: fmean(each)
@@ -55,7 +60,7 @@ def board_of(outcomes: Mapping[Method, Sequence[Outcome]], *, suite: str, suite_
         seconds = middle(run.get("seconds") for run in runs)
         methods.append({**facts, **standing(runs), "values": values, "seconds": seconds, "runs": runs})
     done = [results for found in outcomes.values() for _, _, results in found if not isinstance(results, str)]
-    known = {_key(number) for results in done for number in results["numbers"]}
+    known = {key_of(number) for results in done for number in results["numbers"]}
     return {
         "format": 1,
         "command": command,
@@ -68,27 +73,27 @@ def board_of(outcomes: Mapping[Method, Sequence[Outcome]], *, suite: str, suite_
             name: _several(results["run"]["versions"][name] for results in done)
             for name in dict.fromkeys(name for results in done for name in results["run"]["versions"])
         },
-        "models": _models(outcomes),
+        "models": models,
         "methods": ranked(methods),
     }
 
 
-def _run(seed: int, folder: str, results: Results | str) -> dict[str, Any]:
-    """One run as plain data, every number of it included."""
-    if isinstance(results, str):
-        return {"seed": seed, "folder": folder, "error": results}
+def _run(seed: int, folder: str, found: Results | str, common: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+    """One run as plain data, every number of it included.
+
+    Args:
+        common: the values of the models that it is scored against.
+    """
+    if isinstance(found, str):
+        return {"seed": seed, "folder": folder, "error": found}
+    results = against(found, common)
     numbers = [
         {key: number[key] for key in ("set", "title", "goal", "settings")}
         | {"values": {column: value_of(number, column) for column in number["values"]}}
         for number in results["numbers"]
     ]
-    values = {_key(number): value_of(number, "after") for number in reversed(results["numbers"])}
     how = {key: results["run"][key] for key in ("recipe_hash", "status", "reason", "steps", "kept_step", "seconds")}
-    return {"seed": seed, "folder": folder, **scores_of(results), **how, "values": values, "numbers": numbers}
-
-
-def _key(number: Number) -> str:
-    return f"{number['set']} {number['title']}"
+    return {"seed": seed, "folder": folder, **scores_of(results), **how, "values": values_of(results, "after"), "numbers": numbers}
 
 
 def _machine(run: Mapping[str, Any]) -> str:
@@ -111,7 +116,7 @@ def _models(outcomes: Mapping[Method, Sequence[Outcome]]) -> dict[str, Any]:
                 values[key] = {
                     column: {
                         "name": model["name"],
-                        "values": {_key(number): value_of(number, column) for number in reversed(results["numbers"])},
+                        "values": values_of(results, column),
                     }
                     for column, model in models.items()
                 }
@@ -142,7 +147,7 @@ def markdown(board: Mapping[str, Any], page: Path, plot: Path) -> str:
         names = ", ".join(f"`{name}`" for name in board["models"]["others"])
         lines += [
             "",
-            f"Compared with a model before and a retrained model of their own, not with those of the first rows: {names}.",
+            f"Scored against the models of the first rows too, though they begin from another, or have another control: {names}.",
         ]
     failed = [(method["name"], run) for method in methods for run in method["runs"] if "error" in run]
     if failed:

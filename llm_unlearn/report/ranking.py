@@ -72,6 +72,29 @@ def harmonic(forgotten: float, kept: float) -> float:
     return 2 * forgotten * kept / (forgotten + kept) if forgotten + kept else 0.0
 
 
+def key_of(number: Number) -> str:
+    """A number's name in a table of values."""
+    return f"{number['set']} {number['title']}"
+
+
+def values_of(results: Results, column: str) -> dict[str, float | None]:
+    """Every number of one model, by name; of two with one name, the first."""
+    return {key_of(number): value_of(number, column) for number in reversed(results["numbers"])}
+
+
+def against(results: Results, common: Mapping[str, Mapping[str, float | None]]) -> Results:
+    """A run's results with the values of others' models in the place of its own `before` and `retrained`.
+
+    Args:
+        common: column -> values by name.
+    """
+    numbers = [
+        number | {"values": number["values"] | {column: {"value": values.get(key_of(number))} for column, values in common.items()}}
+        for number in results["numbers"]
+    ]
+    return {**results, "numbers": numbers}
+
+
 def scores_of(results: Results) -> dict[str, Any]:
     """One run: forgotten, kept, their harmonic mean, the p-value of forget quality, and whether it collapsed."""
     numbers: Sequence[Number] = results["numbers"]

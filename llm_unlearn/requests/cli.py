@@ -47,7 +47,7 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--ids", nargs="+", metavar="ID", help="rows by their id; - reads them from standard input, one a line")
     which.add_argument("--text", help="rows that nearly repeat this text; @FILE reads it from a file, - from standard input")
     one.add_argument("--score", type=float, default=SCORE, help=f"likeness from which a row counts for --text; default {SCORE:g}")
-    one.add_argument("--model", help="the model that is to forget; default: model.base of the service's recipe")
+    one.add_argument("--model", help="the model that is to forget; default: model.base of the service's recipe, or its store")
     one.add_argument("--due", type=_day, metavar="YYYY-MM-DD", help="the day by which it must be served")
     one.add_argument("--key", help="your own name for the request; the same key again is the same request")
     one.add_argument("--dry-run", action="store_true", help="show what would be found, and change nothing")
@@ -99,9 +99,11 @@ def new(options: argparse.Namespace, cache: Path, config: Path) -> int:
 
 def add(options: argparse.Namespace, cache: Path, config: Path) -> int:
     office = service.load(options.service)
-    name = options.model or office.recipe.model.base
-    if missing(name):
+    name = options.model or office.model
+    if missing(name) and name != office.model:
         raise Refused(f"--model: no such folder: {name} (looked from {Path.cwd()}).")
+    if office.in_pieces and name != office.model:
+        raise Refused(f"--model: found {name}; this service's requests are served by {office.model}, its recipe's output.")
     from llm_unlearn.requests import matching
     from llm_unlearn.requests.serving import row_of
 
@@ -123,6 +125,10 @@ def add(options: argparse.Namespace, cache: Path, config: Path) -> int:
             f"{len(found)} of {len(rows)} rows are more than the service's `most` ({office.service.most:g} of all). Nothing was "
             "added; look at them with --dry-run, and add --yes-many if they are meant."
         )
+    if office.in_pieces:
+        from llm_unlearn.requests.stores import exact_ids
+
+        exact_ids(office, [one.id for one in found])
     if options.dry_run:
         print("dry run: nothing was added")
         return 0
@@ -210,9 +216,9 @@ def run(options: argparse.Namespace, cache: Path, config: Path) -> int:
     office, ledger = _open(options)
     key = signing_key(config)
     from llm_unlearn.requests.serving import Desk
-    from llm_unlearn.requests.ways import ByRecipe
+    from llm_unlearn.requests.stores import way_of
 
-    desk = Desk(office, ledger, ByRecipe(office, cache), key, one_by_one=options.one_by_one, show_text=options.show_text)
+    desk = Desk(office, ledger, way_of(office, cache), key, one_by_one=options.one_by_one, show_text=options.show_text)
     return desk.serve()
 
 
@@ -262,14 +268,15 @@ def model(options: argparse.Namespace, cache: Path, config: Path) -> int:
     office, ledger = _open(options)
     if options.folder.exists():
         raise Refused(f"{options.folder}: exists already. Nothing was changed; choose another name.")
-    name = options.model or office.recipe.model.base
+    name = options.model or office.model
     runs = ledger.runs("accepted", model=name)
     if not runs:
         known = ", ".join(dict.fromkeys(run.model for run in ledger.runs("accepted"))) or "none yet"
         raise Refused(f"--model: {name}: no request on it was fulfilled; models with fulfilled requests: {known}.")
+    from llm_unlearn.requests.stores import way_of
     from llm_unlearn.requests.ways import release
 
-    release(office, name, [office.output / run.folder for run in runs], options.folder, cache)
+    release(way_of(office, cache).model(name, [office.output / run.folder for run in runs]), options.folder, cache)
     print(f"{options.folder}: {name} after run{'s' * (len(runs) > 1)} {', '.join(str(run.id) for run in runs)}")
     return 0
 

@@ -16,7 +16,7 @@ from llm_unlearn.recipe import Recipe
 from llm_unlearn.requests.matching import RowId
 from llm_unlearn.requests.service import Office
 from llm_unlearn.sections import Data, Evaluation, Model
-from llm_unlearn.source import Source
+from llm_unlearn.source import Source, left_out
 from llm_unlearn.training.gradients import Orthogonal
 
 Ids = Sequence[RowId]
@@ -110,6 +110,4 @@ def _without(source: Source, office: Office, ids: Ids) -> Source:
     """A set without these rows, where it reads the training data."""
     if not office.is_training(source) or not ids:
         return source
-    column, out = office.service.data.id, dict(source.without or {})
-    already = out.get(column, ())
-    return replace(source, without=out | {column: (*(already if isinstance(already, tuple) else (already,)), *ids)})
+    return left_out(source, office.service.data.id, ids)

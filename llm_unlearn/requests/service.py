@@ -11,6 +11,7 @@ from llm_unlearn import recipe as recipes
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.numbers import titles
 from llm_unlearn.methods.contrast import Contrast
+from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.source import Source, source_problems
 from llm_unlearn.spec import FiniteFloat, NonNegativeFloat, Portion, Refused, dotted, fingerprint, nearest, spec
@@ -106,6 +107,16 @@ class Office:
     output: Path
 
     @property
+    def in_pieces(self) -> bool:
+        """Whether requests are served by deletions from a store: the run folder of an exact method."""
+        return isinstance(self.recipe.method, Exact)
+
+    @property
+    def model(self) -> str:
+        """The model that is to forget where a request names none: the recipe's base, or its store."""
+        return self.recipe.output if self.in_pieces else self.recipe.model.base
+
+    @property
     def hash(self) -> str:
         """Stands for everything that decides how requests are served; a run that was begun under another cannot go on."""
         return fingerprint(self.recipe.hash, self.suite, self.service)
@@ -174,6 +185,9 @@ def _problems(office: Office, tree: Tree) -> Iterable[str]:
     elif not office.is_training(suite.sets["forget"]):
         found = suite.sets["forget"].source
         yield say(f"sets.forget of {office.suite_name} reads {found}, and requests are looked up elsewhere.", "data", "source")
+    if office.in_pieces and suite.attacks:
+        text = f"{office.suite_name} has attacks, which look at the model before, and a deletion from a store leaves none"
+        yield say(f"{text}; take them out, and attack the store with llm-unlearn evaluate.", "suite")
     yield from _threshold_problems(office, say)
 
 

@@ -139,8 +139,9 @@ class Desk:
 
     def _judge(self, run: Run, mine: Sequence[Request], work: Work, served: Served, unmeasured: Sequence[int]) -> int:
         """Thresholds on every request, the earlier ones too; then all states in one transaction."""
-        accepted_before = self.ledger.runs("accepted", model=run.model)
-        baseline = (accepted_before[0].numbers if accepted_before else None) or served.numbers
+        # a rejected run, too, began with the model before; from a store it may have deleted rows
+        measured = (one.numbers for one in self.ledger.runs("accepted", "rejected", model=run.model))
+        baseline = next(filter(None, measured), None) or served.numbers
         kept = [one for one in baseline if not str(one["set"]).startswith("forget")]
         every = {one.id: one for one in self.ledger.requests(model=run.model)}
         thresholds = self.office.service.thresholds
@@ -151,7 +152,7 @@ class Desk:
             asked = thresholds if number in work.requests else [one for one in thresholds if one.set.startswith("forget")]
             found[number] = findings(asked, served.numbers, number, [*first, *kept])
         reasons = {number: served.broken or reason_of(one) for number, one in found.items()}
-        accepted = any(not reasons[one.id] for one in mine)
+        accepted = any(not reasons[one.id] for one in mine) or (served.lasting and not served.broken)
         notes = [f"request {one}: not measured again, as its rows are gone from the data or were changed" for one in unmeasured]
         again = {str(one): not reasons[one] for one in work.earlier}
 
@@ -171,7 +172,7 @@ class Desk:
 
         judged = [*mine, *(every[one] for one in work.earlier)] if accepted else list(mine)
         verdicts = [verdict(one) for one in judged]
-        if not accepted and work.earlier:
+        if not accepted and work.earlier and not served.lasting:
             notes.append("its weights are not taken: earlier requests stand on the model as it was")
         self._end(run, "accepted" if accepted else "rejected", verdicts, served.numbers, notes)
         return SOME if any(reasons[one.request] for one in verdicts) else DONE

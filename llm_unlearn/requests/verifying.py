@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.requests import chain
-from llm_unlearn.requests.certificate import read, signature_problems, weight_problems
+from llm_unlearn.requests.certificate import files_of, read, signature_problems, weight_problems
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.records import FULFILLED
 from llm_unlearn.requests.serving import row_seal
@@ -24,14 +24,52 @@ def of_ledger(ledger: Ledger, output: Path, trusted: str) -> list[str]:
     """
     found = chain.problems(ledger)
     certificates = ledger.certificates()
+    stores = set[Path]()
     for (request, run), text in certificates.items():
         name = f"request {request}, certificate of run {run}"
         found += [f"{name}: {problem}" for problem in of_certificate(text, name, ledger, output, trusted)]
+        if not list(of_certificate(text, name, None, None, trusted)) and _of_store(certificate := read(text, name)):
+            stores.add(_adapter(certificate).parent)
     for one in ledger.requests(FULFILLED):
         newest = max((run.id for run in ledger.runs("accepted", model=one.model)), default=None)
         if (one.id, newest) not in certificates and not _said(ledger, newest, one.id):
             found.append(f"request {one.id}: is fulfilled, and has no certificate on the newest weights (run {newest})")
-    return found
+    return found + [f"{store}: {text}" for store in sorted(stores) for text in _store_problems(store)]
+
+
+def _adapter(certificate: dict[str, Any]) -> Path:
+    return Path(certificate["weights"]["after"]["name"])
+
+
+def _of_store(certificate: dict[str, Any]) -> bool:
+    return bool(certificate["weights"]["after"]["place"] == "store")
+
+
+def _store_problems(store: Path) -> list[str]:
+    """What `llm-unlearn verify` finds."""
+    from llm_unlearn.exact.verify import problems
+
+    try:
+        return problems(store)
+    except Refused as error:
+        return [str(error)]
+
+
+def _against_store(certificate: dict[str, Any]) -> list[str]:
+    """Whether a store is as a certificate says, unless a later deletion has replaced its weights."""
+    from llm_unlearn.exact.manifest import FILE, read, sha256
+
+    after = certificate["weights"]["after"]
+    adapter = _adapter(certificate)
+    try:
+        manifest = read(adapter.parent)
+    except Refused as error:
+        return [str(error)]
+    if len(manifest.deletions) > after["deletions"]:
+        return []
+    manifest_is = sha256(adapter.parent / FILE) == after["manifest"]
+    checks = ((manifest_is, adapter.parent / FILE), (files_of(adapter) == after["files"], f"weights {adapter}"))
+    return [f"{what}: not as it was certified" for holds, what in checks if not holds]
 
 
 def of_certificate(text: str, name: str, ledger: Ledger | None, output: Path | None, trusted: str | None) -> Iterable[str]:
@@ -47,7 +85,9 @@ def of_certificate(text: str, name: str, ledger: Ledger | None, output: Path | N
     found = list(signature_problems(certificate, trusted))
     if found:  # what nobody signed may have any shape
         return found
-    found += weight_problems(certificate, output) if output else []
+    if output:
+        found += _against_store(certificate) if _of_store(certificate) else []
+        found += weight_problems(certificate, output)
     return found + (_against_ledger(certificate, ledger) if ledger else [])
 
 

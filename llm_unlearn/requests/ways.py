@@ -1,12 +1,8 @@
-"""Ways of serving deletion requests: what a serving is given, what it must hand back, and the way of a recipe.
-
-Another way (a store of models that were trained apart, say) is another class with `serve`; ledger, thresholds and certificates
-stay.
-"""
+"""Ways of serving deletion requests: what a serving is given, what it must hand back, and the way of a recipe. Another way is
+another class with `serve`, such as that of a store (`stores.py`); ledger, thresholds and certificates stay."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +16,7 @@ from llm_unlearn.requests.certificate import files_of
 from llm_unlearn.requests.derived import Ids, model_of, recipe_of, suite_of
 from llm_unlearn.requests.judging import plainly
 from llm_unlearn.requests.service import Office
+from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
 
 
@@ -53,6 +50,8 @@ class Served:
     """How it went: way, recipe and suite by hash, seed, steps, versions."""
     broken: str = ""
     """Why the result cannot be used, whatever was measured."""
+    lasting: bool = False
+    """The model has become this, whatever was measured: what was deleted does not come back."""
 
 
 class Way(Protocol):
@@ -80,15 +79,17 @@ class ByRecipe:
         gone = tuple(one for one in work.gone if one not in set(forget))
         wanted = recipe_of(self.office, work.model, forget, gone, work.before, work.output)
         suite = suite_of(self.office, {**work.earlier, **work.requests}, (*forget, *gone))
-        scratch = work.output.with_name(f"{work.output.name}.scratch")
+        scratch = own_cache(work.output, self.cache)
         _clear_unbegun(work.output)
         if not folder.check(wanted, resume=True, overwrite=False):
             from llm_unlearn.run import run
 
-            outcome = run(wanted, suite, cache=_scratch(scratch, self.cache), resume=True)
+            outcome = run(wanted, suite, cache=scratch, resume=True)
             if outcome.status == "interrupted":
                 return None
-        strip(work.output)
+        from llm_unlearn.results import without_texts
+
+        without_texts(work.output)
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(work.output / folder.CHECKPOINTS, ignore_errors=True)
         results = folder.results_in(work.output)
@@ -104,7 +105,7 @@ class ByRecipe:
         return Served(
             plainly(results["numbers"]),
             self._weights(wanted, work),
-            _part("output", f"{work.output.name}/{after}", work.output / after),
+            part("output", f"{work.output.name}/{after}", work.output / after),
             known,
             str(facts["reason"] or "a loss was not finite") if facts["broken"] else "",
         )
@@ -114,17 +115,21 @@ class ByRecipe:
         from llm_unlearn.embedded.target import embedded
         from llm_unlearn.models.load import folder_of
 
-        def part(name: str, at: Path) -> dict[str, Any]:
+        def placed(name: str, at: Path) -> dict[str, Any]:
             ours = at.is_relative_to(work.output.parent)
-            return _part("output" if ours else "elsewhere", str(at.relative_to(work.output.parent)) if ours else name, at)
+            return part("output" if ours else "elsewhere", str(at.relative_to(work.output.parent)) if ours else name, at)
 
         base = wanted.model.base
-        found = [part(base, folder_of(embedded(wanted.model, self.cache).base, wanted.model.revision))]
-        return found + [part(name, folder_of(folder.adapter_in(name))) for name in wanted.model.starts]
+        found = [placed(base, folder_of(embedded(wanted.model, self.cache).base, wanted.model.revision))]
+        return found + [placed(name, folder_of(folder.adapter_in(name))) for name in wanted.model.starts]
+
+    def model(self, name: str, before: Sequence[Path]) -> Model:
+        """The model as the accepted runs left it, to be released."""
+        return model_of(self.office.recipe.model, name, before)
 
 
-def release(office: Office, model: str, before: Sequence[Path], output: Path, cache: Path) -> None:
-    """Write the model as the runs left it, every adapter merged, with its tokenizer, as `transformers` reads it.
+def release(model: Model, output: Path, cache: Path) -> None:
+    """Write a model, every adapter that it starts from merged, with its tokenizer, as `transformers` reads it.
 
     Raises:
         Refused: the model or an adapter cannot be read.
@@ -134,7 +139,7 @@ def release(office: Office, model: str, before: Sequence[Path], output: Path, ca
     from llm_unlearn.embedded.target import embedded
     from llm_unlearn.models.load import load
 
-    wanted = replace(embedded(model_of(office.recipe.model, model, before), cache), quantize=None)
+    wanted = replace(embedded(model, cache), quantize=None)
     loaded = load(wanted, torch.device("cpu"))
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -143,7 +148,8 @@ def release(office: Office, model: str, before: Sequence[Path], output: Path, ca
     unfinished.rename(output)
 
 
-def _part(place: str, name: str, at: Path) -> dict[str, Any]:
+def part(place: str, name: str, at: Path) -> dict[str, Any]:
+    """Weights as a certificate names them."""
     return {"place": place, "name": name, "files": files_of(at)}
 
 
@@ -153,33 +159,14 @@ def _clear_unbegun(output: Path) -> None:
         shutil.rmtree(output)
 
 
-def _scratch(scratch: Path, cache: Path) -> Path:
+def own_cache(output: Path, cache: Path) -> Path:
     """A cache for this run alone, as tables hold the texts of the rows; the embedded models are shared."""
+    scratch = output.with_name(f"{output.name}.scratch")
     scratch.mkdir(parents=True, exist_ok=True)
     (cache / "embedded").mkdir(parents=True, exist_ok=True)
     if not (scratch / "embedded").is_symlink():
         (scratch / "embedded").symlink_to((cache / "embedded").resolve(), target_is_directory=True)
     return scratch
-
-
-def strip(output: Path) -> None:
-    """Take every question and answer out of a run folder: from the page, the values by row, and the numbers' file, which comes
-    last and says that it was done.
-
-    Raises:
-        Refused: the run left no numbers.
-    """
-    from llm_unlearn.report.page import write_page
-
-    results = folder.results_in(output)
-    if not results["answers"] and not (output / folder.ROWS).exists():
-        return
-    results["answers"] = {}
-    log = output / folder.LOG
-    (output / folder.ROWS).unlink(missing_ok=True)
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-    write_page(results, rows, output / folder.REPORT)
-    folder.write(output / folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
 
 
 def withheld(error: Refused, texts: Sequence[str]) -> str:
