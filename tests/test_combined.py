@@ -253,8 +253,9 @@ def test_a_combined_model_is_no_control_no_shadow_and_no_begin_of_a_later_reques
     monkeypatch.chdir(ROOT)
     name = "recipes/methods/uld.yaml"
     assert "the model runs 2 times for every token" in plan(recipe.load(Path(name)), tmp_path)
-    with pytest.raises(Refused, match=f"retrained: {name}: uld combines the logits of several models"):
-        retrained.found(name, tmp_path)
+    for one in (name, "recipes/methods/sisa.yaml"):
+        with pytest.raises(Refused, match=f"retrained: {one}: {Path(one).stem} makes a model of several parts"):
+            retrained.found(one, tmp_path)
     with pytest.raises(Refused, match="cannot forget by a recipe with method: uld"):
         Shadows(recipe=name, set="forget", against="holdout", retain="retain").forgetting()
     file = tmp_path / service.FILE
