@@ -258,7 +258,7 @@ def test_a_combined_model_is_no_control_no_shadow_and_no_begin_of_a_later_reques
             retrained.found(one, tmp_path)
     with pytest.raises(Refused, match="cannot forget by a recipe with method: uld"):
         Shadows(recipe=name, set="forget", against="holdout", retain="retain").forgetting()
-    file = tmp_path / service.FILE
+    file = tmp_path / "requests.yaml"
     file.write_text(service.TEMPLATE.replace("recipes/forget_lora.yaml", str(ROOT / name)).replace("eval/", f"{ROOT}/eval/"))
     with pytest.raises(Refused, match="recipe: uld leaves the logits of several models combined"):
         service.load(file)

@@ -17,8 +17,6 @@ from llm_unlearn.source import Source, source_problems
 from llm_unlearn.spec import FiniteFloat, NonNegativeFloat, Portion, Refused, dotted, fingerprint, nearest, spec
 from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
 
-FILE = "requests.yaml"
-"""The service file that is meant where none is named."""
 TEMPLATE = """\
 # How deletion requests are served: llm-unlearn requests add --where person=…, then llm-unlearn requests run
 ledger: requests.db                 # who asked for what, and what was done; beside this file
