@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
