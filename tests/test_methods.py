@@ -84,6 +84,10 @@ def words_for(path: Path, folder: Path) -> list[str]:
         words.append("method.rows=4")
     if "embedded:" not in text and "extends:" not in text:  # hub ids: nothing is downloaded here
         words += ["model.base=embedded:target", "data.forget.source=embedded:forget", "data.retain.source=embedded:retain"]
+    if whole.model.base == "embedded:base":  # which takes a minute to train, and is made as the others are
+        words.append("model.base=embedded:retrained")
+    if isinstance(whole.method, NoisyFinetune):
+        words.append("method.reference=embedded:retrained")
     if path.stem == "second_request":  # of a first one that is there
         model, _ = adapted_target()
         model.save_pretrained(str(folder / "first"))
