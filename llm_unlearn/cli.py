@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
+from llm_unlearn.auditing import command as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
 from llm_unlearn.options import count, takes_models, takes_recipe
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
     takes_recipe(verb("plan", plan, "say what a run will do, and write nothing"))
     command.add(verb, cache_folder)
+    auditing.add(verb, cache_folder)
     one = verb("evaluate", evaluate, "run a suite on a model, before and after an adapter, beside a retrained one")
     takes_models(one)
     one = verb("compare", compare_runs, "put finished runs or evaluations beside each other: table, JSON, one HTML page")

@@ -53,6 +53,7 @@ ROOMS = (
     "bench",
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own cli.py
     "options",
+    "auditing",  # trains a recipe as `run` does
     "cli",
 )
 """In the order in which they are built: a room imports only itself and rooms that stand before it."""
@@ -306,6 +307,7 @@ LIGHT = {
     "methods/exact.py",
     "methods/registry.py",
     "exact/command.py",
+    "auditing/command.py",
 }
 
 
@@ -334,6 +336,7 @@ LIBRARIES = {  # rule 5: who may import what
     # an attack that trains has an accelerator of its own (audit), and says so (finding); many.py, results.py: the type only
     "accelerate": r"training/\w+\.py|run\.py|evaluation/(passes|likelihood|generation|harness)\.py|embedded/target\.py"
     r"|attacks/(audit|finding)\.py|look\.py|many\.py|results\.py"
+    r"|auditing/trial\.py"  # the type only
     r"|exact/(pieces|forgetting)\.py",  # lines are dealt to processes
     "yaml": r"(spec|tree)\.py",
     "pydantic": r"(spec|tree)\.py",
