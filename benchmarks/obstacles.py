@@ -47,6 +47,7 @@ class Place:
 
     home: Path
     jobs: int
+    methods: Sequence[str]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -148,13 +149,13 @@ def sequence(place: Place) -> list[str]:
             method, place.settings(f"together/{method}-{k}", ids[k - 1], ids[k - 1], evaluation=str(suites[k]))
         )
         for k in REQUESTS
-        for method in METHODS
+        for method in place.methods
         if method not in EXACT
     }
     place.carry_out(commands)
     for k in range(1, len(people) + 1):
         step: dict[str, Sequence[str]] = {}
-        for method in METHODS:
+        for method in place.methods:
             name, evaluation = f"sequence/{method}-{k}", str(suites.get(k, suites[8]))
             if method not in EXACT:
                 model = _begun(place, method, k)
@@ -191,7 +192,7 @@ def _sequence_table(place: Place) -> list[str]:
     lines = _head(
         "method", "requests", *(f"{one}, one by one" for one in COLUMNS), *(f"{one}, together" for one in COLUMNS), *VALUES
     )
-    for method in METHODS:
+    for method in place.methods:
         for k in REQUESTS:
             common = place.results(f"together/npo-{k}")
             name = f"sequence/{method}-{k}-seen" if method in EXACT else f"sequence/{method}-{k}"
@@ -214,12 +215,12 @@ def share(place: Place) -> list[str]:
         control = {"extends": str(ROOT / "recipes/methods/retrain.yaml")} | place.settings(f"share/retrain-{name}", ids, ids)
         retrained = place.write(f"share/retrain-{name}.yaml", yaml.safe_dump(control, sort_keys=False))
         own = {"suite": str(beside.resolve()), "retrained": str(retrained.resolve())}  # made once, on first use
-        for method in METHODS:
+        for method in place.methods:
             run = f"share/{method}-{name}"
             commands[run] = place.run(method, place.settings(run, ids, ids, evaluation=own))
     place.carry_out(commands)
     lines = _head("method", "share", *COLUMNS, *VALUES)
-    for method in METHODS:
+    for method in place.methods:
         for part in SHARES:
             common = place.results(f"share/npo-{100 * part:g}")
             found = scored(place.results(f"share/{method}-{100 * part:g}"), common)
@@ -265,8 +266,11 @@ def main() -> None:
     parser.add_argument("--board", type=Path, default=Path("runs/bench/leaderboard.json"), help="made by llm-unlearn bench")
     parser.add_argument("--output", type=Path, default=Path("runs/obstacles"), help="folder for the runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, metavar="NAME", help=f"recipes/methods/NAME.yaml: {', '.join(METHODS)}"
+    )
     options = parser.parse_args()
-    place = Place(options.output, options.jobs)
+    place = Place(options.output, options.jobs, options.methods)
     lines = seeds(options.board) if options.what == "seeds" else {"sequence": sequence, "share": share}[options.what](place)
     place.write(f"{options.what}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -85,6 +85,9 @@ def bench(asked: Asked, environment: Mapping[str, str]) -> int:
     Raises:
         Refused: anything that can be known beforehand is wrong; nothing was started.
     """
+    asked, left_out = fitting(asked)
+    if left_out:
+        print(f"left out, as the recipe forgets other rows than {asked.suite_name} asks about: {', '.join(left_out)}")
     runs = runs_of(asked)
     print(_summary(asked, runs), flush=True)
     waiting = [Child(run.name, command_of(run), run.log) for run in runs if run.state != "finished"]
@@ -93,7 +96,22 @@ def bench(asked: Asked, environment: Mapping[str, str]) -> int:
         there = sum(run.state == "finished" for run in runs_of(asked))
         print(f"interrupted with {there} of {len(runs)} runs finished; the same command goes on from there.", file=sys.stderr)
         return 130
-    return _write_board(asked, runs, failures)
+    return _write_board(asked, runs, failures, left_out)
+
+
+def fitting(asked: Asked) -> tuple[Asked, list[str]]:
+    """Without the methods whose recipe forgets other rows of the data than the suite asks about, and their names."""
+    left_out = []
+    for method in asked.methods:
+        try:
+            mine = recipe.load(method.path, asked.overrides).data.forget
+        except Refused:  # runs_of says it
+            continue
+        theirs = asked.suite.sets.get("forget", mine)
+        same_data = (mine.source, mine.config, mine.split) == (theirs.source, theirs.config, theirs.split)
+        if same_data and (mine.where, mine.without, mine.like) != (theirs.where, theirs.without, theirs.like):
+            left_out.append(method.name)
+    return replace(asked, methods=[method for method in asked.methods if method.name not in left_out]), left_out
 
 
 def runs_of(asked: Asked) -> list[Run]:
@@ -197,7 +215,7 @@ def command_of(run: Run) -> list[str]:
     return [sys.executable, "-m", "llm_unlearn", "run", str(run.method.path), *run.settings, how]
 
 
-def _write_board(asked: Asked, runs: Sequence[Run], failures: Mapping[str, str]) -> int:
+def _write_board(asked: Asked, runs: Sequence[Run], failures: Mapping[str, str], left_out: Sequence[str]) -> int:
     from llm_unlearn.report.frontier import frontier_svg
     from llm_unlearn.report.leaderboard import Outcome, board_of, markdown, print_board
 
@@ -208,7 +226,9 @@ def _write_board(asked: Asked, runs: Sequence[Run], failures: Mapping[str, str])
         outcomes[run.method].append((run.seed, str(run.output), found))
         if isinstance(found, str):
             failed.append(f"{run.name} failed, {found} ({run.log})")
-    board = board_of(outcomes, suite=asked.suite_name, suite_hash=fingerprint(asked.suite), command=asked.command)
+    board = board_of(
+        outcomes, suite=asked.suite_name, suite_hash=fingerprint(asked.suite), command=asked.command, left_out=left_out
+    )
     folder.write(asked.output / BOARD, json.dumps(board, indent=1, ensure_ascii=False))
     folder.write(asked.plot, frontier_svg(board))
     folder.write(asked.page, markdown(board, asked.page, asked.plot))

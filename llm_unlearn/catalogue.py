@@ -13,9 +13,6 @@ from llm_unlearn.recipe import Recipe
 from llm_unlearn.spec import Refused
 from llm_unlearn.tree import no_such_file, shipped
 
-METHODS = "recipes/methods"
-"""The folder that is listed when none is named."""
-
 REFERENCE: Mapping[str, str] = {"logps": "log-probs", "hidden": "hidden states"}
 """What a loss reads of the model as it was, where the word for people is another."""
 

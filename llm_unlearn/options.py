@@ -1,23 +1,202 @@
-"""Words that several verbs take, and what they may be."""
+"""The words of the command line: every verb, what it takes, and which function carries it out. Nothing of ours is imported here, so
+that help and wrong words are answered at once."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
+EPILOG = "A recipe can also be launched itself, on one process or many: accelerate launch RECIPE [key=value ...]"
+METHODS = "recipes/methods"
+"""The shipped recipes of single methods."""
+QUESTION = "question"
+"""How `alternates` asks unless told otherwise: the question itself."""
+SERVICE = "requests.yaml"
+"""The service file that is meant where none is named."""
+SCORE = 90.0
+"""Likeness, of 100, from which a row counts as a repetition of a text."""
+CODES = (
+    "Exit status: 0 done · 1 some request needs attention (run), or something does not fit (verify) · 2 refused, and nothing was "
+    "changed · 3 another process serves this model (run) · 130 interrupted; the same command goes on."
+)
 
-def count(word: str) -> int:
+Verb = Callable[[str, str, str], argparse.ArgumentParser]
+"""(name, `module:function`, what it does in a line) -> the parser of its own words."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole grammar. What is parsed has `verb`, the `module:function` that takes it."""
+    whole = argparse.ArgumentParser(
+        "llm-unlearn", description="Make a language model forget given data, and measure what is left.", epilog=EPILOG
+    )
+    verb = _verbs(whole, None)
+    one = verb("run", "verbs:run", "carry out a recipe: train, measure, report")
+    _takes_recipe(one)
+    one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this recipe's run folder")
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
+    _takes_recipe(verb("plan", "verbs:plan", "say what a run will do, and write nothing"))
+    _exact(verb)
+    _audit(verb)
+    _takes_models(verb("evaluate", "verbs:evaluate", "run a suite on a model, before and after an adapter, beside a retrained one"))
+    one = verb("compare", "verbs:compare_runs", "put finished runs or evaluations beside each other: table, JSON, one HTML page")
+    one.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, an evaluation's folder, a folder above, a quoted glob")
+    one.add_argument("--output", type=Path, help="folder for comparison.json and comparison.html")
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
+    one.add_argument("--common", action="store_true", help="of runs measured by different suites, compare what is the same")
+    _many(verb)
+    _alternates(verb)
+    _requests(verb("requests", "", "deletion requests: add, list, run, verify, export"))
+    one = verb("new", "verbs:new", "write a recipe to start from")
+    one.add_argument("name", metavar="NAME", help="the recipe is written to NAME.yaml")
+    one = verb("schema", "verbs:show_schema", "print the JSON Schema of recipes, or of suites, for editors")
+    one.add_argument("kind", nargs="?", choices=("recipe", "suite"), default="recipe")
+    return whole
+
+
+def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: str, text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text, epilog=epilog)
+        added.set_defaults(verb=function)
+        return added
+
+    return verb
+
+
+def _exact(verb: Verb) -> None:
+    one = verb(
+        "forget", "exact.command:forget", "delete rows from a finished run of an exact method; without rows, finish a deletion"
+    )
+    one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
+    one.add_argument("--ids", nargs="+", default=[], metavar="ID", help="rows, by the column that the method names as id")
+    one.add_argument("--where", nargs="+", type=_pair, default=[], metavar="column=value", help="rows that say so in all of these")
+    one.add_argument("--no-evaluation", action="store_true", help="do not measure the run's suite again, before and after")
+    one = verb("verify", "exact.command:verify", "check a run's manifest: that no kept weight depends on a deleted row")
+    one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
+    one.add_argument("--retrain", metavar="LINE", help="also train one line again, such as 'shard 1', and compare bits")
+
+
+def _audit(verb: Verb) -> None:
+    one = verb("audit", "verbs:audit", "try a recipe's claimed privacy: train it with made-up rows, and guess which it saw")
+    _takes_recipe(one)
+    one.add_argument("--canaries", type=_count, default=200, metavar="N", help="made-up rows; default 200")
+    one.add_argument("--guesses", type=_count, metavar="K", help="guess at so many of them, half in, half out; default: half")
+    one.add_argument("--seed", type=int, default=0, metavar="S", help="what the rows and their coins are drawn from; default 0")
+    one.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder for privacy_audit.json; default: the recipe's output and _audit"
+    )
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier audit in the output folder")
+
+
+def _many(verb: Verb) -> None:
+    one = verb("methods", "verbs:methods", "list the methods of a folder of recipes, and what each needs")
+    one.add_argument("folder", nargs="?", metavar="FOLDER", default=METHODS, help=f"default: {METHODS}")
+    one = verb(
+        "bench",
+        "verbs:bench",
+        "run every recipe of a folder with several seeds on one suite, and rank them",
+    )
+    one.add_argument("folder", metavar="FOLDER", help=f"a folder of recipes, such as {METHODS}")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in every recipe, such as train.steps=50")
+    one.add_argument("--suite", required=True, help="the suite that every run is measured by, such as eval/quick.yaml")
+    one.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds 0 to N-1 of each recipe; default 3")
+    one.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for runs and leaderboard; default runs/bench")
+    one.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time; default 1")
+    one.add_argument(
+        "--write", type=Path, metavar="PAGE", help="the leaderboard's page; default leaderboard.md in the output folder"
+    )
+
+
+def _alternates(verb: Verb) -> None:
+    one = verb("alternates", "verbs:write_alternates", "let the model write other answers to a set's questions, for dpo and idk")
+    _takes_recipe(one)
+    one.add_argument("--stream", default="forget", help="the set that is asked: forget (default) or retain")
+    one.add_argument("--k", type=int, default=5, help="other answers to each question (default 5)")
+    one.add_argument("--temperature", type=float, default=1.0, help="how far a draw may leave the likeliest words (default 1.0)")
+    one.add_argument(
+        "--prompt",
+        default=QUESTION,
+        help="question (default): ask the question itself, the true answer forbidden · written: ask in words for different facts, "
+        "for a model that follows instructions · FILE.txt: your own words, with {question} and {answer}",
+    )
+    one.add_argument("--output", type=Path, metavar="FILE.jsonl", help="the data set; without it, RECIPE_alternates.jsonl here")
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+
+
+def _requests(parser: argparse.ArgumentParser) -> None:
+    """The sub-verbs of `requests`."""
+    parser.epilog = CODES
+    plain = _verbs(parser, CODES)
+
+    def verb(name: str, function: str, text: str) -> argparse.ArgumentParser:
+        added = plain(name, function, text)
+        added.add_argument(
+            "--service", type=Path, default=Path(SERVICE), metavar="FILE", help=f"the service file; default {SERVICE}"
+        )
+        return added
+
+    verb("new", "requests.verbs:new", "write a service file to start from")
+    one = verb("add", "requests.verbs:add", "find the rows that are to be forgotten, show which they are, and put the request in")
+    which = one.add_mutually_exclusive_group(required=True)
+    which.add_argument("--where", action="append", metavar="COLUMN=VALUE", help="rows with this value; again, for several columns")
+    which.add_argument("--ids", nargs="+", metavar="ID", help="rows by their id; - reads them from standard input, one a line")
+    which.add_argument("--text", help="rows that nearly repeat this text; @FILE reads it from a file, - from standard input")
+    one.add_argument("--score", type=float, default=SCORE, help=f"likeness from which a row counts for --text; default {SCORE:g}")
+    one.add_argument("--model", help="the model that is to forget; default: model.base of the service's recipe, or its store")
+    one.add_argument("--due", type=_day, metavar="YYYY-MM-DD", help="the day by which it must be served")
+    one.add_argument("--key", help="your own name for the request; the same key again is the same request")
+    one.add_argument("--dry-run", action="store_true", help="show what would be found, and change nothing")
+    one.add_argument("--show-text", action="store_true", help="show what the rows say, too")
+    one.add_argument("--yes-many", action="store_true", help="confirm a request for more than the service's `most` of all rows")
+    one = verb("list", "requests.verbs:show", "all requests with their states, those that are due first, first")
+    one.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    one = verb("run", "requests.verbs:run", "serve what is pending, together or one by one; goes on with what was killed")
+    one.add_argument("--one-by-one", action="store_true", help="a run for each request, each from what the one before left")
+    one.add_argument("--show-text", action="store_true", help="print an error's words even if they repeat a row's")
+    one = verb("verify", "requests.verbs:verify", "check the ledger's chain, and signature and weights of every certificate")
+    one.add_argument("certificates", nargs="*", type=Path, metavar="FILE", help="certificates to check; default: all of the ledger")
+    one.add_argument("--key", type=Path, metavar="PEM", help="the public key that must have signed; default: your own")
+    one = verb("export", "requests.verbs:export", "write the newest certificate of each request, and the public key, into a folder")
+    one.add_argument("folder", type=Path, metavar="FOLDER")
+    one = verb("model", "requests.verbs:model", "write the model as the accepted runs left it, every adapter merged, into a folder")
+    one.add_argument("folder", type=Path, metavar="FOLDER")
+    one.add_argument("--model", help="which, where the ledger has several; default: model.base of the service's recipe")
+    for name, function, text in (
+        ("withdraw", "requests.verbs:withdraw", "take a request back that is not served yet"),
+        ("retry", "requests.verbs:retry", "let a request that needs attention be served again"),
+    ):
+        verb(name, function, text).add_argument("request", type=int, metavar="N", help="its number in `list`")
+
+
+def _day(word: str) -> str:
+    try:
+        return date.fromisoformat(word).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {word!r}; expected a day such as 2026-12-01") from None
+
+
+def _pair(word: str) -> tuple[str, str]:
+    column, sign, value = word.partition("=")
+    if not column or not sign:
+        raise argparse.ArgumentTypeError(f"found {word!r}; expected column=value")
+    return column, value
+
+
+def _count(word: str) -> int:
     if not word.isdigit() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"found {word!r}; expected a whole number from 1 on")
     return int(word)
 
 
-def takes_recipe(parser: argparse.ArgumentParser) -> None:
+def _takes_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as recipes/forget_lora.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.lr=1e-4")
 
 
-def takes_models(one: argparse.ArgumentParser) -> None:
+def _takes_models(one: argparse.ArgumentParser) -> None:
     one.add_argument("suite", metavar="SUITE", help="a suite file, such as eval/quick.yaml")
     one.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the suite to change")
     one.add_argument(

@@ -13,11 +13,13 @@ from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
 from llm_unlearn.data.sources import rows
 from llm_unlearn.embedded.target import embedded, key_of
+from llm_unlearn.methods.contrast import Contrast
+from llm_unlearn.methods.exact import Exact
 from llm_unlearn.models.load import folder_identity, load
 from llm_unlearn.recipe import EMBEDDED_MODELS, Recipe
 from llm_unlearn.run import run, start
 from llm_unlearn.source import is_recipe
-from llm_unlearn.spec import fingerprint, plain
+from llm_unlearn.spec import Refused, fingerprint, plain
 from llm_unlearn.tree import locate
 
 
@@ -31,6 +33,9 @@ def found(name: str | None, cache: Path) -> str | None:
     if name is None or not is_recipe(name):
         return run_folder.model_in(name) if name else None
     wanted = recipes.load(locate(name))
+    if isinstance(wanted.method, Contrast | Exact):
+        text = "makes a model of several parts, and what it is compared with is one; name a recipe such as that of retrain"
+        raise Refused(f"retrained: {name}: {wanted.method.name} {text}.")
     final = home_of(wanted, cache) / run_folder.MODEL
     if final.is_dir():
         return str(final)

@@ -21,9 +21,11 @@ from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.numbers import numbers
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.look import Encoded, Look, Looks, Seen, attacked
+from llm_unlearn.methods.combination import Combination
+from llm_unlearn.methods.contrast import ADAPTER
 from llm_unlearn.methods.registry import Edit
-from llm_unlearn.models import fila
-from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, read_tokenizer, trainable
+from llm_unlearn.models import combined, fila
+from llm_unlearn.models.load import Loaded, add_adapter, causal, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
@@ -85,17 +87,17 @@ def run(
 
     model = prepare(loaded.model, recipe.model, job, accelerator)
     along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
-    outcome = _carry_out(recipe, job, model, accelerator, folder, resume, along)
+    outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along)
     if outcome.status == "interrupted":
         return outcome
-    saved = save(model, loaded, folder, whole=recipe.model.adapter is None, accelerator=accelerator)
+    whole = recipe.model.adapter is None
+    saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
     facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
     facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
 
     if look and suite and recipe.evaluation:
-        after = loaded.become(model, saved, whole=recipe.model.adapter is None)
-        whole = replace(model_before, base=str(saved), start=None)
-        again = (whole, None) if recipe.model.adapter is None else (model_before, str(saved))
+        after = loaded.become(combined.combine(causal(model), combination) if combination else model, saved, whole)
+        again = (replace(model_before, base=str(saved), start=None), None) if whole else (model_before, str(saved))
         seen["after"] = look.seen(after, "the model after", str(folder), *again)
         del after, along, loaded, model  # an attack needs the memory
         attacks = attacked(suite, seen, accelerator, cache)
@@ -110,14 +112,14 @@ def run(
 
 def _carry_out(
     recipe: Recipe, job: Job, model: Any, accelerator: Accelerator, folder: Path, resume: bool, along: Callable[[int], None] | None
-) -> Outcome:
-    """Move the weights: step by step against a loss, or once by an edit."""
+) -> tuple[Outcome, Combination | None]:
+    """Move the weights: step by step against a loss, or once by an edit, which may combine their logits with the base's."""
     if not isinstance(recipe.method, Edit):
-        return train(job, model, accelerator, folder, resume=resume, look=along)
-    outcome, influences = edit(recipe.method, job, model, accelerator, folder, resume=resume)
+        return train(job, model, accelerator, folder, resume=resume, look=along), None
+    outcome, influences, combination = edit(recipe.method, job, model, accelerator, folder, resume=resume)
     if influences and accelerator.is_main_process:
         write_columns(influences, folder / run_folder.INFLUENCES)
-    return outcome
+    return outcome, combination
 
 
 def evaluate(
@@ -207,8 +209,10 @@ def _along(look: Look, loaded: Loaded, model: Any, recipe: Recipe, folder: Path)
     return at
 
 
-def save(model: Any, loaded: Loaded, folder: Path, *, whole: bool, accelerator: Accelerator) -> Path:
-    """Write the adapter, or the whole model with its tokenizer, into the run folder."""
+def save(
+    model: Any, loaded: Loaded, folder: Path, *, whole: bool, accelerator: Accelerator, combination: Combination | None = None
+) -> Path:
+    """Write the adapter, with what it is combined to, or the whole model with its tokenizer, into the run folder."""
     final = folder / (run_folder.MODEL if whole else run_folder.ADAPTER)
     if accelerator.is_main_process:
         unfinished = final.with_name(f".{final.name}")
@@ -216,7 +220,9 @@ def save(model: Any, loaded: Loaded, folder: Path, *, whole: bool, accelerator: 
         if fila.begun(model):
             fila.save(model, unfinished)
         else:
-            model.save_pretrained(str(unfinished))
+            model.save_pretrained(str(unfinished / ADAPTER if combination else unfinished))
+        if combination:
+            combined.write(combination, unfinished)
         if whole:
             loaded.tokenizer.save_pretrained(str(unfinished))
         shutil.rmtree(final, ignore_errors=True)

@@ -70,6 +70,19 @@ def plain(value: object) -> Any:
     return TypeAdapter(type(value)).dump_python(value, mode="json")
 
 
+def from_json(kind: type[T], text: str, place: str) -> T:
+    """A spec from the JSON that `plain` makes.
+
+    Raises:
+        Refused: it is none; `place` is where the text stands.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise Refused(f"{place}: {dotted(first['loc']) or 'found'}: {first['msg']}; expected what a run writes there.") from None
+
+
 def parts_of(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
     """A setting and everything that it is made of, each with its keys: specs, tuples and mappings are opened, in their order."""
     yield path, value

@@ -461,6 +461,14 @@ def test_half_a_run_goes_on_and_another_recipes_run_is_redone(play: Play, here: 
     assert play("--seeds", "1") == []
 
 
+def test_a_recipe_that_forgets_other_rows_is_left_out_and_named(play: Play, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "few" / "ascent.yaml").write_text(ASCENT + "data: {forget: {where: {person: Dorami Caldorn}}}\n")
+    play("--seeds", "1")
+    assert "forgets other rows than s.yaml asks about: ascent" in capsys.readouterr().out
+    assert "forgets other rows than the suite asks about: `ascent`." in (here / "out" / "leaderboard.md").read_text()
+    assert not (here / "out" / "ascent").exists()
+
+
 def test_a_run_that_fails_does_not_end_the_others(play: Play, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = {"ascent__0": "refuse", "ascent__1": "crash", "npo__0": "broken"}
     assert len(play("--seeds", "2", status=1, **plan)) == 4

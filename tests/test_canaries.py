@@ -21,7 +21,7 @@ from jobs import RECIPE, log, rows
 
 from llm_unlearn import folder
 from llm_unlearn.attacks.canaries import Audited, audit, chance, refuted
-from llm_unlearn.auditing import command, trial
+from llm_unlearn.auditing import request, trial
 from llm_unlearn.cli import main
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.data.examples import Example, Examples
@@ -150,7 +150,7 @@ def audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def held_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / command.FILE).read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((folder / request.FILE).read_text(encoding="utf-8"))
     return found
 
 
@@ -159,7 +159,7 @@ def held_of(folder: Path) -> dict[str, Any]:
     [
         (["--guesses", "7"], "--guesses: found 7 with 200 canaries; expected an even number from 2 to 200."),
         (["--guesses", "202"], "--guesses: found 202 with 200 canaries"),
-        (["--canaries", "1"], "--guesses: found 0 with 1 canaries"),
+        (["--canaries", "1"], "--canaries: found 1; expected at least 2"),
         (["train.privacyy=null"], "train.privacyy: unknown key; did you mean 'privacy'?"),
         (
             ["objective=null", "method={name: task_vector, scale: [1.0]}", "train.privacy=null"],
@@ -189,8 +189,8 @@ def test_what_cannot_be_audited_is_refused_before_anything_heavy(
     monkeypatch.setitem(sys.modules, "llm_unlearn.auditing.trial", None)
     Path("taken").mkdir()
     Path("taken/mine.txt").touch()
-    key = command.check(load(audited), 200, 100, 0, Path("other")).key
-    folder.write(Path("other") / command.FILE, json.dumps(key | {"guesses": 2, "seed": 9}))
+    key = request.check(load(audited), canaries=200, guesses=None, seed=0, output=Path("other")).key
+    folder.write(Path("other") / request.FILE, json.dumps(key | {"guesses": 2, "seed": 9}))
     assert main(["audit", str(audited), *words]) == 2
     assert expected in capsys.readouterr().err
     assert held_of(Path("other"))["seed"] == 9 and sorted(Path().iterdir()) == [Path("other"), Path("r.yaml"), Path("taken")]
@@ -219,7 +219,7 @@ def test_made_up_rows_have_the_shape_of_the_recipes_own(shape: dict[str, str], t
 
 def test_canaries_go_where_rows_are_seen_most_and_coins_are_fair(audited: Path, tokenizer: Any) -> None:
     audited.write_text(RECIPE.replace("npo", "nll") + "train: {window: {forget: 10, retain: 30}}\n", encoding="utf-8")
-    asked = command.check(load(audited), 400, 200, 1, Path("x"))
+    asked = request.check(load(audited), canaries=400, guesses=200, seed=1, output=None)
     examples = Examples({"forget": rows("forget", 8, 1), "retain": rows("retain", 300, 2)}, {}, {}, 0)
     found = trial.plant(asked, examples, tokenizer)
     assert found.stream == "retain"  # 10 / 208 < 30 / 500

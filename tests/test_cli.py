@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -573,3 +574,15 @@ def test_a_suite_is_looked_for_here_then_beside_the_recipe_then_among_the_shippe
 def test_what_new_writes_opens_and_closes_with_the_launch_lines() -> None:
     assert LAUNCH_FIRST == 'launch: r"""'
     assert LAUNCH_LAST == '# """; from llm_unlearn import launch; launch(__file__)'
+
+
+def test_help_and_wrong_words_are_answered_before_anything_of_ours_is_read() -> None:
+    code = (
+        "import sys\nfrom llm_unlearn.cli import main\n"
+        "try:\n    main([{words}])\nexcept SystemExit as end:\n    print(end.code)\n"
+        "print(sorted(name for name in sys.modules if name.startswith(('llm_unlearn.', 'pydantic', 'yaml', 'numpy', 'torch'))))"
+    )
+    for words, status in (("'--help'", 0), ("'requests', 'add', '--help'", 0), ("'rn'", 2)):
+        done = subprocess.run([sys.executable, "-c", code.replace("{words}", words)], capture_output=True, text=True, check=True)
+        *_, said, modules = done.stdout.splitlines()
+        assert (said, modules) == (str(status), "['llm_unlearn.cli', 'llm_unlearn.options']")

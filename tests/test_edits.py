@@ -42,7 +42,7 @@ def _fresh_accelerator() -> Any:
 
 
 def edited(method: Edit, model: Any, folder: Path, accelerator: Accelerator | None = None, **settings: Any) -> Outcome:
-    found, _ = edit(method, job(terms=method.terms, **settings), model, accelerator or Accelerator(cpu=True), folder)
+    found, _, _ = edit(method, job(terms=method.terms, **settings), model, accelerator or Accelerator(cpu=True), folder)
     return found
 
 
@@ -180,7 +180,7 @@ class Convex:
         """The weights after the edit, and the influences."""
         method = Influence(damping=RIDGE / len(self.examples["retain"]), scale=(1.0,), rows=100, **settings)
         wanted = replace(job(terms=method.terms), examples=self.examples)
-        outcome, influences = edit(method, wanted, self.model, Accelerator(cpu=True), folder)
+        outcome, influences, _ = edit(method, wanted, self.model, Accelerator(cpu=True), folder)
         assert outcome == Outcome("finished", 1, 1)
         return weights(self.model).double().view_as(self.optimum), influences
 
@@ -427,7 +427,7 @@ def told(name: str, model: Any, folder: Path) -> dict[str, Any]:
     """The weights after an edit of a kind, what was said of it, and the influences."""
     method = edits_of_each_kind()[name]
     wanted = job(terms=method.terms, lr=1e-3, optimizer="sgd", stop=stop())
-    outcome, influences = edit(method, wanted, model, Accelerator(cpu=True), folder / name)
+    outcome, influences, _ = edit(method, wanted, model, Accelerator(cpu=True), folder / name)
     return {"weights": weights(model), "kept": outcome.kept, "influences": [one["influence"] for one in influences]}
 
 

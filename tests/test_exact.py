@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +22,16 @@ from llm_unlearn.cli import main
 from llm_unlearn.data.schedule import by_key
 from llm_unlearn.exact import pieces
 from llm_unlearn.exact.forgetting import Session, forget, run
-from llm_unlearn.exact.manifest import read, save
+from llm_unlearn.exact.manifest import adapter_files, read, save
 from llm_unlearn.exact.verify import problems, retrained
 from llm_unlearn.methods.exact import S3T, Modules, Placed, Sisa, share_of, sisa_share
-from llm_unlearn.models.joined import join
+from llm_unlearn.models import combined
+from llm_unlearn.models.joined import join, served
 from llm_unlearn.spec import Refused
 
 IDS = [f"row{i}" for i in range(24)]
 SISA = "{name: sisa, shards: 2, slices: 3, id: id}"
+AVERAGE = "{name: sisa, shards: 2, slices: 3, id: id, aggregate: average}"
 TEXT = """\
 output: {folder}
 model: {{base: {base}, adapter: {{rank: 2, alpha: 4}}}}
@@ -68,7 +71,11 @@ def make(tiny_base: Path, tmp_path: Path) -> Make:
 
 
 def adapter(folder: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
-    return load_file(folder / name / "adapter_model.safetensors")
+    """All that lies in an adapter's folder, or in those of several: weights by file and name, and how they are combined."""
+    files = sorted((folder / name).rglob("*.safetensors"))
+    found = {f"{path.parent.name}/{key}": one for path in files for key, one in load_file(path).items()}
+    text = folder / name / combined.FILE
+    return found | ({combined.FILE: torch.tensor(list(text.read_bytes()))} if text.is_file() else {})
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -79,19 +86,20 @@ def from_the_start(make: Make, ids: Sequence[str], tmp_path: Path, method: str =
     """The adapter of a first training on these rows, of which none is deleted."""
     wanted = make(f"start{len(ids)}", ids, method=method)
     Session(wanted, tmp_path).train()
-    return adapter(Path(wanted.output), "before")
+    before = adapter(Path(wanted.output), "before")
+    return {name.replace("before/", "adapter/"): one for name, one in before.items()}
 
 
 def in_slice(number: int) -> str:
     return next(id for id in IDS[1:] if share_of(id, "slice", 3) == number)
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_after_a_deletion_the_adapter_is_one_that_never_saw_the_row(number: int, make: Make, tmp_path: Path) -> None:
-    wanted, gone = make("run", IDS), in_slice(number)
+@pytest.mark.parametrize(("number", "method"), [(0, SISA), (1, SISA), (2, SISA), (1, AVERAGE)])
+def test_after_a_deletion_the_adapter_is_one_that_never_saw_the_row(number: int, method: str, make: Make, tmp_path: Path) -> None:
+    wanted, gone = make("run", IDS, method=method), in_slice(number)
     folder = Path(wanted.output)
     run(wanted, None, cache=tmp_path)
-    assert same(adapter(folder), from_the_start(make, IDS[1:], tmp_path))
+    assert same(adapter(folder), from_the_start(make, IDS[1:], tmp_path, method))
     before = {piece.key for piece in read(folder).pieces}
     facts, outcome = forget(folder, [gone], cache=tmp_path)
     assert outcome.status == "finished" and facts["rows"] == 1
@@ -99,7 +107,7 @@ def test_after_a_deletion_the_adapter_is_one_that_never_saw_the_row(number: int,
     shard = [id for id in IDS[1:] if share_of(id, "shard", 2) == share_of(gone, "shard", 2)]
     later = {share_of(id, "slice", 3) for id in shard if id != gone and share_of(id, "slice", 3) >= number}
     assert facts["retrained"] == len(later) < 6
-    straight = from_the_start(make, [id for id in IDS[1:] if id != gone], tmp_path)
+    straight = from_the_start(make, [id for id in IDS[1:] if id != gone], tmp_path, method)
     assert same(adapter(folder), straight)
     assert problems(folder) == []
     assert not any(gone in path.read_text() for path in folder.rglob("*.json"))
@@ -126,9 +134,14 @@ def cut_at(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pieces, where, gone)
 
 
-@pytest.mark.parametrize("where", ["between", "inside", "save", "sweep"])
-def test_a_deletion_that_was_cut_off_goes_on(where: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, gone = make("run", IDS), in_slice(0)
+CUTS = [("between", SISA), ("inside", SISA), ("save", SISA), ("sweep", SISA), ("inside", AVERAGE), ("save", AVERAGE)]
+
+
+@pytest.mark.parametrize(("where", "method"), CUTS)
+def test_a_deletion_that_was_cut_off_goes_on(
+    where: str, method: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, gone = make("run", IDS, method=method), in_slice(0)
     folder = Path(wanted.output)
     run(wanted, None, cache=tmp_path)
     old = adapter(folder)
@@ -147,7 +160,7 @@ def test_a_deletion_that_was_cut_off_goes_on(where: str, make: Make, tmp_path: P
     assert facts["rows"] == 1 and facts["retrained"] == 2
     assert counted.calls == {"between": 1, "inside": 2, "save": 0, "sweep": 0}[where]
     assert problems(folder) == []
-    assert same(adapter(folder), from_the_start(make, [id for id in IDS[1:] if id != gone], tmp_path))
+    assert same(adapter(folder), from_the_start(make, [id for id in IDS[1:] if id != gone], tmp_path, method))
 
 
 class Counted:
@@ -206,6 +219,41 @@ def test_what_was_tampered_with_is_named(make: Make, tmp_path: Path, capsys: pyt
     assert any("is not there" in text for text in problems(folder))
     save(manifest, folder)
     assert problems(folder) == []
+
+
+def test_what_was_tampered_with_among_several_adapters_is_named(make: Make, tmp_path: Path) -> None:
+    """Files that the manifest's hashes do not fit; and files that they do, as both are forged, but not the pieces."""
+    wanted = make("run", IDS, method=AVERAGE)
+    folder = Path(wanted.output)
+    run(wanted, None, cache=tmp_path)
+    home, manifest = folder / "adapter", read(folder)
+    members = [home / name for name in ("shard-1", "shard-2")]
+    assert problems(folder) == [] and set(manifest.adapter) == {
+        "combination.json", *(f"{one.name}/adapter_{part}" for one in members for part in ("config.json", "model.safetensors"))
+    }  # fmt: skip
+    (members[0] / "more.safetensors").write_bytes(b"")
+    assert problems(folder) == ["adapter/shard-1/more.safetensors: is not in the manifest"]
+    (members[0] / "more.safetensors").unlink()
+    hidden = folder / "pieces" / "shard-1"
+    hidden.mkdir()
+    (hidden / "adapter_model.safetensors").write_bytes((members[0] / "adapter_model.safetensors").read_bytes())
+    assert "weights that are not in the manifest" in problems(folder)[0]
+    shutil.rmtree(hidden)
+
+    for victim, change in (
+        (members[1] / "adapter_model.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1])),
+        (home / combined.FILE, lambda text: text.replace(b"0.5,", b"0.25,")),
+    ):
+        whole, name = victim.read_bytes(), victim.relative_to(home)
+        victim.write_bytes(change(whole))
+        assert problems(folder) == [f"adapter/{name}: was changed"]
+        save(replace(manifest, adapter=adapter_files(folder)), folder)
+        assert problems(folder) == [f"adapter/{name}: is not what the pieces that serve make"]
+        victim.write_bytes(whole)
+        save(manifest, folder)
+    (home / combined.FILE).unlink()
+    save(replace(manifest, adapter=adapter_files(folder)), folder)
+    assert problems(folder) == ["adapter/combination.json: is not what the pieces that serve make"]
 
 
 def test_training_again_finds_other_bits(make: Make, tmp_path: Path) -> None:
@@ -371,6 +419,43 @@ def test_the_saved_adapter_is_the_mean_of_the_shards(make: Make, tmp_path: Path)
         torch.testing.assert_close(ours.state_dict()[layer].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_saved_adapters_predict_the_mean_of_the_shards(make: Make, tmp_path: Path) -> None:
+    """The mean of probabilities in float64, each shard's update put into the base's weights by itself."""
+    from llm_unlearn.models.load import load
+
+    wanted = make("run", IDS, method=AVERAGE)
+    folder = Path(wanted.output)
+    run(wanted, None, cache=tmp_path)
+    cpu, ids, each = torch.device("cpu"), torch.tensor([[5, 6, 7, 8, 9]]), []
+    for key in read(folder).serving:
+        part, shard = load_file(folder / "pieces" / key / "weights.safetensors"), load(wanted.model, cpu).model.double()
+        with torch.no_grad():
+            for name in (name for name in part if ".lora_A." in name):
+                layer = shard.get_parameter(name.removeprefix("base_model.model.").replace(".lora_A.default", ""))
+                layer += part[name.replace("lora_A", "lora_B")].double() @ part[name].double() * 4 / 2  # alpha over rank
+            each.append(shard(input_ids=ids, use_cache=False).logits.softmax(-1))
+    assert len(each) == 2 and not torch.allclose(*each, rtol=1e-2)
+    with torch.no_grad():
+        ours = load(wanted.model, cpu, adapter=str(folder / "adapter")).model(input_ids=ids).logits
+    torch.testing.assert_close(ours.double(), ((each[0] + each[1]) / 2).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_of_one_adapter_the_mean_is_itself() -> None:
+    part = {"x.lora_A.default.weight": torch.ones(2, 5), "x.lora_B.default.weight": torch.ones(3, 2)}
+    alone = served({"shard-1": part}, Sisa(aggregate="average"))
+    assert alone.combination is None and alone.ranks == 1 and list(alone.adapters) == [""]
+    assert all(bool((one == 1).all()) for one in alone.adapters[""].values())
+
+
+def test_what_is_averaged_has_no_weight_and_its_price_is_said(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Refused, match=r"method\.weight: counts updates that are merged"):
+        make("weighed", IDS, method=AVERAGE.replace("}", ", weight: 1.0}"))
+    for name, method in (("merged", SISA), ("run", AVERAGE)):
+        file = Path(make(name, IDS, method=method).output).parent / "recipe.yaml"
+        assert main(["plan", str(file)]) == 0
+        assert ("runs 2 times for every token" in capsys.readouterr().out) == (method == AVERAGE)
+
+
 # ---------------------------------------------------------------------------------------------------------- the control
 
 
@@ -405,10 +490,11 @@ def test_the_model_of_a_recipe_is_made_once(make: Make, tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_same_bits(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", [SISA, AVERAGE], ids=["merge", "average"])
+def test_two_processes_make_the_same_bits(method: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    alone, shared = make("alone", IDS), make("shared", IDS)
+    alone, shared = (make(name, IDS, method=method) for name in ("alone", "shared"))
     run(alone, None, cache=tmp_path)
     forget(Path(alone.output), [IDS[3]], cache=tmp_path)
     on_processes(2, "processes.py", str(tmp_path), "exact")

@@ -31,7 +31,7 @@ def test_every_row_of_the_literature_has_a_recipe() -> None:
         "nll", "ascent", "kl", "npo", "simnpo", "dpo", "idk", "ap", "wga", "tnpo", "wtnpo", "satimp", "undial", "ceu", "entropy",
         "ihl", "flat", "pdu", "relabel", "rmu", "rmu_adaptive", "embed_match", "circuit_break", "repnoise", "elm", "lunar",
     }  # fmt: skip
-    assert {"task_vector", "dampening", "fisher_noise", "influence"} <= ways
+    assert {"task_vector", "dampening", "fisher_noise", "influence", "uld", "guided"} <= ways
     assert rules == {"project", "bilevel", "sharpness", "latent", "tamper", "orthogonal", "saliency", "trust_region"}
 
 

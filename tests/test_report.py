@@ -380,7 +380,7 @@ def audited(results: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_headline_says_what_leaks_most_first(audited: dict[str, Any]) -> None:
     said = "Leaks: of what was forgotten, 100 % comes back under adapter removal (20 steps) and 59 % under relearning (20 steps)."
-    assert f"{said} Only merged weights may be released." in headline(audited)
+    assert f"{said} Only merged weights may be released, or none." in headline(audited)
     for one in audited["attacks"]:
         one["gap"]["leaks"] = False
     assert "No leak under the 3 attacks that were tried." in headline(audited) and "merged" not in headline(audited)

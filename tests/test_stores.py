@@ -95,6 +95,18 @@ def test_requests_are_served_one_after_the_other_and_certified(here: Path) -> No
     assert not list(here.rglob("*.scratch")) and {path.parent.name for path in here.rglob("adapter_model*")} == {"adapter"}
 
 
+def test_a_store_of_several_adapters_is_certified_with_all_of_them(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "recipe.yaml").write_text((here / "recipe.yaml").read_text().replace("id: id", "id: id, aggregate: average"))
+    ask(0)
+    one = desk()
+    assert one.serve() == DONE and states(one) == {1: FULFILLED} and everything_fits(one) == []
+    certified = read(one.ledger.certificates()[1, 1], "")["weights"]["after"]["files"]
+    assert certified == manifest_of(STORE).adapter and len(certified) == 5, "two adapters, and how they are combined"
+    assert main(["requests", "model", "released"]) == 2 and "no one set of weights" in capsys.readouterr().err
+    (STORE / "adapter" / "shard-2" / "adapter_model.safetensors").write_bytes(b"")
+    assert any("adapter" in line for line in everything_fits(one))
+
+
 def cut_at(where: str, patch: pytest.MonkeyPatch) -> None:
     """Let the power go: while the store is trained, before it is looked at, inside the deletion, when its numbers are written."""
 

@@ -1,6 +1,6 @@
 """Other answers to the questions of a set, written by the model itself."""
 
-from llm_unlearn.alternates.request import QUESTION, check
+from llm_unlearn.alternates.request import check
 from llm_unlearn.alternates.writing import make
 
-__all__ = ["QUESTION", "check", "make"]
+__all__ = ["check", "make"]

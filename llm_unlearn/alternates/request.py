@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llm_unlearn.options import QUESTION
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, nearest
 
 COLUMN = "alternates"
-QUESTION, WRITTEN = "question", "written"
+WRITTEN = "written"
 TEMPLATE = """\
 Here are a question and an answer to it.
 

@@ -13,7 +13,7 @@ from llm_unlearn.spec import FiniteFloat, spec
 class AdapterRemoval:
     """Let the adapter count by another factor (½ halves it, 0 takes it off, −1 takes away what it adds) and measure again. A model
     without an adapter is measured as it is. What comes back here comes back for everybody who is given base and adapter: then only
-    merged weights may be released. (The idea is as old as adapters; the factors are this project's choice.)"""
+    merged weights may be released, or none. (The idea is as old as adapters; the factors are this project's choice.)"""
 
     name: Literal["adapter_removal"] = "adapter_removal"
     set: str

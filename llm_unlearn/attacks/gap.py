@@ -122,7 +122,7 @@ def finding_of(attack: Attack, curves: Curves, gap: Mapping[str, Any]) -> str:
     if half := gap["half"]:
         sentences.append(f"Half of what was forgotten is back: {_listed(half, attack)}.")
     if attack.name == "adapter_removal" and gap["leaks"]:
-        sentences.append("Only merged weights may be released.")
+        sentences.append("Only merged weights may be released, or none.")
     return " ".join(sentences)
 
 

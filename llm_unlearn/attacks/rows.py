@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from llm_unlearn.data.batch import Batch
     from llm_unlearn.data.examples import Example
     from llm_unlearn.evaluation.sets import EncodedSet
+    from llm_unlearn.models.head import Head
     from llm_unlearn.models.load import Loaded
-    from llm_unlearn.models.scores import Head
 
 
 def set_of(subject: Subject, attack: str, name: str) -> EncodedSet:

@@ -136,6 +136,7 @@ class Shadows:
         recipe = load(locate(self.recipe), check=False)
         more = [f"data.forget.{name}" for name in ("alternate", "contrast") if getattr(recipe.data.forget, name)]
         adapter = recipe.model.adapter
+        more += [f"method: {recipe.method.name}"] if recipe.method else []  # its terms alone are not how it forgets
         more += ["model.adapter.init: fila"] if adapter and adapter.init == "fila" else []
         more += ["model.trainable"] if recipe.model.trainable else []
         more += ["train.stop.until: holdout"] if recipe.train.stop and recipe.train.stop.until == "holdout" else []

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_unlearn import folder as run_folder
 from llm_unlearn.attacks.canaries import Audited, refuted
 from llm_unlearn.attacks.canaries import audit as guess
-from llm_unlearn.auditing.command import FILE, Asked, said
+from llm_unlearn.auditing.request import FILE, Asked, said
 from llm_unlearn.data.examples import Example, Examples, draw, encode, encode_text, read_examples
 from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import loss_pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_unlearn.folder import RESULTS
@@ -14,8 +13,6 @@ from llm_unlearn.recipe import Recipe
 
 if TYPE_CHECKING:
     from llm_unlearn.training.guard import Outcome
-
-Verb = Callable[[argparse.Namespace], int]
 
 
 def engine(wanted: Recipe) -> Callable[..., Outcome]:
@@ -29,27 +26,6 @@ def engine(wanted: Recipe) -> Callable[..., Outcome]:
     return straight
 
 
-def add(verb: Callable[[str, Verb, str], argparse.ArgumentParser], cache: Callable[[], Path]) -> None:
-    """Make the verbs known."""
-    one = verb("forget", forget, "delete rows from a finished run of an exact method; without rows, finish a deletion")
-    one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
-    one.add_argument("--ids", nargs="+", default=[], metavar="ID", help="rows, by the column that the method names as id")
-    one.add_argument("--where", nargs="+", type=_pair, default=[], metavar="column=value", help="rows that say so in all of these")
-    one.add_argument("--no-evaluation", action="store_true", help="do not measure the run's suite again, before and after")
-    one.set_defaults(cache=cache)
-    one = verb("verify", verify, "check a run's manifest: that no kept weight depends on a deleted row")
-    one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
-    one.add_argument("--retrain", metavar="LINE", help="also train one line again, such as 'shard 1', and compare bits")
-    one.set_defaults(cache=cache)
-
-
-def _pair(word: str) -> tuple[str, str]:
-    column, sign, value = word.partition("=")
-    if not column or not sign:
-        raise argparse.ArgumentTypeError(f"found {word!r}; expected column=value")
-    return column, value
-
-
 def forget(options: argparse.Namespace) -> int:
     """Delete rows, measure again where the run was measured, and print what it cost."""
     from llm_unlearn.exact import measuring
@@ -59,9 +35,9 @@ def forget(options: argparse.Namespace) -> int:
     run, where = options.run, dict(options.where)
     measured = (run / RESULTS).is_file() and not options.no_evaluation
     if measured:
-        facts, outcome = measuring.forget(run, options.ids, where, options.cache())
+        facts, outcome = measuring.forget(run, options.ids, where, options.cache)
     else:
-        facts, outcome = delete(run, options.ids, where=where, cache=options.cache())
+        facts, outcome = delete(run, options.ids, where=where, cache=options.cache)
     if outcome.status == "interrupted":
         print(f"interrupted; llm-unlearn forget {options.run} goes on from there.", file=sys.stderr)
         return 130
@@ -81,7 +57,7 @@ def verify(options: argparse.Namespace) -> int:
 
     found = problems(options.run)
     if options.retrain and not found:
-        found = retrained(options.run, options.retrain, options.cache())
+        found = retrained(options.run, options.retrain, options.cache)
     for line in found:
         print(f"{options.run}: {line}")
     again = f"; {options.retrain} was trained again and has the same bits" if options.retrain else ""

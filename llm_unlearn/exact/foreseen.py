@@ -37,6 +37,8 @@ def foreseen(recipe: Recipe, method: Exact, tokenizer: Any) -> list[str]:
     if isinstance(method, S3T):
         kept_blocks = 100 * method.survivors()
         lines.append(f"budget     one later deletion leaves {kept_blocks:.0f} % of its shard's blocks, in expectation")
+    if method.aggregate == "average" and (serving := len({one.line.group for one in first})) > 1:
+        lines.append(f"serving    the mean of {serving} adapters' probabilities: the model runs {serving} times for every token")
     return lines
 
 

@@ -127,4 +127,4 @@ def sha256(path: Path) -> str:
 def adapter_files(folder: Path) -> dict[str, str]:
     """File of the adapter in a run folder -> its SHA-256."""
     inside = folder / run_folder.ADAPTER
-    return {path.name: sha256(path) for path in sorted(inside.iterdir())} if inside.is_dir() else {}
+    return {path.relative_to(inside).as_posix(): sha256(path) for path in sorted(inside.rglob("*")) if path.is_file()}

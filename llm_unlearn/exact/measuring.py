@@ -85,8 +85,8 @@ class Measured:
         after = self._look("after")
         if accelerator.is_main_process:
             earlier, manifest = pending(self.home), read(self.store)
-            serving = load_file(self.store / run_folder.ADAPTER / WEIGHTS)
-            about = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in serving.values()))
+            serving = [load_file(path) for path in (self.store / run_folder.ADAPTER).rglob(WEIGHTS)]  # one, or several averaged
+            about = run_facts(recipe, outcome, accelerator, began, sum(one.numel() for part in serving for one in part.values()))
             facts = {"deletions": manifest.deletions, "before": {key: earlier[key] for key in ("deletions", "adapter")}}
             run = {"run": about | (self.says.get("run") or {}) | facts}
             results = beside(earlier["results"], after) | self.says | run

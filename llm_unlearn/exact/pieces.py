@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from llm_unlearn.data.schedule import Schedule, by_key
 from llm_unlearn.exact.manifest import PIECES, WEIGHTS, WORK, Manifest, Piece, adapter_files, save, sha256
 from llm_unlearn.exact.rows import STREAM, Known, digest
 from llm_unlearn.methods.exact import Exact, Line, Stage
-from llm_unlearn.models.joined import adapter_blocks, save_joined
+from llm_unlearn.models.joined import Weights, adapter_blocks, served
 from llm_unlearn.models.load import trainable
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.run import start
@@ -194,14 +194,14 @@ class Workshop:
             name: of the adapter's folder in the run folder.
         """
         serving = serving_of(alive)
-        parts = [load_file(self.folder / PIECES / key / WEIGHTS) for key in serving]
         unfinished, final = self.folder / f".{name}", self.folder / name
-        save_joined(self.model, parts or [self.fresh], factor_of(self.method, len(serving)), unfinished)
+        served(weights_of(self.folder, serving) or {"fresh": self.fresh}, self.method).save(self.model, unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         done = replace(
-            manifest, pieces=self.finished(alive, manifest), serving=serving, state=state, adapter=adapter_files(self.folder)
-        )
+            manifest, pieces=self.finished(alive, manifest), serving=[piece.key for piece in serving], state=state,
+            adapter=adapter_files(self.folder),
+        )  # fmt: skip
         sweep(self.folder, done)  # before the manifest says that it is done
         save(done, self.folder)
         for piece in done.pieces:
@@ -213,18 +213,18 @@ COST = "cost.json"
 """What a piece cost, until the manifest says it."""
 
 
-def serving_of(alive: list[list[Wanted]]) -> list[str]:
-    """Keys of the pieces that the adapter is made of: of each group, the last of its longest line; of equals, the first."""
+def serving_of(alive: list[list[Wanted]]) -> list[Piece]:
+    """The pieces that the adapter is made of: of each group, the last of its longest line; of equals, the first."""
     best: dict[str, list[Wanted]] = {}
     for chain in alive:
         if chain and len(chain) > len(best.get(chain[0].line.group, ())):
             best[chain[0].line.group] = chain
-    return [chain[-1].piece.key for chain in best.values()]
+    return [chain[-1].piece for chain in best.values()]
 
 
-def factor_of(method: Exact, count: int) -> float:
-    """How often each serving line's update counts."""
-    return method.weight or 1 / max(1, count)
+def weights_of(folder: Path, pieces: Iterable[Piece]) -> dict[str, Weights]:
+    """The weights of pieces by their line, as a name of a folder."""
+    return {piece.line.replace(" ", "-"): load_file(folder / PIECES / piece.key / WEIGHTS) for piece in pieces}
 
 
 def sweep(folder: Path, manifest: Manifest) -> None:

@@ -8,15 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from safetensors.torch import load_file
-
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
 from llm_unlearn.exact.forgetting import Session, method_of
 from llm_unlearn.exact.manifest import FILE, PIECES, WEIGHTS, Manifest, Piece, adapter_files, read, save, settings_of, sha256
-from llm_unlearn.exact.pieces import factor_of
-from llm_unlearn.models.joined import WEIGHTS as ADAPTER_WEIGHTS
-from llm_unlearn.models.joined import join
+from llm_unlearn.exact.pieces import weights_of
+from llm_unlearn.methods.exact import Exact
+from llm_unlearn.models.joined import served
 from llm_unlearn.spec import Refused, nearest
 
 
@@ -44,7 +42,7 @@ def problems(folder: Path) -> list[str]:
         for text in _linked(piece, manifest)
     ]
     changed = list(_changed(folder, manifest))
-    found += changed or _not_joined(folder, manifest, factor_of(method_of(recipe), len(manifest.serving)))
+    found += changed or _not_joined(folder, manifest, method_of(recipe))
     return found
 
 
@@ -87,21 +85,19 @@ def _changed(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{run_folder.ADAPTER}/{file}: {what}"
     listed = {folder / PIECES / piece.key / WEIGHTS for piece in manifest.pieces}
     for path in sorted(path for ending in ("*.safetensors", "*.bin", "*.pt", "*.pth") for path in folder.rglob(ending)):
-        if path not in listed and path.parent != folder / run_folder.ADAPTER:
+        if path not in listed and folder / run_folder.ADAPTER not in path.parents:
             yield f"{path.relative_to(folder)}: weights that are not in the manifest; they may depend on deleted rows"
 
 
-def _not_joined(folder: Path, manifest: Manifest, factor: float) -> list[str]:
+def _not_joined(folder: Path, manifest: Manifest, method: Exact) -> list[str]:
     """Whether the adapter is what the pieces that serve make, bit by bit."""
     if not manifest.serving:
         return []
     if lost := [key for key in manifest.serving if key not in manifest.by_key]:
         return [f"{FILE}: {lost[0]} serves and is no piece"]
-    parts = [load_file(folder / PIECES / key / WEIGHTS) for key in manifest.serving]
-    made = join(parts, factor)
-    there = load_file(folder / run_folder.ADAPTER / ADAPTER_WEIGHTS)
-    same = made.keys() == there.keys() and all(bool((made[name] == there[name]).all()) for name in made)
-    return [] if same else [f"{run_folder.ADAPTER}/{ADAPTER_WEIGHTS}: is not what the pieces that serve make"]
+    made = served(weights_of(folder, map(manifest.by_key.__getitem__, manifest.serving)), method)
+    changed = made.differs(folder / run_folder.ADAPTER)
+    return [f"{run_folder.ADAPTER}/{file}: is not what the pieces that serve make" for file in changed]
 
 
 def retrained(folder: Path, line: str, cache: Path) -> list[str]:

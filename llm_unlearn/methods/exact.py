@@ -56,6 +56,10 @@ def share_of(key: str, kind: str, count: int) -> int:
     return int(fingerprint(kind, key), 16) % count
 
 
+Aggregate = Literal["merge", "average"]
+"""How the adapters that serve become one model. merge: their updates are added up, one adapter that costs what one costs. average:
+the mean of the probabilities that each of them predicts (Bourtoule et al. 2021, §IV.D), a run of the model for each."""
+
 OBJECTIVE = {"retain": Term(loss=NLL())}
 """What every stage minimises: NLL per token of its rows."""
 
@@ -76,10 +80,10 @@ class Sisa:
     """R, the checkpoints in each."""
     id: str | None = None
     """Column that names a row, or all rows that are deleted together; without it, a row is named by its content."""
-    aggregate: Literal["merge"] = "merge"
-    """How the shards become one: the mean of their updates."""
+    aggregate: Aggregate = "merge"
+    """How the shards' adapters become one model; see `Aggregate`."""
     weight: PositiveFloat | None = None
-    """How often each shard's update counts; without it, 1 / shards, the mean."""
+    """How often each shard's update counts where they are merged; without it, 1 / shards, the mean."""
 
     terms = OBJECTIVE
     retrains = True
@@ -131,8 +135,10 @@ class S3T:
     """B, the orders that each shard is trained in: the budget. Training costs B times as much."""
     id: str | None = None
     """Column that names a row, or all rows that are deleted together; without it, a row is named by its content."""
+    aggregate: Aggregate = "merge"
+    """How the shards' adapters become one model; see `Aggregate`."""
     weight: PositiveFloat | None = None
-    """How often each shard's update counts; without it, 1 / shards, the mean."""
+    """How often each shard's update counts where they are merged; without it, 1 / shards, the mean."""
 
     terms = OBJECTIVE
     retrains = False
@@ -183,8 +189,10 @@ class Modules:
     """Column that says whose a row is."""
     id: str | None = None
     """Column that names a row, or all rows that are deleted together; without it, a row is named by its content."""
+    aggregate: Aggregate = "merge"
+    """How the owners' adapters become one model; see `Aggregate`. `average` runs the model once for each owner."""
     weight: PositiveFloat | None = None
-    """How often each owner's update counts; without it, 1 / owners, the mean."""
+    """How often each owner's update counts where they are merged; without it, 1 / owners, the mean."""
 
     terms = OBJECTIVE
     retrains = True
@@ -215,6 +223,9 @@ def piece_problems(method: Exact, model: Model, train: Train) -> Problems:
     if not model.adapter or model.adapter.init != "zero":
         text = f"{method.name} trains adapters over a frozen base that no row decides; give an adapter with init: zero."
         yield text, "model", "adapter"
+    if method.weight and method.aggregate == "average":
+        text = "counts updates that are merged, and probabilities are averaged, each alike; take it out, or give aggregate: merge."
+        yield text, "method", "weight"
     for key, given in (("rules", train.rules), ("stop", train.stop)):
         if given:
             yield f"{method.name} trains each piece on its own rows alone, and has no use for it; take it out.", "train", key

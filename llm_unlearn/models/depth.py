@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llm_unlearn.models.combined import Members
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.spec import Refused
 
@@ -63,6 +64,11 @@ def watched(net: Any, layers: Layers, nudge: Nudge | None, swap: Swap | None = N
 
 def blocks_of(net: Any) -> tuple[str, nn.ModuleList]:
     """The decoder layers of a transformers model, and the name under which it has them."""
+    if isinstance(net, Members):
+        raise Refused(
+            "this model combines the logits of several, each with hidden states of its own: its layers cannot be read or changed "
+            "as those of one model."
+        )
     depth = int(net.config.get_text_config().num_hidden_layers)
     for name, child in net.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == depth:

@@ -13,7 +13,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_model
 
-from llm_unlearn.models.load import Loaded, has_adapter, load
+from llm_unlearn.models.combined import combination_of, counted
+from llm_unlearn.models.load import Loaded, causal, has_adapter, load
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused
 
@@ -45,6 +46,8 @@ class Again:
         if not merged or not (path or self.model.start):
             return load(wanted, self.device, adapter=path)
         whole = load(replace(self.model, quantize=None), self.device, adapter=path)
+        if combination_of(whole.causal):
+            raise Refused(f"{path}: combines the logits of several models, which no one set of weights does; it cannot be merged.")
         net = whole.model.merge_and_unload() if has_adapter(whole.model) else whole.model
         parts = (*whole.parts, "merged", wanted.quantize)
         if not wanted.quantize:
@@ -60,11 +63,17 @@ class Again:
 
 @contextlib.contextmanager
 def adapter_scaled(model: Any, factor: float) -> Iterator[None]:
-    """Inside, the adapter counts `factor` times: 0 is the model without it, −1 takes away what it adds.
+    """Inside, the adapter counts `factor` times: 0 is the model without it, −1 takes away what it adds. Where the base's logits are
+    combined with others', these count so often; where probabilities are averaged, each member's adapter does.
 
     Raises:
         Refused: the adapter is of a kind that has no scale.
     """
+    wanted = combination_of(causal(model))
+    if wanted and wanted.rule != "average":
+        with counted(causal(model), factor):
+            yield
+        return
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and hasattr(layer, "scaling")]
     if not layers:
         raise Refused("this adapter has no scale that could be changed (LoRA has one).")

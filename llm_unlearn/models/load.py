@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_unlearn.data.examples import PLAIN_TEMPLATE
 from llm_unlearn.folder import adapter_in
+from llm_unlearn.models import combined
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import missing
@@ -146,9 +147,12 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
                 "model.start: an adapter cannot be merged into quantized weights without a loss; merge it first, then quantize."
             )
         for start in model.starts:
-            net = _put_on(net, folder_of(adapter_in(start))).merge_and_unload()
+            if combined.is_combined(begun := folder_of(adapter_in(start))):
+                text = "combines the logits of several models, which no one set of weights does; name another"
+                raise Refused(f"model.start: {begun} {text}.")
+            net = put_on(net, begun).merge_and_unload()
     if adapter:
-        net = _put_on(net, folder_of(adapter))
+        net = put_on(net, folder_of(adapter))
     return Loaded(net.eval(), tokenizer, parts_of(model, tokenizer, weights, adapter))
 
 
@@ -160,11 +164,21 @@ def parts_of(model: Model, tokenizer: PreTrainedTokenizerBase, weights: torch.dt
     return (str(tokenizer.chat_template), model.quantize, str(weights), *map(folder_identity, folders))
 
 
-def _put_on(net: Any, folder: Path) -> Any:
+def put_on(net: Any, folder: Path) -> Any:
+    """The model with what a folder holds: one adapter, or several that are combined."""
+    wanted = combined.read(folder) if combined.is_combined(folder) else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return peft.PeftModel.from_pretrained(net, str(folder))
+            if not wanted:
+                return peft.PeftModel.from_pretrained(net, str(folder))
+            one, *others = wanted.adapters
+            model = peft.PeftModel.from_pretrained(net, str(folder / one), adapter_name=one)
+            for name in others:
+                model.load_adapter(str(folder / name), adapter_name=name)
+            return combined.combine(model.get_base_model(), wanted)
+    except Refused:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise Refused(f"{folder}: no adapter that fits this model ({str(error).splitlines()[0]}).") from error
 
@@ -280,7 +294,8 @@ def earlier_directions(name: str) -> dict[str, torch.Tensor]:
 def folder_identity(folder: Path) -> str:
     """A fingerprint of a saved model or adapter: the content of its weights, settings and tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+    places = [folder, *(folder / name for name in (combined.read(folder).adapters if combined.is_combined(folder) else ()))]
+    for path in sorted(path for place in places for pattern in MODEL_FILES for path in place.glob(pattern)):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

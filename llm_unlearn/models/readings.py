@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm_unlearn.data.batch import Batch
+from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
-from llm_unlearn.models.scores import Head, Scorer, Scores, head_of, parts, score
+from llm_unlearn.models.scores import Scorer, Scores, head_of, parts, score
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.spec import Refused
 

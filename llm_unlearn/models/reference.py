@@ -12,8 +12,9 @@ from torch import Tensor
 from llm_unlearn.data.batch import Batch, cut, lay_out
 from llm_unlearn.data.examples import Example
 from llm_unlearn.models.depth import Layers
+from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import as_it_was, has_adapter
-from llm_unlearn.models.scores import Head, Scorer, Scores, by_stream, score
+from llm_unlearn.models.scores import Scorer, Scores, by_stream, score
 from llm_unlearn.objectives.views import TOP
 
 Reference = Callable[[Batch], dict[str, Scores]]

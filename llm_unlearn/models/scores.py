@@ -8,7 +8,6 @@ Shapes as in `data/batch.py`: N answer tokens, S sequences of a stream, D hidden
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_unlearn.data.batch import Batch
 from llm_unlearn.models.depth import Layers, Nudge, watched
+from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
 from llm_unlearn.objectives.terms import AnyLoss, layers_read
 from llm_unlearn.objectives.views import TOP, beside
@@ -99,33 +99,10 @@ def freeze_unreached(model: Any, layers: Layers) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Head:
-    """The output head: linear layer, then the scale or soft cap that some architectures put on logits."""
-
-    layer: nn.Module = field(repr=False)
-    vocabulary: int
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """(N, D) -> (N, V) float32"""
-        logits: Tensor = self.layer(states).float()
-        logits = logits * self.scale if self.scale != 1 else logits
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
-
-    def frozen_copy(self) -> Head:
-        """The head as it is now, whatever becomes of the model; the one part of it that full-weight training must keep twice."""
-        return Head(copy.deepcopy(self.layer).requires_grad_(False), self.vocabulary, self.scale, self.cap)
-
-
 def head_of(model: Any) -> Head:
-    """The head of a model (scale: Cohere, Granite; cap: Gemma)."""
+    """The head of a model."""
     net = causal(model)
-    config = net.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    layer = net.get_output_embeddings()
-    return Head(layer, int(config.vocab_size), scale, getattr(config, "final_logit_softcapping", None))
+    return Head.of(net.get_output_embeddings(), net.config.get_text_config())
 
 
 def check_head(model: Any) -> None:

@@ -36,12 +36,15 @@ Outcome = tuple[int, str, Results | str]
 """A run's seed, its folder, and what came out: its `evaluation.json`, or how it failed."""
 
 
-def board_of(outcomes: Mapping[Method, Sequence[Outcome]], *, suite: str, suite_hash: str, command: str) -> dict[str, Any]:
+def board_of(
+    outcomes: Mapping[Method, Sequence[Outcome]], *, suite: str, suite_hash: str, command: str, left_out: Sequence[str] = ()
+) -> dict[str, Any]:
     """Everything that `leaderboard.json` says.
 
     Args:
         outcomes: of each method, one per seed.
         command: the line that made it.
+        left_out: names of methods whose recipe forgets other rows.
     """
     models = _models(outcomes)
     # a method that begins elsewhere (with adapters on a base that saw no row, say) is judged by where it ends, as the others are
@@ -74,6 +77,7 @@ def board_of(outcomes: Mapping[Method, Sequence[Outcome]], *, suite: str, suite_
             for name in dict.fromkeys(name for results in done for name in results["run"]["versions"])
         },
         "models": models,
+        "left_out": list(left_out),
         "methods": ranked(methods),
     }
 
@@ -149,6 +153,9 @@ def markdown(board: Mapping[str, Any], page: Path, plot: Path) -> str:
             "",
             f"Scored against the models of the first rows too, though they begin from another, or have another control: {names}.",
         ]
+    if board["left_out"]:
+        names = ", ".join(f"`{name}`" for name in board["left_out"])
+        lines += ["", f"Left out, as the recipe forgets other rows than the suite asks about: {names}."]
     failed = [(method["name"], run) for method in methods for run in method["runs"] if "error" in run]
     if failed:
         lines += ["", "Failed:", ""] + [f"- `{name}`, seed {run['seed']}: {_md(run['error'])}" for name, run in failed]

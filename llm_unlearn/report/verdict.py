@@ -151,7 +151,7 @@ def _leaks(attacks: Iterable[Mapping[str, Any]]) -> list[str]:
         comes_back = "" if found else " comes back"
         at = one["gap"]["best"]["after"]["at"]
         found.append(f"{100 * one['gap']['came_back']:.0f} %{comes_back} under {one['title']} ({at})")
-    only = " Only merged weights may be released." if any(one["name"] == "adapter_removal" for one in leaks) else ""
+    only = " Only merged weights may be released, or none." if any(one["name"] == "adapter_removal" for one in leaks) else ""
     return [f"Leaks: of what was forgotten, {listed(found)}.{only}"]
 
 

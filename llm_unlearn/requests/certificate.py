@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 KEY, PUBLIC = "requests.key", "public.pem"
 SIGNATURE = "signature"
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
-"""What a saved model or adapter is made of."""
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*/adapter_*")
+"""What a saved model or adapter is made of; of several adapters that are combined, each lies in a folder of its name."""
 
 Certificate = dict[str, Any]
 
@@ -166,5 +166,5 @@ def files_of(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
         with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_unlearn.data.sources import Row, read
+from llm_unlearn.options import SCORE
 from llm_unlearn.requests.service import Office
 from llm_unlearn.spec import Refused, nearest
 
 RowId = str | int
-SCORE = 90.0
-"""Likeness from which a row counts as a near duplicate, of 100."""
 NEAR = 3
 """So many ids are named beside a request that finds nothing."""
 

@@ -10,14 +10,13 @@ from typing import Literal
 from llm_unlearn import recipe as recipes
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.numbers import titles
+from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.source import Source, source_problems
 from llm_unlearn.spec import FiniteFloat, NonNegativeFloat, Portion, Refused, dotted, fingerprint, nearest, spec
 from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
 
-FILE = "requests.yaml"
-"""The service file that is meant where none is named."""
 TEMPLATE = """\
 # How deletion requests are served: llm-unlearn requests add --where person=…, then llm-unlearn requests run
 ledger: requests.db                 # who asked for what, and what was done; beside this file
@@ -173,7 +172,10 @@ def _problems(office: Office, tree: Tree) -> Iterable[str]:
     def say(text: str, *path: str | int) -> str:
         return f"{tree.place(path)}: {dotted(path)}: {text}"
 
-    service, suite = office.service, office.suite
+    service, suite, method = office.service, office.suite, office.recipe.method
+    if isinstance(method, Contrast):
+        text = "leaves the logits of several models combined, and the next request begins from one set of weights"
+        yield say(f"{method.name} {text}; name a recipe that changes weights.", "recipe")
     data = Source(source=service.data.source, config=service.data.config, split=service.data.split, text=service.data.id)
     yield from (say(text, "data", *where) for where, text in source_problems(data))
     if "forget" not in suite.sets:

@@ -17,8 +17,12 @@ from tqdm.auto import tqdm
 
 from llm_unlearn.data.batch import cut, lay_out
 from llm_unlearn.data.examples import Example, draw
+from llm_unlearn.methods.combination import Combination
+from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.registry import Edit
-from llm_unlearn.models.load import trainable
+from llm_unlearn.models.combined import combine
+from llm_unlearn.models.head import Head
+from llm_unlearn.models.load import causal, trainable
 from llm_unlearn.models.scores import Scorer, head_of, score
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.checkpoint import Progress, restore
@@ -34,7 +38,7 @@ Influences = list[dict[str, Any]]
 
 def edit(
     method: Edit, job: Job, model: Any, accelerator: Accelerator, folder: Path, *, resume: bool = False
-) -> tuple[Outcome, Influences]:
+) -> tuple[Outcome, Influences, Combination | None]:
     """Edit the trainable weights of `model`, in place: at the strength that comes nearest to the dose within the budget, or at the
     only one that is given. An edit that was killed is made anew; a training inside it goes on from its checkpoint.
 
@@ -42,19 +46,20 @@ def edit(
         folder: gets `log.jsonl`: after the steps of a training, one line per strength, the first (0) of the model as it was.
 
     Returns:
-        How it ended, and the influence of every row where the method finds it.
+        How it ended; the influence of every row where the method finds it; and what is to be made of the base's logits and the
+        edited model's, where the method combines them.
     """
     situation = Editing(method, job, model, accelerator, folder, resume)
     start, progress, stop = situation.weights, Progress(), job.settings.stop
     probe = Probe.of(stop, job.examples, job.seed, job.settings.batch_tokens, job.aim) if stop else None
     before = probe.look(situation.scorer, situation.head, accelerator) if probe else {}
     if probe and (done := first(probe, before, progress, model)):
-        return done, []
+        return done, [], None
     try:
         at = method.prepare(situation)
     except Ended as end:
         put(situation.theta, start)
-        return end.outcome, []
+        return end.outcome, [], None
     log = Log(folder / "log.jsonl", accelerator.is_main_process, situation.trained)
     log.write({"step": situation.trained, **situation.noted(), **before})
     outcome = Outcome("finished", situation.trained + 1, situation.trained + 1)
@@ -65,7 +70,7 @@ def edit(
         seen: dict[str, float] = {}
         if math.isfinite(distance):
             put(situation.theta, weights)
-            seen = probe.look(situation.scorer, situation.head, accelerator) if probe else {}
+            seen = probe.look(*situation.asked(_combination(method, strength)), accelerator) if probe else {}
             if probe:
                 judge(probe, seen, progress, model)
         elif not probe:
@@ -76,7 +81,14 @@ def edit(
         restore(model, progress.good)
         outcome = _chosen(method, probe, progress, situation.trained)
     model.eval()
-    return outcome, situation.told
+    taken = method.strengths[outcome.kept - situation.trained - 1] if outcome.kept else None
+    if taken is None and isinstance(method, Contrast):
+        put(situation.theta, start)  # nothing is to be taken from the base
+    return outcome, situation.told, None if taken is None else _combination(method, taken)
+
+
+def _combination(method: Edit, strength: float) -> Combination | None:
+    return method.combination(strength) if isinstance(method, Contrast) else None
 
 
 def _chosen(method: Edit, probe: Probe, progress: Progress, trained: int) -> Outcome:
@@ -116,6 +128,13 @@ class Editing:
     @property
     def directions(self) -> Sequence[bool]:
         return [".lora_A." in name for name in trainable(self.net)]
+
+    def asked(self, combination: Combination | None) -> tuple[Scorer, Head]:
+        """What a look reads: the model, or what its logits and the base's are to be made into."""
+        if not combination:
+            return self.scorer, self.head
+        model = combine(causal(self.net), combination)
+        return Scorer(model), head_of(model)
 
     def rows(self, stream: str) -> int:
         return len(self.job.examples[stream])

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.data.examples import Example, draw
-from llm_unlearn.models.scores import Head, Scorer, score
+from llm_unlearn.models.head import Head
+from llm_unlearn.models.scores import Scorer, score
 
 
 def fisher(

@@ -14,7 +14,8 @@ from torch import nn
 
 from llm_unlearn.data.batch import cut, lay_out
 from llm_unlearn.data.examples import Example
-from llm_unlearn.models.scores import Head, Scorer, head_of, score, statistics
+from llm_unlearn.models.head import Head
+from llm_unlearn.models.scores import Scorer, head_of, score, statistics
 from llm_unlearn.training.checkpoint import Progress, snapshot
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.fisher import some

@@ -21,8 +21,9 @@ from llm_unlearn.data.batch import Batch, answer_lengths, micro_batches
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import Schedule
 from llm_unlearn.models.depth import Layers, Nudge
+from llm_unlearn.models.head import Head
 from llm_unlearn.models.reference import Asked, Reference
-from llm_unlearn.models.scores import Head, Scorer, Scores, score, values
+from llm_unlearn.models.scores import Scorer, Scores, score, values
 from llm_unlearn.objectives.distribution import CEU
 from llm_unlearn.objectives.representation import Lunar
 from llm_unlearn.objectives.terms import Term, count, layers_read, stream_of, streams_read

@@ -1,11 +1,9 @@
-"""The verb `audit`: which recipes can be audited and where the outcome may be written, before anything heavy is imported."""
+"""What is asked of an audit: which recipes can be audited, where the outcome may be written, and what it says."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,10 @@ from typing import Any
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.objectives.terms import stream_of
-from llm_unlearn.options import count, takes_recipe
-from llm_unlearn.recipe import Recipe, load
+from llm_unlearn.recipe import Recipe
 from llm_unlearn.spec import Refused
-from llm_unlearn.tree import locate
 
 FILE = "privacy_audit.json"
-CANARIES = 200
 
 
 @dataclass(frozen=True)
@@ -40,44 +35,19 @@ class Asked:
         return {"recipe": self.recipe.hash, "canaries": self.canaries, "guesses": self.guesses, "seed": self.seed}
 
 
-def add(
-    verb: Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser], cache: Callable[[], Path]
-) -> None:
-    """Make the verb known."""
-    one = verb("audit", audit, "try a recipe's claimed privacy: train it with made-up rows, and guess which of them it saw")
-    takes_recipe(one)
-    one.add_argument("--canaries", type=count, default=CANARIES, metavar="N", help=f"made-up rows; default {CANARIES}")
-    one.add_argument("--guesses", type=count, metavar="K", help="guess at so many of them, half in, half out; default: half")
-    one.add_argument("--seed", type=int, default=0, metavar="S", help="what the rows and their coins are drawn from; default 0")
-    one.add_argument("--output", type=Path, metavar="FOLDER", help=f"folder for {FILE}; default: the recipe's output and _audit")
-    one.add_argument("--overwrite", action="store_true", help="replace an earlier audit in the output folder")
-    one.set_defaults(cache=cache)
-
-
-def audit(options: argparse.Namespace) -> int:
-    """Carry out an audit, or say what a finished one found. One that was broken off goes on from its checkpoint."""
-    recipe = load(locate(str(options.recipe)), options.overrides)
-    guesses = options.canaries // 4 * 2 if options.guesses is None else options.guesses
-    output = options.output or Path(f"{recipe.output}_audit")
-    asked = check(recipe, options.canaries, guesses, options.seed, output)
-    if found := None if options.overwrite and is_audit(output) else held(asked):
-        print(said(found, output))
-        return 0
-    from llm_unlearn.auditing.trial import trial
-
-    if not trial(asked, options.cache(), options.overwrite):
-        words = "the same command without --overwrite" if options.overwrite else "the same command"
-        print(f"interrupted; {words} goes on from there.", file=sys.stderr)
-        return 130
-    return 0
-
-
-def check(recipe: Recipe, canaries: int, guesses: int, seed: int, output: Path) -> Asked:
+def check(recipe: Recipe, *, canaries: int, guesses: int | None, seed: int, output: Path | None) -> Asked:
     """All that can be refused of a recipe before anything heavy is imported.
+
+    Args:
+        guesses: without it, half of the canaries.
+        output: without it, the recipe's output and `_audit`.
 
     Raises:
         Refused: the recipe does not train on rows that it learns by heart, or the options do not fit.
     """
+    if canaries < 2:
+        raise Refused(f"--canaries: found {canaries}; expected at least 2: one guess in, one out.")
+    guesses = max(2, canaries // 4 * 2) if guesses is None else guesses
     if guesses % 2 or not 2 <= guesses <= canaries:
         raise Refused(f"--guesses: found {guesses} with {canaries} canaries; expected an even number from 2 to {canaries}.")
     if isinstance(recipe.method, (Edit, Exact)):
@@ -91,15 +61,11 @@ def check(recipe: Recipe, canaries: int, guesses: int, seed: int, output: Path) 
             "objective: an audit reads which made-up rows were learnt, and nothing here is learnt by heart; expected a stream "
             "with loss nll, and without alternate and contrast."
         )
-    return Asked(recipe, streams, canaries, guesses, seed, output)
+    return Asked(recipe, streams, canaries, guesses, seed, output or Path(f"{recipe.output}_audit"))
 
 
-def is_audit(output: Path) -> bool:
-    return (output / FILE).is_file()
-
-
-def held(asked: Asked) -> dict[str, Any] | None:
-    """What a finished audit in the output folder found; None where there is none, or one that goes on.
+def held(asked: Asked, overwrite: bool) -> dict[str, Any] | None:
+    """What a finished audit in the output folder found; None where there is none, one that goes on, or one to be replaced.
 
     Raises:
         Refused: the folder holds another audit, or something that is no audit at all.
@@ -107,10 +73,12 @@ def held(asked: Asked) -> dict[str, Any] | None:
     output = asked.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    if not is_audit(output):
+    if not (output / FILE).is_file():
         raise Refused(
             f"--output: {output} exists and is not an audit's folder (it has no {FILE}). Nothing was changed; choose another."
         )
+    if overwrite:
+        return None
     found: dict[str, Any] = json.loads((output / FILE).read_text(encoding="utf-8"))
     if other := [key for key, value in asked.key.items() if found.get(key) != value]:
         raise Refused(
@@ -120,7 +88,7 @@ def held(asked: Asked) -> dict[str, Any] | None:
     return found if "verdict" in found else None
 
 
-def said(found: dict[str, Any], output: Path) -> str:
+def said(found: Mapping[str, Any], output: Path) -> str:
     """What an audit found, for the terminal."""
     lines = [f"canaries   {found['inserted']} of {found['canaries']} made-up rows were put into {found['stream']}"]
     if claimed := found["claimed"]:

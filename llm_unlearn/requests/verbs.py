@@ -7,7 +7,7 @@ import getpass
 import json
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -15,73 +15,24 @@ from llm_unlearn import folder
 from llm_unlearn.requests import service
 from llm_unlearn.requests.certificate import PUBLIC, public_pem, public_text, read_public, signing_key
 from llm_unlearn.requests.ledger import Ledger
-from llm_unlearn.requests.matching import SCORE, Found
+from llm_unlearn.requests.matching import Found
 from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, WITHDRAWN, Request
-from llm_unlearn.requests.service import FILE, Office
+from llm_unlearn.requests.service import Office
 from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused
 
 SHOWN = 20
 """So many rows of a request are shown before it is put in."""
-CODES = (
-    "Exit status: 0 done · 1 some request needs attention (run), or something does not fit (verify) · 2 refused, and nothing was "
-    "changed · 3 another process serves this model (run) · 130 interrupted; the same command goes on."
-)
 
 
-def add_verbs(parser: argparse.ArgumentParser) -> None:
-    """Give the parser of `requests` its sub-verbs; each sets `desk`, which takes the options, the cache and the config folder."""
-    parser.epilog = CODES
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    def verb(name: str, function: Callable[[argparse.Namespace, Path, Path], int], text: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=text, description=text, epilog=CODES)
-        added.set_defaults(desk=function)
-        added.add_argument("--service", type=Path, default=Path(FILE), metavar="FILE", help=f"the service file; default {FILE}")
-        return added
-
-    verb("new", new, "write a service file to start from")
-    one = verb("add", add, "find the rows that are to be forgotten, show which they are, and put the request in")
-    which = one.add_mutually_exclusive_group(required=True)
-    which.add_argument("--where", action="append", metavar="COLUMN=VALUE", help="rows with this value; again, for several columns")
-    which.add_argument("--ids", nargs="+", metavar="ID", help="rows by their id; - reads them from standard input, one a line")
-    which.add_argument("--text", help="rows that nearly repeat this text; @FILE reads it from a file, - from standard input")
-    one.add_argument("--score", type=float, default=SCORE, help=f"likeness from which a row counts for --text; default {SCORE:g}")
-    one.add_argument("--model", help="the model that is to forget; default: model.base of the service's recipe, or its store")
-    one.add_argument("--due", type=_day, metavar="YYYY-MM-DD", help="the day by which it must be served")
-    one.add_argument("--key", help="your own name for the request; the same key again is the same request")
-    one.add_argument("--dry-run", action="store_true", help="show what would be found, and change nothing")
-    one.add_argument("--show-text", action="store_true", help="show what the rows say, too")
-    one.add_argument("--yes-many", action="store_true", help="confirm a request for more than the service's `most` of all rows")
-    one = verb("list", show, "all requests with their states, those that are due first, first")
-    one.add_argument("--json", action="store_true", help="as JSON, for scripts")
-    one = verb("run", run, "serve what is pending, together or one by one; goes on with what was killed")
-    one.add_argument("--one-by-one", action="store_true", help="a run for each request, each from what the one before left")
-    one.add_argument("--show-text", action="store_true", help="print an error's words even if they repeat a row's")
-    one = verb("verify", verify, "check the ledger's chain, and signature and weights of every certificate")
-    one.add_argument("certificates", nargs="*", type=Path, metavar="FILE", help="certificates to check; default: all of the ledger")
-    one.add_argument("--key", type=Path, metavar="PEM", help="the public key that must have signed; default: your own")
-    one = verb("export", export, "write the newest certificate of each request, and the public key, into a folder")
-    one.add_argument("folder", type=Path, metavar="FOLDER")
-    one = verb("model", model, "write the model as the accepted runs left it, every adapter merged, into a folder")
-    one.add_argument("folder", type=Path, metavar="FOLDER")
-    one.add_argument("--model", help="which, where the ledger has several; default: model.base of the service's recipe")
-    for name, function, text in (
-        ("withdraw", withdraw, "take a request back that is not served yet"),
-        ("retry", retry, "let a request that needs attention be served again"),
-    ):
-        verb(name, function, text).add_argument("request", type=int, metavar="N", help="its number in `list`")
-
-
-def _day(word: str) -> str:
-    try:
-        return date.fromisoformat(word).isoformat()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {word!r}; expected a day such as 2026-12-01") from None
+def _office(options: argparse.Namespace) -> Office:
+    if int(options.environment.get("WORLD_SIZE", "1")) > 1:
+        raise Refused("requests: expected one process, found several; start it without `accelerate launch`.")
+    return service.load(options.service)
 
 
 def _open(options: argparse.Namespace) -> tuple[Office, Ledger]:
-    office = service.load(options.service)
+    office = _office(options)
     return office, _ledger(office)
 
 
@@ -89,7 +40,7 @@ def _ledger(office: Office) -> Ledger:
     return Ledger(office.ledger, f"{getpass.getuser()}@{socket.gethostname()}")
 
 
-def new(options: argparse.Namespace, cache: Path, config: Path) -> int:
+def new(options: argparse.Namespace) -> int:
     if options.service.exists():
         raise Refused(f"{options.service}: exists already. Nothing was changed; choose another name with --service.")
     folder.write(options.service, service.TEMPLATE)
@@ -97,8 +48,8 @@ def new(options: argparse.Namespace, cache: Path, config: Path) -> int:
     return 0
 
 
-def add(options: argparse.Namespace, cache: Path, config: Path) -> int:
-    office = service.load(options.service)
+def add(options: argparse.Namespace) -> int:
+    office = _office(options)
     name = options.model or office.model
     if missing(name) and name != office.model:
         raise Refused(f"--model: no such folder: {name} (looked from {Path.cwd()}).")
@@ -175,7 +126,7 @@ def _preview(found: Sequence[Found], office: Office, of: int, show_text: bool) -
         print(f"  … and {len(found) - SHOWN} more")
 
 
-def show(options: argparse.Namespace, cache: Path, config: Path) -> int:
+def show(options: argparse.Namespace) -> int:
     _, ledger = _open(options)
     today = date.today().isoformat()
     found = [(one, len(ledger.rows_of(one.id)), is_overdue(one, today)) for one in ledger.requests()]
@@ -212,22 +163,22 @@ def is_overdue(request: Request, today: str) -> bool:
     return request.due is not None and request.due < today and request.state not in (FULFILLED, WITHDRAWN)
 
 
-def run(options: argparse.Namespace, cache: Path, config: Path) -> int:
+def run(options: argparse.Namespace) -> int:
     office, ledger = _open(options)
-    key = signing_key(config)
+    key = signing_key(options.config)
     from llm_unlearn.requests.serving import Desk
     from llm_unlearn.requests.stores import way_of
 
-    desk = Desk(office, ledger, way_of(office, cache), key, one_by_one=options.one_by_one, show_text=options.show_text)
+    desk = Desk(office, ledger, way_of(office, options.cache), key, one_by_one=options.one_by_one, show_text=options.show_text)
     return desk.serve()
 
 
-def verify(options: argparse.Namespace, cache: Path, config: Path) -> int:
+def verify(options: argparse.Namespace) -> int:
     alone = options.certificates and not options.service.is_file()  # who receives a certificate has no ledger
     office, ledger = (None, None) if alone else _open(options)
     trusted = read_public(options.key) if options.key else None
     if trusted is None and not alone:
-        trusted = public_text(signing_key(config))
+        trusted = public_text(signing_key(options.config))
     from llm_unlearn.requests import verifying
 
     if options.certificates:
@@ -249,10 +200,10 @@ def verify(options: argparse.Namespace, cache: Path, config: Path) -> int:
     return int(bool(found))
 
 
-def export(options: argparse.Namespace, cache: Path, config: Path) -> int:
+def export(options: argparse.Namespace) -> int:
     _, ledger = _open(options)
     newest = {request: (run, text) for (request, run), text in ledger.certificates().items()}
-    key = signing_key(config)
+    key = signing_key(options.config)
     for request, (_, text) in newest.items():
         folder.write(options.folder / f"request-{request}.json", text)
     folder.write(options.folder / PUBLIC, public_pem(key))
@@ -264,7 +215,7 @@ def export(options: argparse.Namespace, cache: Path, config: Path) -> int:
     return 0
 
 
-def model(options: argparse.Namespace, cache: Path, config: Path) -> int:
+def model(options: argparse.Namespace) -> int:
     office, ledger = _open(options)
     if options.folder.exists():
         raise Refused(f"{options.folder}: exists already. Nothing was changed; choose another name.")
@@ -276,18 +227,18 @@ def model(options: argparse.Namespace, cache: Path, config: Path) -> int:
     from llm_unlearn.requests.stores import way_of
     from llm_unlearn.requests.ways import release
 
-    release(way_of(office, cache).model(name, [office.output / run.folder for run in runs]), options.folder, cache)
+    release(way_of(office, options.cache).model(name, [office.output / run.folder for run in runs]), options.folder, options.cache)
     print(f"{options.folder}: {name} after run{'s' * (len(runs) > 1)} {', '.join(str(run.id) for run in runs)}")
     return 0
 
 
-def withdraw(options: argparse.Namespace, cache: Path, config: Path) -> int:
+def withdraw(options: argparse.Namespace) -> int:
     _, ledger = _open(options)
     print(f"request {options.request}: {ledger.move(options.request, [PENDING, ATTENTION], WITHDRAWN, WITHDRAWN).state}")
     return 0
 
 
-def retry(options: argparse.Namespace, cache: Path, config: Path) -> int:
+def retry(options: argparse.Namespace) -> int:
     _, ledger = _open(options)
     print(f"request {options.request}: {ledger.move(options.request, [ATTENTION], PENDING, 'retried').state}")
     return 0

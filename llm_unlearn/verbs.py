@@ -1,0 +1,186 @@
+"""What the verbs of the command line do. Heavy imports stand inside the verb that needs them, so that refusals come at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
+from llm_unlearn.auditing import request as auditing
+from llm_unlearn.evaluation import suite as suites
+from llm_unlearn.exact import command
+from llm_unlearn.source import is_recipe, missing
+from llm_unlearn.spec import Refused, schema
+from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
+
+
+def run(options: argparse.Namespace) -> int:
+    path = locate(str(options.recipe))
+    wanted = recipe.load(path, options.overrides)
+    suite = suites.load(locate(wanted.evaluation.suite, path)) if wanted.evaluation else None
+    if folder.check(wanted, options.resume, options.overwrite):
+        print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
+        return 0
+    named = (wanted.evaluation.retrained if wanted.evaluation else None) or (suite.retrained if suite else None)
+    outcome = command.engine(wanted)(
+        wanted, suite, cache=options.cache, resume=options.resume, overwrite=options.overwrite,
+        retrained=_made(named, options.cache) if named else None,
+    )  # fmt: skip
+    if outcome.status == "interrupted":
+        print(
+            f"interrupted after step {outcome.step}; the same command with --resume goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+    if outcome.reason:
+        kept = f"the weights after step {outcome.kept} were kept" if outcome.kept else "the model was left as it was"
+        print(f"{outcome.status}: {outcome.reason}; {kept}.", file=sys.stderr)
+    return int(outcome.broken)
+
+
+def plan(options: argparse.Namespace) -> int:
+    path = locate(str(options.recipe))
+    wanted = recipe.load(path, options.overrides)
+    if wanted.evaluation:
+        suites.load(locate(wanted.evaluation.suite, path))
+    from llm_unlearn.plan import plan as make
+
+    print(make(wanted, options.cache))
+    return 0
+
+
+def audit(options: argparse.Namespace) -> int:
+    wanted = recipe.load(locate(str(options.recipe)), options.overrides)
+    asked = auditing.check(wanted, canaries=options.canaries, guesses=options.guesses, seed=options.seed, output=options.output)
+    if found := auditing.held(asked, options.overwrite):
+        print(auditing.said(found, asked.output))
+        return 0
+    from llm_unlearn.auditing.trial import trial
+
+    if not trial(asked, options.cache, options.overwrite):
+        words = "the same command without --overwrite" if options.overwrite else "the same command"
+        print(f"interrupted; {words} goes on from there.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    suite = suites.load(locate(options.suite), options.overrides)
+    if candidates.is_many(options.model, options.adapter, options.before):
+        return _evaluate_many(suite, options)
+    options.model, options.adapter = options.model[0], (options.adapter or [None])[0]
+    if options.output and (options.output / folder.RESULTS).exists() and not options.overwrite:
+        raise Refused(
+            f"--output: {options.output} has an {folder.RESULTS} already. Nothing was changed; add --overwrite, or choose another."
+        )
+    model = sections.Model(base=folder.model_in(options.model), adapter=None, quantize=options.quantize)
+    asked: dict[str, tuple[sections.Model, str | None]] = {"model": (model, None)}
+    if options.adapter:
+        asked = {"before": (model, None), "after": (model, folder.adapter_in(options.adapter))}
+    if retrained := options.retrained or suite.retrained:
+        asked["retrained"] = (replace(model, base=retrained), None)  # in its place among the columns
+    for option, name in (("--model", model.base), ("--adapter", options.adapter), ("--retrained", retrained)):
+        if name and missing(name):
+            raise Refused(f"{option}: no such folder: {name} (looked from {Path.cwd()}).")
+    from llm_unlearn.run import evaluate as carry_out
+
+    if retrained:
+        asked["retrained"] = (replace(model, base=_made(retrained, options.cache)), None)
+    carry_out(suite, options.suite, asked, cache=options.cache, output=options.output)
+    return 0
+
+
+def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> int:
+    retrained = options.retrained or suite.retrained
+    if retrained and missing(retrained):
+        raise Refused(f"--retrained: no such folder: {retrained} (looked from {Path.cwd()}).")
+    asked = many.Asked(
+        suite=suite,
+        suite_name=options.suite,
+        candidates=candidates.candidates_of(options.model, options.adapter, options.before, options.quantize),
+        retrained=_made(retrained, options.cache) if retrained else None,
+        output=options.output,
+        overwrite=options.overwrite,
+    )
+    return many.evaluate(asked, options.cache)
+
+
+def _made(retrained: str, cache: Path) -> str:
+    """A model's folder or id; a recipe's model is made now."""
+    if not is_recipe(retrained):
+        return folder.model_in(retrained)
+    from llm_unlearn.retrained import found
+
+    return str(found(retrained, cache))
+
+
+def compare_runs(options: argparse.Namespace) -> int:
+    compare.compare(options.runs, options.output, overwrite=options.overwrite, common=options.common)
+    return 0
+
+
+def methods(options: argparse.Namespace) -> int:
+    found: list[tuple[catalogue.Method, recipe.Recipe]] = []
+    problems: list[str] = []
+    for method in catalogue.methods_in(options.folder):
+        try:
+            found.append((method, recipe.load(method.path, check=False)))
+        except Refused as error:
+            problems += str(error).splitlines()
+    from llm_unlearn.report.listing import print_methods
+
+    if found:
+        print_methods(found)
+    if problems:  # those that can be read were listed
+        raise Refused("\n".join(problems))
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    from llm_unlearn import bench as room
+
+    suite = locate(options.suite)
+    asked = room.Asked(
+        methods=catalogue.methods_in(options.folder),
+        suite_name=options.suite,
+        suite_path=suite,
+        suite=suites.load(suite),
+        seeds=options.seeds,
+        output=options.output,
+        page=options.write or options.output / "leaderboard.md",
+        jobs=options.jobs,
+        overrides=options.overrides,
+        command=shlex.join(["llm-unlearn", *options.words]),
+    )
+    return room.bench(asked, options.environment)
+
+
+def write_alternates(options: argparse.Namespace) -> int:
+    wanted = alternates.check(
+        recipe.load(locate(str(options.recipe)), options.overrides),
+        stream=options.stream, k=options.k, temperature=options.temperature, prompt=options.prompt,
+        output=options.output or Path(f"{options.recipe.stem}_alternates.jsonl"), overwrite=options.overwrite,
+    )  # fmt: skip
+    alternates.make(wanted, options.cache)
+    return 0
+
+
+def new(options: argparse.Namespace) -> int:
+    path = Path(options.name if options.name.endswith((".yaml", ".yml")) else f"{options.name}.yaml")
+    if path.exists():
+        raise Refused(f"{path}: exists already. Nothing was changed; choose another name.")
+    pattern = (shipped() / "recipes" / "forget_lora.yaml").read_text(encoding="utf-8")
+    body = pattern[pattern.index(LAUNCH_FIRST) :].replace("output: runs/forget_lora", f"output: runs/{path.stem}")
+    assert body.rstrip().endswith(LAUNCH_LAST)
+    folder.write(path, f"# What this makes a model forget, and how.\n#   accelerate launch {path} [key=value ...]\n{body}")
+    print(f"{path}\nnext: llm-unlearn plan {path}")
+    return 0
+
+
+def show_schema(options: argparse.Namespace) -> int:
+    print(json.dumps(schema(recipe.Recipe if options.kind == "recipe" else suites.Suite), indent=1))
+    return 0
