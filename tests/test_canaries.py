@@ -237,7 +237,7 @@ def test_a_verdict_says_what_it_means() -> None:
     assert trial.verdict(Audited(1.0, 9, 10), 1.5).startswith(
         "Not refuted: guesses like these show an ε of 1 at least. A bound below"
     )
-    assert "show nothing: chance alone" in trial.verdict(Audited(0.0, 5, 10), 1.5)
+    assert "show nothing: by chance alone" in trial.verdict(Audited(0.0, 5, 10), 1.5)
     assert trial.verdict(Audited(1.0, 9, 10), None).startswith("The recipe claims no privacy")
 
 

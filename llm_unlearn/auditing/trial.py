@@ -201,7 +201,11 @@ def result(
 
 def verdict(found: Audited, claimed: float | None) -> str:
     """What it means, in a sentence."""
-    shown = f"an ε of {found.epsilon:.3g} at least" if found.epsilon else "nothing: chance alone makes as many"
+    shown = (
+        f"an ε of {found.epsilon:.3g} at least"
+        if found.epsilon
+        else "nothing: by chance alone as many are right in 5 % of all audits or more"
+    )
     if claimed is None:
         return f"The recipe claims no privacy, so there is nothing to refute; guesses like these show {shown}."
     if found.epsilon > claimed:
