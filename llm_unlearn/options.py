@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
     _takes_recipe(verb("plan", "verbs:plan", "say what a run will do, and write nothing"))
     _exact(verb)
+    _audit(verb)
     _takes_models(verb("evaluate", "verbs:evaluate", "run a suite on a model, before and after an adapter, beside a retrained one"))
     one = verb("compare", "verbs:compare_runs", "put finished runs or evaluations beside each other: table, JSON, one HTML page")
     one.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, an evaluation's folder, a folder above, a quoted glob")
@@ -76,6 +77,18 @@ def _exact(verb: Verb) -> None:
     one = verb("verify", "exact.command:verify", "check a run's manifest: that no kept weight depends on a deleted row")
     one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
     one.add_argument("--retrain", metavar="LINE", help="also train one line again, such as 'shard 1', and compare bits")
+
+
+def _audit(verb: Verb) -> None:
+    one = verb("audit", "verbs:audit", "try a recipe's claimed privacy: train it with made-up rows, and guess which it saw")
+    _takes_recipe(one)
+    one.add_argument("--canaries", type=_count, default=200, metavar="N", help="made-up rows; default 200")
+    one.add_argument("--guesses", type=_count, metavar="K", help="guess at so many of them, half in, half out; default: half")
+    one.add_argument("--seed", type=int, default=0, metavar="S", help="what the rows and their coins are drawn from; default 0")
+    one.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder for privacy_audit.json; default: the recipe's output and _audit"
+    )
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier audit in the output folder")
 
 
 def _many(verb: Verb) -> None:

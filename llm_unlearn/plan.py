@@ -14,6 +14,7 @@ from llm_unlearn.data.examples import Examples, read_examples
 from llm_unlearn.embedded import target
 from llm_unlearn.exact.foreseen import foreseen
 from llm_unlearn.methods.contrast import Contrast
+from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models.load import add_adapter, choose_weights, dtype_of, read_config, read_tokenizer, trainable
@@ -79,7 +80,7 @@ def _steps(recipe: Recipe, job: Job, examples: Examples) -> list[str]:
     if not edit or edit.trains:
         lines.append(f"steps      {job.schedule.steps} optimizer steps of {_window(recipe)}; {_share(recipe)}")
     if edit:
-        lines.append(f"strengths  {edit.knob} {', '.join(f'{strength:g}' for strength in edit.strengths)}")
+        lines.append(f"strengths  {edit.knob} {', '.join(f'{strength:g}' for strength in strengths_of(edit))}")
     if isinstance(edit, Contrast):
         lines.append("serving    logits of the base and of an adapter, combined: the model runs 2 times for every token")
     if recipe.train.stop:

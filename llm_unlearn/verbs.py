@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
+from llm_unlearn.auditing import request as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
 from llm_unlearn.source import is_recipe, missing
@@ -49,6 +50,21 @@ def plan(options: argparse.Namespace) -> int:
     from llm_unlearn.plan import plan as make
 
     print(make(wanted, options.cache))
+    return 0
+
+
+def audit(options: argparse.Namespace) -> int:
+    wanted = recipe.load(locate(str(options.recipe)), options.overrides)
+    asked = auditing.check(wanted, canaries=options.canaries, guesses=options.guesses, seed=options.seed, output=options.output)
+    if found := auditing.held(asked, options.overwrite):
+        print(auditing.said(found, asked.output))
+        return 0
+    from llm_unlearn.auditing.trial import trial
+
+    if not trial(asked, options.cache, options.overwrite):
+        words = "the same command without --overwrite" if options.overwrite else "the same command"
+        print(f"interrupted; {words} goes on from there.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -39,6 +39,7 @@ from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import encode_set
 from llm_unlearn.methods.combination import Combination
 from llm_unlearn.methods.contrast import ULD, Contrast, Guided
+from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.models import combined
 from llm_unlearn.models.forms import Again, adapter_scaled
 from llm_unlearn.models.load import Loaded, add_adapter, causal, folder_identity, load, put_on
@@ -305,14 +306,14 @@ def test_a_method_takes_the_strength_at_which_the_combination_is_nearest(
             with model.disable_adapter():
                 base = causal(model)(input_ids=torch.tensor([row.ids])).logits[0, row.answer - 1 : -1].double()
             tuned = causal(model)(input_ids=torch.tensor([row.ids])).logits[0, row.answer - 1 : -1].double()
-        s = method.strengths[1]
+        s = strengths_of(method)[1]
         z = base - s * tuned if isinstance(method, ULD) else base - s * (tuned - base).clamp(min=0)
         total -= z.log_softmax(-1).gather(-1, torch.tensor(row.ids[row.answer :])[:, None]).sum()
         count += len(row.ids) - row.answer
     perplexity = float((total / count).exp())
     assert rows[1]["forget_perplexity"] == pytest.approx(perplexity, rel=1e-3)
     _, outcome, found, rows = run("near", looked, perplexity)
-    assert found == method.combination(method.strengths[1]) and outcome.kept == outcome.step == rows[1]["step"]
+    assert found == method.combination(strengths_of(method)[1]) and outcome.kept == outcome.step == rows[1]["step"]
     harmless = replace(looked, budget=Harm(retain_perplexity=1e-6))
     model, outcome, found, _ = run("none", harmless, perplexity)
     assert found is None and outcome.kept == 0 and torch.equal(weights(model), weights(adapted(make_model)))

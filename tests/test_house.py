@@ -45,6 +45,7 @@ ROOMS = (
     "run",
     "retrained",  # carries out a recipe, for others to be compared with its model
     "exact",  # runs in pieces: begins, looks and reports as `run` does
+    "auditing",  # trains a recipe as `run` does
     "alternates",
     "plan",
     "compare",
@@ -308,6 +309,7 @@ LIGHT = {
     "methods/exact.py",
     "methods/registry.py",
     "exact/command.py",
+    "auditing/request.py",
 }
 
 
@@ -336,6 +338,7 @@ LIBRARIES = {  # rule 5: who may import what
     # an attack that trains has an accelerator of its own (audit), and says so (finding); many.py, results.py: the type only
     "accelerate": r"training/\w+\.py|run\.py|evaluation/(passes|likelihood|generation|harness)\.py|embedded/target\.py"
     r"|attacks/(audit|finding)\.py|look\.py|many\.py|results\.py"
+    r"|auditing/trial\.py"  # the type only
     r"|exact/(pieces|forgetting)\.py",  # lines are dealt to processes
     "yaml": r"(spec|tree)\.py",
     "pydantic": r"(spec|tree)\.py",

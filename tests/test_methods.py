@@ -12,6 +12,7 @@ from llm_unlearn import recipe
 from llm_unlearn.catalogue import methods_in
 from llm_unlearn.cli import cache_folder
 from llm_unlearn.folder import ADAPTER, MODEL
+from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import Edit
@@ -61,7 +62,7 @@ def test_every_recipe_takes_steps(path: Path, tmp_path: Path, monkeypatch: pytes
     if isinstance(wanted.method, Exact):
         assert outcome.step > 2, "every stage of every line takes two"
     else:
-        assert outcome.step == (len(edit.strengths) if edit else 0) + (not edit or edit.trains) * (wanted.train.steps or 0)
+        assert outcome.step == (len(strengths_of(edit)) if edit else 0) + (not edit or edit.trains) * (wanted.train.steps or 0)
     saved = next((tmp_path / "run" / name for name in (ADAPTER, MODEL) if (tmp_path / "run" / name).is_dir()), None)
     assert saved
     found = {name: weight for file in saved.glob("**/*.safetensors") for name, weight in load_file(str(file)).items()}
@@ -79,7 +80,7 @@ def words_for(path: Path, folder: Path) -> list[str]:
     if whole.train.stop:  # a method that trains without the forget set has no dose
         words.append("train.stop={until: null, budget: {retain_accuracy: null, retain_perplexity: null}}")
     if isinstance(whole.method, Edit):
-        words.append(f"method.{whole.method.knob}={[*whole.method.strengths[:1], *whole.method.strengths[-1:]]}")
+        words.append(f"method.{whole.method.knob}={[*strengths_of(whole.method)[:1], *strengths_of(whole.method)[-1:]]}")
     if hasattr(whole.method, "rows"):
         words.append("method.rows=4")
     if "embedded:" not in text and "extends:" not in text:  # hub ids: nothing is downloaded here

@@ -17,6 +17,13 @@ ADAPTER = "default"
 """The adapter that a run trains."""
 
 
+def contrast_problems(method: Strong, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
+    """An edit's, and there must be an adapter of its own to be taken off the base."""
+    yield from edit_problems(method, model, train, evaluation)
+    if not model.adapter or model.adapter.init != "zero":
+        yield f"{method.name} combines the base with an adapter of its own; give one with init: zero.", "model", "adapter"
+
+
 @spec
 class ULD:
     """z = z_base − w z_assistant (ULD, Ji et al. 2024, 2406.08607): the assistant learns the forget set by heart, and to be uniform
@@ -34,18 +41,8 @@ class ULD:
     knob: ClassVar[str] = "weight"
     terms: ClassVar[Mapping[str, Term]] = {"forget": Term(loss=NLL()), "retain": Term(loss=Entropy())}
     whole: ClassVar[bool] = False
-
-    @property
-    def trains(self) -> bool:
-        return True
-
-    @property
-    def strengths(self) -> PositiveFloats:
-        return self.weight
-
-    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
-        """See `contrast_problems`."""
-        return contrast_problems(self, model, train, evaluation)
+    trains: ClassVar[bool] = True
+    problems = contrast_problems
 
     def prepare(self, situation: Situation) -> At:
         return _learned(situation)
@@ -69,18 +66,8 @@ class Guided:
     knob: ClassVar[str] = "alpha"
     terms: ClassVar[Mapping[str, Term]] = FORGET
     whole: ClassVar[bool] = False
-
-    @property
-    def trains(self) -> bool:
-        return True
-
-    @property
-    def strengths(self) -> PositiveFloats:
-        return self.alpha
-
-    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
-        """See `contrast_problems`."""
-        return contrast_problems(self, model, train, evaluation)
+    trains: ClassVar[bool] = True
+    problems = contrast_problems
 
     def prepare(self, situation: Situation) -> At:
         return _learned(situation)
@@ -97,10 +84,3 @@ def _learned(situation: Situation) -> At:
     situation.train()
     tuned = situation.weights
     return lambda strength: tuned
-
-
-def contrast_problems(method: Strong, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
-    """An edit's, and there must be an adapter of its own to be taken off the base."""
-    yield from edit_problems(method, model, train, evaluation)
-    if not model.adapter or model.adapter.init != "zero":
-        yield f"{method.name} combines the base with an adapter of its own; give one with init: zero.", "model", "adapter"

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 from llm_unlearn.methods.edits import BOTH, At, Situation, edit_problems
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.spec import PositiveFloat, PositiveFloats, PositiveInt, spec
 from llm_unlearn.training.vectors import Gradient
 
@@ -31,18 +30,8 @@ class Dampening:
     knob: ClassVar[str] = "alpha"
     terms: ClassVar[Mapping[str, Term]] = BOTH
     whole: ClassVar[bool] = True
-
-    @property
-    def trains(self) -> bool:
-        return False
-
-    @property
-    def strengths(self) -> PositiveFloats:
-        return self.alpha
-
-    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
-        """See `edit_problems`."""
-        return edit_problems(self, model, train, evaluation)
+    trains: ClassVar[bool] = False
+    problems = edit_problems
 
     def prepare(self, situation: Situation) -> At:
         import torch
@@ -86,13 +75,7 @@ class FisherNoise:
     def trains(self) -> bool:
         return self.tune
 
-    @property
-    def strengths(self) -> PositiveFloats:
-        return self.scale
-
-    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
-        """See `edit_problems`."""
-        return edit_problems(self, model, train, evaluation)
+    problems = edit_problems
 
     def prepare(self, situation: Situation) -> At:
         if self.tune:

@@ -13,6 +13,7 @@ from typing import Protocol
 from llm_unlearn.objectives.likelihood import NLL
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.sections import Evaluation, Model, Problems, Train
+from llm_unlearn.spec import PositiveFloats
 from llm_unlearn.training.vectors import Gradient
 
 At = Callable[[float], Gradient]
@@ -90,8 +91,6 @@ class Strong(Protocol):
         ...
 
     @property
-    def strengths(self) -> Sequence[float]: ...
-    @property
     def whole(self) -> bool:
         """Whether it changes weights that are there, which a fresh adapter has not."""
         ...
@@ -102,13 +101,19 @@ class Strong(Protocol):
         ...
 
 
+def strengths_of(method: Strong) -> PositiveFloats:
+    """An edit's strengths, in the order in which they are looked at."""
+    found: PositiveFloats = getattr(method, method.knob)
+    return found
+
+
 def edit_problems(method: Strong, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
     """An edit must find what it changes, and a dose by which its strength is chosen."""
     if method.whole and model.adapter:
         text = f"{method.name} changes weights that are there, and a fresh adapter has none; give model.adapter: null."
         yield text, "model", "adapter"
-    if len(method.strengths) > 1 and not train.stop:
-        text = f"{len(method.strengths)} strengths, and no dose to choose one by; give train.stop, or one of them: [0.5]."
+    if len(strengths_of(method)) > 1 and not train.stop:
+        text = f"{len(strengths_of(method))} strengths, and no dose to choose one by; give train.stop, or one of them: [0.5]."
         yield text, "method", method.knob
     if train.rules and not method.trains:
         yield f"{method.name} takes no optimizer steps; take them out.", "train", "rules"

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 from llm_unlearn.methods.edits import BOTH, At, Situation, edit_problems
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.spec import PositiveFloat, PositiveFloats, PositiveInt, spec
 from llm_unlearn.training.vectors import Gradient, dot, norm, plus, zeros
 
@@ -41,18 +40,8 @@ class Influence:
     knob: ClassVar[str] = "scale"
     terms: ClassVar[Mapping[str, Term]] = BOTH
     whole: ClassVar[bool] = False
-
-    @property
-    def trains(self) -> bool:
-        return False
-
-    @property
-    def strengths(self) -> PositiveFloats:
-        return self.scale
-
-    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
-        """See `edit_problems`."""
-        return edit_problems(self, model, train, evaluation)
+    trains: ClassVar[bool] = False
+    problems = edit_problems
 
     def prepare(self, situation: Situation) -> At:
         theta, n_f, n_r = situation.weights, situation.rows("forget"), situation.rows("retain")

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 from llm_unlearn.methods.edits import FORGET, At, Situation, edit_problems
 from llm_unlearn.objectives.terms import Term
-from llm_unlearn.sections import Evaluation, Model, Problems, Train
 from llm_unlearn.spec import PositiveFloats, spec
 from llm_unlearn.training.vectors import Gradient
 
@@ -24,18 +23,8 @@ class TaskVector:
     knob: ClassVar[str] = "scale"
     terms: ClassVar[Mapping[str, Term]] = FORGET
     whole: ClassVar[bool] = False
-
-    @property
-    def trains(self) -> bool:
-        return True
-
-    @property
-    def strengths(self) -> PositiveFloats:
-        return self.scale
-
-    def problems(self, model: Model, train: Train, evaluation: Evaluation | None) -> Problems:
-        """See `edit_problems`."""
-        return edit_problems(self, model, train, evaluation)
+    trains: ClassVar[bool] = True
+    problems = edit_problems
 
     def prepare(self, situation: Situation) -> At:
         start, directions = situation.weights, situation.directions

@@ -19,6 +19,7 @@ from llm_unlearn.data.batch import cut, lay_out
 from llm_unlearn.data.examples import Example, draw
 from llm_unlearn.methods.combination import Combination
 from llm_unlearn.methods.contrast import Contrast
+from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models.combined import combine
 from llm_unlearn.models.head import Head
@@ -63,7 +64,7 @@ def edit(
     log = Log(folder / "log.jsonl", accelerator.is_main_process, situation.trained)
     log.write({"step": situation.trained, **situation.noted(), **before})
     outcome = Outcome("finished", situation.trained + 1, situation.trained + 1)
-    for strength in situation.bar(method.strengths, f"{method.name}: {method.knob}", "strength"):
+    for strength in situation.bar(strengths_of(method), f"{method.name}: {method.knob}", "strength"):
         progress.step += 1
         weights = at(strength)
         distance = norm(plus(weights, start, -1))
@@ -81,7 +82,7 @@ def edit(
         restore(model, progress.good)
         outcome = _chosen(method, probe, progress, situation.trained)
     model.eval()
-    taken = method.strengths[outcome.kept - situation.trained - 1] if outcome.kept else None
+    taken = strengths_of(method)[outcome.kept - situation.trained - 1] if outcome.kept else None
     if taken is None and isinstance(method, Contrast):
         put(situation.theta, start)  # nothing is to be taken from the base
     return outcome, situation.told, None if taken is None else _combination(method, taken)
@@ -98,7 +99,7 @@ def _chosen(method: Edit, probe: Probe, progress: Progress, trained: int) -> Out
     if not outcome.kept:
         reason = f"no {method.knob} was within the budget and nearer to the aim" + (f"; {said}" if said else "")
         return replace(outcome, step=trained + outcome.step, reason=reason)
-    reason = f"{method.knob} {method.strengths[outcome.kept - 1]:g} was taken" + (f"; {said}" if said else "")
+    reason = f"{method.knob} {strengths_of(method)[outcome.kept - 1]:g} was taken" + (f"; {said}" if said else "")
     return replace(outcome, step=trained + outcome.step, kept=trained + outcome.kept, reason=reason)
 
 
