@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share tw
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("LLM_UNLEARN_CACHE", str(ROOT / ".cache"))  # one for the tests and all that they start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,7 +63,7 @@ def two_processes(request: pytest.FixtureRequest, made_once: MadeOnce) -> Path:
 @pytest.fixture(scope="session")
 def cache() -> Path:
     """Where the embedded models are kept between test runs."""
-    return Path(os.environ.get("LLM_UNLEARN_CACHE") or ROOT / ".cache").resolve()
+    return Path(os.environ["LLM_UNLEARN_CACHE"]).resolve()
 
 
 @pytest.fixture(scope="session")

@@ -257,11 +257,16 @@ def processes_jobs() -> dict[str, Any]:
 def test_how_a_run_ended_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], outcome: Outcome, said: str, status: int
 ) -> None:
-    from llm_unlearn import cli
+    from llm_unlearn import verbs
 
     monkeypatch.setattr("llm_unlearn.run.run", lambda *_, **__: outcome)
     monkeypatch.setattr("llm_unlearn.folder.check", lambda *_: False)
-    assert cli.run(SimpleNamespace(recipe=Path("recipes/forget_lora.yaml"), overrides=[], resume=False, overwrite=False)) == status
+    assert (
+        verbs.run(
+            SimpleNamespace(recipe=Path("recipes/forget_lora.yaml"), overrides=[], resume=False, overwrite=False, cache=Path())
+        )
+        == status
+    )
     assert capsys.readouterr().err == said
 
 

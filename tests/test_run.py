@@ -224,9 +224,9 @@ def test_a_finished_run_is_never_overwritten_unasked(finished: Path, environment
 
 
 def test_looks_along_the_way_and_ends_at_its_bound(environment: Mapping[str, str], tmp_path: Path) -> None:
-    """Ascent without anything to hold it: evaluated every ten steps, ended by the stop rule with the last good weights."""
+    """Ascent without anything to hold it: evaluated every four steps, ended by the stop rule with the last good weights."""
     words = [
-        "evaluation={suite: eval/quick.yaml, every: 10}",
+        "evaluation={suite: eval/quick.yaml, every: 4}",
         "objective.forget.loss={name: ascent}",
         "objective.retain.weight=0.0",
     ]
@@ -236,7 +236,7 @@ def test_looks_along_the_way_and_ends_at_its_bound(environment: Mapping[str, str
     results = json.loads((tmp_path / "a" / "evaluation.json").read_text())
     assert results["run"]["status"] == "stopped" and results["run"]["kept_step"] < results["run"]["steps"] < 120
     rows = [json.loads(line) for line in (tmp_path / "a" / "evaluations.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [*range(10, results["run"]["steps"], 10)]
+    assert [row["step"] for row in rows] == [*range(4, results["run"]["steps"], 4)]
     kept = {(row["set"], row["title"]): row["values"]["after"]["value"] for row in results["numbers"]}
     assert kept["retain", "perplexity"] < 1.5
 
