@@ -36,7 +36,7 @@ EXACT = ("sisa",)
 FULL = ("dampening", "influence", "noisy_finetune")
 """Methods of full weights: a later request begins from the whole model that the earlier one left."""
 REQUESTS = (1, 2, 4, 8)
-SHARES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.5)
+SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
 COLUMNS = ("forgotten", "kept")
 VALUES = ("forget probability", "forget extraction strength", "retain probability", "retain multiple choice", "general probability")
 
