@@ -3,6 +3,7 @@
     python benchmarks/obstacles.py seeds    [--board runs/bench/leaderboard.json]   # stochasticity: each method over its seeds
     python benchmarks/obstacles.py sequence [--jobs 2]                              # incrementality: 1, 2, 4, 8 requests one by one
     python benchmarks/obstacles.py share    [--jobs 2]                              # catastrophic forgetting: 1 % to 50 % of rows
+    python benchmarks/obstacles.py plot     [--write docs/obstacles.svg]            # both as a picture
 
 All people that `embedded:target` learnt stand in one file, and a recipe of `recipes/methods` forgets some of them and keeps
 the others. `forgotten` and `kept` are those of the leaderboard (`llm_unlearn/report/ranking.py`); all methods are scored against
@@ -17,7 +18,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,10 @@ class Place:
 DONE = ".obstacles"
 
 
-def scored(results: Mapping[str, Any] | None, common: Mapping[str, Any] | None) -> dict[str, Any] | None:
+Scored = Mapping[str, float | None] | None
+
+
+def scored(results: Mapping[str, Any] | None, common: Mapping[str, Any] | None) -> Scored:
     """Forgotten and kept against the common models, and the numbers that stand in the tables."""
     if results is None or common is None:
         return None
@@ -192,13 +196,18 @@ def _sequence_table(place: Place) -> list[str]:
     lines = _head(
         "method", "requests", *(f"{one}, one by one" for one in COLUMNS), *(f"{one}, together" for one in COLUMNS), *VALUES
     )
+    for method, k, one, whole in _sequence_points(place):
+        lines.append(_row(method, str(k), *_cells(one, COLUMNS), *_cells(whole, COLUMNS), *_cells(one, VALUES)))
+    return lines
+
+
+def _sequence_points(place: Place) -> Iterator[tuple[str, int, Scored, Scored]]:
+    """Method, number of requests, what came of them one by one, and together."""
     for method in place.methods:
         for k in REQUESTS:
             common = place.results(f"together/npo-{k}")
             name = f"sequence/{method}-{k}-seen" if method in EXACT else f"sequence/{method}-{k}"
-            one, whole = scored(place.results(name), common), scored(place.results(f"together/{method}-{k}"), common)
-            lines.append(_row(method, str(k), *_cells(one, COLUMNS), *_cells(whole, COLUMNS), *_cells(one, VALUES)))
-    return lines
+            yield method, k, scored(place.results(name), common), scored(place.results(f"together/{method}-{k}"), common)
 
 
 # ------------------------------------------------------------------------------------------------------ more and more rows
@@ -220,12 +229,17 @@ def share(place: Place) -> list[str]:
             commands[run] = place.run(method, place.settings(run, ids, ids, evaluation=own))
     place.carry_out(commands)
     lines = _head("method", "share", *COLUMNS, *VALUES)
+    for method, percent, found in _share_points(place):
+        lines.append(_row(method, f"{percent:g} %", *_cells(found, COLUMNS), *_cells(found, VALUES)))
+    return lines
+
+
+def _share_points(place: Place) -> Iterator[tuple[str, float, Scored]]:
+    """Method, percentage of the rows that it forgot, and what came of it."""
     for method in place.methods:
         for part in SHARES:
             common = place.results(f"share/npo-{100 * part:g}")
-            found = scored(place.results(f"share/{method}-{100 * part:g}"), common)
-            lines.append(_row(method, f"{100 * part:g} %", *_cells(found, COLUMNS), *_cells(found, VALUES)))
-    return lines
+            yield method, 100 * part, scored(place.results(f"share/{method}-{100 * part:g}"), common)
 
 
 # --------------------------------------------------------------------------------------------------------- over the seeds
@@ -248,7 +262,7 @@ def _spread(values: Iterable[float | None]) -> str:
     return f"{statistics.fmean(found):.3f}, {statistics.stdev(found):.3f}, {min(found):.3f}–{max(found):.3f}"
 
 
-def _cells(found: Mapping[str, float | None] | None, keys: Sequence[str]) -> list[str]:
+def _cells(found: Scored, keys: Sequence[str]) -> list[str]:
     return ["—" if not found or found[key] is None else f"{found[key]:.2f}" for key in keys]
 
 
@@ -260,17 +274,61 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+# ------------------------------------------------------------------------------------------------------------ the picture
+
+
+def plot(place: Place, path: Path) -> None:
+    """What is forgotten and kept over requests and over shares, as an SVG file."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from llm_unlearn.report.frontier import WHITE
+    from llm_unlearn.report.plots import STYLE
+
+    requests = [(method, float(k), one) for method, k, one, _ in _sequence_points(place)]
+    panels = (
+        ("requests, one after the other", REQUESTS, requests),
+        ("share of the rows, %", [100 * p for p in SHARES], list(_share_points(place))),
+    )
+    with rc_context(STYLE | WHITE):
+        figure = Figure(figsize=(9.6, 6.0), layout="constrained")
+        grid = figure.subplots(2, 2, sharey="row", sharex="col")
+        for column, (title, ticks, points) in enumerate(panels):
+            for row, name in enumerate(COLUMNS):
+                axes = grid[row][column]
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                for method, colour, marker in zip(place.methods, COLOURS, MARKERS, strict=False):
+                    line = [(x, found[name]) for one, x, found in points if one == method and found and found[name] is not None]
+                    axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.4, label=method)
+            grid[0][column].set_title(title, loc="left")
+            grid[1][column].set_xlabel(title)
+        for row, name in enumerate(COLUMNS):
+            grid[row][0].set_ylabel(name)
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(place.methods), frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": "benchmarks/obstacles.py"})
+
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+"""Of Okabe and Ito, which colour-blind people tell apart."""
+MARKERS = ("o", "s", "^", "v", "D", "P")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("seeds", "sequence", "share"))
+    parser.add_argument("what", choices=("seeds", "sequence", "share", "plot"))
     parser.add_argument("--board", type=Path, default=Path("runs/bench/leaderboard.json"), help="made by llm-unlearn bench")
     parser.add_argument("--output", type=Path, default=Path("runs/obstacles"), help="folder for the runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--write", type=Path, default=Path("docs/obstacles.svg"), help="the file of the plot")
     parser.add_argument(
         "--methods", nargs="+", default=METHODS, metavar="NAME", help=f"recipes/methods/NAME.yaml: {', '.join(METHODS)}"
     )
     options = parser.parse_args()
     place = Place(options.output, options.jobs, options.methods)
+    if options.what == "plot":
+        plot(place, options.write)
+        return
     lines = seeds(options.board) if options.what == "seeds" else {"sequence": sequence, "share": share}[options.what](place)
     place.write(f"{options.what}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
