@@ -301,7 +301,6 @@ def plot(place: Place, path: Path) -> None:
                 for method, colour, marker in zip(place.methods, COLOURS, MARKERS, strict=False):
                     line = [(x, found[name]) for one, x, found in points if one == method and found and found[name] is not None]
                     axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.4, label=method)
-            grid[0][column].set_title(title, loc="left")
             grid[1][column].set_xlabel(title)
         for row, name in enumerate(COLUMNS):
             grid[row][0].set_ylabel(name)
