@@ -21,6 +21,7 @@ from llm_unlearn import folder, recipe
 from llm_unlearn.catalogue import Method
 from llm_unlearn.children import Child, carry_out
 from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.source import same_data
 from llm_unlearn.spec import Refused, fingerprint
 
 OWN = ("seed", "output", "evaluation")
@@ -108,8 +109,7 @@ def fitting(asked: Asked) -> tuple[Asked, list[str]]:
         except Refused:  # runs_of says it
             continue
         theirs = asked.suite.sets.get("forget", mine)
-        same_data = (mine.source, mine.config, mine.split) == (theirs.source, theirs.config, theirs.split)
-        if same_data and (mine.where, mine.without, mine.like) != (theirs.where, theirs.without, theirs.like):
+        if same_data(mine, theirs) and (mine.where, mine.without, mine.like) != (theirs.where, theirs.without, theirs.like):
             left_out.append(method.name)
     return replace(asked, methods=[method for method in asked.methods if method.name not in left_out]), left_out
 

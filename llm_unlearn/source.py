@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from llm_unlearn.embedded.population import SPLITS
 from llm_unlearn.spec import AtLeastTwo, PositiveInt, nearest, spec
@@ -115,6 +116,27 @@ def missing(name: str) -> bool:
     """A name that can only be meant as a local path, and is not there. (`org/name` may be a hub id, `a/b.jsonl` may not.)"""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILES
     return looks_local and not name.startswith("embedded:") and not Path(name).expanduser().exists()
+
+
+class Read(Protocol):
+    """What says which data is read, before any row of it is chosen."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def config(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
+
+
+def same_data(one: Read, other: Read) -> bool:
+    """Whether two read the same data, also where a local file goes by two names; which rows they choose of it may differ."""
+    if (one.config, one.split or "train") != (other.config, other.split or "train"):
+        return False
+    if one.source == other.source:
+        return True
+    a, b = Path(one.source).expanduser(), Path(other.source).expanduser()
+    return a.exists() and b.exists() and a.samefile(b)
 
 
 def is_recipe(name: str) -> bool:

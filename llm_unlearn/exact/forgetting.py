@@ -16,7 +16,7 @@ from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
-from llm_unlearn.exact.manifest import BEFORE, FILE, Manifest, new_manifest, read, save, settings_of
+from llm_unlearn.exact.manifest import BEFORE, BEGUN, FILE, Manifest, State, new_manifest, read, save, settings_of
 from llm_unlearn.exact.pieces import Wanted, Workshop, wanted
 from llm_unlearn.exact.rows import Known, find, read_known
 from llm_unlearn.look import Looks, attacked
@@ -28,9 +28,6 @@ from llm_unlearn.run import start
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.training.guard import Outcome
-
-BEGUN = (BUILDING, STORING) = ("building", "storing")
-"""States of a manifest in which the first training is under way: of a run that then deletes its forget set, or of a store."""
 
 
 def method_of(recipe: Recipe) -> Exact:
@@ -48,7 +45,7 @@ def method_of(recipe: Recipe) -> Exact:
 class Session:
     """A run folder in the hands of the processes that are there: its rows, its frozen base, its manifest."""
 
-    def __init__(self, recipe: Recipe, cache: Path, overwrite: bool = False, state: str = BUILDING) -> None:
+    def __init__(self, recipe: Recipe, cache: Path, overwrite: bool = False, state: State = "building") -> None:
         """
         Args:
             state: of the manifest, where there is none yet.
@@ -104,7 +101,7 @@ class Session:
         """The rows that are not deleted."""
         return standing(self.manifest, self.known)
 
-    def train(self, name: str = BEFORE, state: str = BUILDING) -> tuple[Manifest, Outcome]:
+    def train(self, name: str = BEFORE, state: State = "building") -> tuple[Manifest, Outcome]:
         """With all rows: the model before, or a store of which nothing is deleted yet.
 
         Args:
@@ -221,13 +218,13 @@ def stored(recipe: Recipe, cache: Path) -> Outcome:
         Refused: the run folder holds a run of another kind that did not finish.
     """
     folder, wanted_recipe = Path(recipe.output), replace(recipe, evaluation=None)
-    state = read(folder).state if (folder / FILE).is_file() else STORING
+    state = read(folder).state if (folder / FILE).is_file() else "storing"
     if state not in BEGUN:
         return Outcome("finished", 0, 0)
-    if state != STORING:
+    if state != "storing":
         raise Refused(f"{folder}: {UNFINISHED}")
     run_folder.check(wanted_recipe, resume=True, overwrite=False)
-    return Session(wanted_recipe, cache, state=STORING).train(run_folder.ADAPTER, "complete")[1]
+    return Session(wanted_recipe, cache, state="storing").train(run_folder.ADAPTER, "complete")[1]
 
 
 UNFINISHED = "its run is not finished; go on with it (llm-unlearn run RECIPE --resume), and forget then."

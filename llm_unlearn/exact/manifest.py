@@ -7,7 +7,7 @@ import json
 import secrets
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.exact.rows import digest
@@ -18,6 +18,10 @@ from llm_unlearn.spec import Refused, fingerprint, plain
 FILE, PIECES, WORK, BEFORE, WEIGHTS = "manifest.json", "pieces", "work", "before", "weights.safetensors"
 """Names in the run folder: the manifest, kept weights, training under way, the model with all rows, and a piece's one file."""
 FORMAT = 1
+State = Literal["building", "storing", "deleting", "complete"]
+"""What is under way: the first training of a run, which then deletes its forget set · of a store · a deletion · nothing."""
+BEGUN: tuple[State, ...] = ("building", "storing")
+"""The first training is under way."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,8 @@ class Manifest:
     """Salted hashes of all rows that were ever given."""
     deleted: list[str] = field(default_factory=list)
     """Salted hashes of those that are deleted, asked for or done."""
-    state: str = "building"
-    """building: trained with all rows · storing: the same, and then nothing is deleted · deleting: a deletion is under way ·
-    complete."""
+    state: State = "building"
+    """What is under way."""
     pieces: list[Piece] = field(default_factory=list)
     serving: list[str] = field(default_factory=list)
     """Keys of the pieces that the adapter is made of."""

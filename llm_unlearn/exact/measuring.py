@@ -26,7 +26,7 @@ from llm_unlearn.report.terminal import print_table
 from llm_unlearn.results import keep_numbers, results_of, run_facts
 from llm_unlearn.run import start
 from llm_unlearn.sections import Model
-from llm_unlearn.source import Source, left_out
+from llm_unlearn.source import left_out, same_data
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.training.guard import Outcome
 from llm_unlearn.tree import Tree, build
@@ -191,10 +191,9 @@ def _again(folder: Path, manifest: Manifest, known: Mapping[str, Known], asked: 
     gone = {*manifest.deleted, *asked}
     rows = [row for id, one in known.items() if manifest.hash(id) in gone for row in one.rows]
     column = method_of(recipe).id
-    trained_on = [_part(source) for source in recipe.sources.values()]
     narrowed = {
         name: left_out(source, column, dict.fromkeys(row[column] for row in rows))
-        if column and name.partition("_")[0] != "forget" and _part(source) in trained_on
+        if column and name.partition("_")[0] != "forget" and any(same_data(source, one) for one in recipe.sources.values())
         else source
         for name, source in suite.sets.items()
     }
@@ -208,7 +207,3 @@ def _again(folder: Path, manifest: Manifest, known: Mapping[str, Known], asked: 
     control = results["models"].get("retrained", {}).get("name")
     asked_of = replace(suite, sets=narrowed, attacks=())
     return Measured(folder, asked_of, results["suite"], control, folder, cache, cache, says)
-
-
-def _part(source: Source) -> tuple[str, str | None, str]:
-    return source.source, source.config, source.split or "train"

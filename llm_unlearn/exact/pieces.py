@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.data.schedule import Schedule, by_key
-from llm_unlearn.exact.manifest import PIECES, WEIGHTS, WORK, Manifest, Piece, adapter_files, save, sha256
+from llm_unlearn.exact.manifest import PIECES, WEIGHTS, WORK, Manifest, Piece, State, adapter_files, save, sha256
 from llm_unlearn.exact.rows import STREAM, Known, digest
 from llm_unlearn.methods.exact import Exact, Line, Stage
 from llm_unlearn.models.joined import Weights, adapter_blocks, served
@@ -187,7 +187,7 @@ class Workshop:
             found[one.piece.key] = Piece(**{**asdict(one.piece), **cost, "sha256": own, "parent_sha256": above})
         return list(found.values())
 
-    def publish(self, manifest: Manifest, alive: list[list[Wanted]], name: str, state: str) -> Manifest:
+    def publish(self, manifest: Manifest, alive: list[list[Wanted]], name: str, state: State) -> Manifest:
         """Write the adapter that these pieces make, then the manifest, and remove every other piece; one process does it.
 
         Args:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 KEY, PUBLIC = "requests.key", "public.pem"
 SIGNATURE = "signature"
+STORE = "store"
+"""The place of weights that later deletions replace."""
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*/adapter_*")
 """What a saved model or adapter is made of; of several adapters that are combined, each lies in a folder of its name."""
 
@@ -148,7 +150,7 @@ def weight_problems(certificate: Certificate, output: Path) -> Iterable[str]:
     """
     weights = certificate["weights"]
     for part in (*weights["before"], weights["after"]):
-        if part["place"] == "store":  # is replaced by later deletions: verifying.py asks its manifest
+        if part["place"] == STORE:  # is replaced by later deletions: verifying.py asks its manifest
             continue
         if part["place"] != "output" and not Path(part["name"]).is_dir():
             continue  # a hub's model is not looked up again

@@ -13,7 +13,7 @@ from llm_unlearn.evaluation.numbers import titles
 from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
-from llm_unlearn.source import Source, source_problems
+from llm_unlearn.source import Source, same_data, source_problems
 from llm_unlearn.spec import FiniteFloat, NonNegativeFloat, Portion, Refused, dotted, fingerprint, nearest, spec
 from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
 
@@ -121,9 +121,7 @@ class Office:
 
     def is_training(self, source: Source) -> bool:
         """Whether a source reads the data in which requests are looked up."""
-        data = self.service.data
-        same_part = (source.config, source.split or "train") == (data.config, data.split or "train")
-        return same_part and (source.source == data.source or _same_place(source.source, data.source))
+        return same_data(source, self.service.data)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -131,12 +129,6 @@ class Office:
         forget = self.recipe.data.forget
         named = (forget.prompt, forget.answer, forget.choices, forget.messages, forget.text)
         return tuple(column for column in named if column)
-
-
-def _same_place(a: str, b: str) -> bool:
-    """Whether two names are of one local file: rows that are to be forgotten must not stay because it was written another way."""
-    one, other = Path(a).expanduser(), Path(b).expanduser()
-    return one.exists() and other.exists() and one.samefile(other)
 
 
 def load(path: Path) -> Office:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_unlearn import folder
 from llm_unlearn.methods.exact import Exact
+from llm_unlearn.requests.certificate import STORE
 from llm_unlearn.requests.derived import Ids, suite_of
 from llm_unlearn.requests.judging import plainly
 from llm_unlearn.requests.matching import RowId
@@ -18,8 +19,6 @@ from llm_unlearn.requests.ways import ByRecipe, Served, Work, own_cache, part
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
 
-STORE = "store"
-"""Where weights are that later deletions replace."""
 SHOWN = 10
 """So many rows are named that would go, too."""
 

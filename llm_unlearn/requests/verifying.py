@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.requests import chain
-from llm_unlearn.requests.certificate import files_of, read, signature_problems, weight_problems
+from llm_unlearn.requests.certificate import STORE, files_of, read, signature_problems, weight_problems
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.records import FULFILLED
 from llm_unlearn.requests.serving import row_seal
@@ -42,7 +42,7 @@ def _adapter(certificate: dict[str, Any]) -> Path:
 
 
 def _of_store(certificate: dict[str, Any]) -> bool:
-    return bool(certificate["weights"]["after"]["place"] == "store")
+    return bool(certificate["weights"]["after"]["place"] == STORE)
 
 
 def _store_problems(store: Path) -> list[str]:
