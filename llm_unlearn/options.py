@@ -141,7 +141,9 @@ def _requests(parser: argparse.ArgumentParser) -> None:
     verb("new", "requests.verbs:new", "write a service file to start from")
     one = verb("add", "requests.verbs:add", "find the rows that are to be forgotten, show which they are, and put the request in")
     which = one.add_mutually_exclusive_group(required=True)
-    which.add_argument("--where", action="append", metavar="COLUMN=VALUE", help="rows with this value; again, for several columns")
+    which.add_argument(
+        "--where", action="append", type=_pair, metavar="column=value", help="rows with this value; again, for several columns"
+    )
     which.add_argument("--ids", nargs="+", metavar="ID", help="rows by their id; - reads them from standard input, one a line")
     which.add_argument("--text", help="rows that nearly repeat this text; @FILE reads it from a file, - from standard input")
     one.add_argument("--score", type=float, default=SCORE, help=f"likeness from which a row counts for --text; default {SCORE:g}")
@@ -181,7 +183,7 @@ def _day(word: str) -> str:
 def _pair(word: str) -> tuple[str, str]:
     column, sign, value = word.partition("=")
     if not column or not sign:
-        raise argparse.ArgumentTypeError(f"found {word!r}; expected column=value")
+        raise argparse.ArgumentTypeError("expected column=value, such as person='Ada Lovelace'")  # the word may be a row's
     return column, value
 
 

@@ -676,7 +676,6 @@ def test_add_shows_what_it_found_and_lists_it(office: Office, capsys: pytest.Cap
     [
         (["--ids", "0", "1"], "2 of 8 rows are more than the service's `most`"),
         (["--ids", "9"], "1 of 1 are not in the data"),
-        (["--where", "person"], "expected COLUMN=VALUE"),
         (["--text", "@none.txt"], "no such file: none.txt"),
         (["--text", "…"], "found no letter or digit"),
         (["--ids", "1", "--model", "./none"], "--model: no such folder: ./none"),
@@ -685,6 +684,13 @@ def test_add_shows_what_it_found_and_lists_it(office: Office, capsys: pytest.Cap
 def test_add_refuses(office: Office, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["requests", "add", *words]) == 2
     assert said in capsys.readouterr().err and not office.ledger.exists()
+
+
+def test_a_wrong_pair_is_refused_and_not_repeated(office: Office, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["requests", "add", "--where", "Ed Fenn"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "--where: expected column=value" in said and "Fenn" not in said
 
 
 def test_many_rows_are_confirmed(office: Office) -> None:

@@ -44,7 +44,7 @@ def new(options: argparse.Namespace) -> int:
     if options.service.exists():
         raise Refused(f"{options.service}: exists already. Nothing was changed; choose another name with --service.")
     folder.write(options.service, service.TEMPLATE)
-    print(f"{options.service}\nnext: llm-unlearn requests add --dry-run --where COLUMN=VALUE")
+    print(f"{options.service}\nnext: llm-unlearn requests add --dry-run --where column=value")
     return 0
 
 
@@ -60,7 +60,7 @@ def add(options: argparse.Namespace) -> int:
 
     rows = matching.read_training(office)
     if options.where:
-        wanted = dict(_column(word) for word in options.where)
+        wanted = dict(options.where)
         kind, selector, found = "where " + ", ".join(sorted(wanted)), sorted(wanted.items()), matching.by_columns(wanted, rows)
     elif options.ids:
         names = [line.strip() for line in sys.stdin if line.strip()] if options.ids == ["-"] else options.ids
@@ -97,13 +97,6 @@ def add(options: argparse.Namespace) -> int:
     if not is_new and request.state == ATTENTION:
         print(f"to have it served again: llm-unlearn requests retry {request.id}")
     return 0
-
-
-def _column(word: str) -> tuple[str, str]:
-    column, equals, value = word.partition("=")
-    if not equals or not column:
-        raise Refused("--where: expected COLUMN=VALUE, such as person='Ada Lovelace'.")
-    return column, value
 
 
 def _text(word: str) -> str:
