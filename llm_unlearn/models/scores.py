@@ -8,27 +8,25 @@ Shapes as in `data/batch.py`: N answer tokens, S sequences of a stream, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llm_unlearn.data.batch import Batch
 from llm_unlearn.models.depth import Layers, Nudge, watched
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
-from llm_unlearn.objectives.terms import AnyLoss, layers_read
+from llm_unlearn.models.tokenwise import CACHED, OfDistribution, OfLikelihood, tokenwise
+from llm_unlearn.objectives.terms import AnyLoss, skipped
 from llm_unlearn.objectives.views import TOP, beside
 from llm_unlearn.spec import Refused
 
 CHUNK = 1 << 25
 """Logits held at once, rows × vocabulary; 128 MiB in float32."""
-CACHED = 1 << 18
-"""Logits that statistics are made of at once on a CPU, so that the steps in between stay in its cache."""
 
 
 class Scorer(nn.Module):
@@ -176,26 +174,20 @@ class Scores:
     chunk: int  # rows whose logits are held at once
     seed: int = 0
     given: Tensor | None = None  # (N,) log-probabilities that were taken before
+    made: Tensor | None = None  # (N, V) logits that were made before
     centres: Mapping[int, Tensor] = field(default_factory=dict)  # layer -> (D,)
 
     @cached_property
     def logits(self) -> Tensor:
         """(N, V)"""
-        return self.head(self.states[TOP])
+        return self.head(self.states[TOP]) if self.made is None else self.made
 
     @cached_property
     def logps(self) -> Tensor:
         """(N,) log p of each target."""
         if self.given is not None:
             return self.given
-        if len(self.targets) <= self.chunk:
-            return self._logps(self.states[TOP], self.targets)
-        parts = zip(torch.split(self.states[TOP], self.chunk), torch.split(self.targets, self.chunk), strict=True)
-        return torch.cat([_recomputed(self._logps, states, targets) for states, targets in parts])
-
-    def _logps(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = self.head(states)
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        return tokenwise(self.head, self.states[TOP], OfLikelihood(self.targets, self.chunk))
 
     def hidden(self, layer: int) -> Tensor:
         """(N, D) the output of a decoder layer."""
@@ -209,15 +201,16 @@ class Scores:
         """(N,) -> (S,) sums over the tokens of each sequence."""
         return values.new_zeros(self.sequences).index_add(0, self.owner, values)
 
-    def rows(self, part: slice) -> Scores:
+    def rows(self, part: slice | Tensor) -> Scores:
         """Some of the tokens; all of them are the scores themselves, with the logits that were computed already."""
-        if part.indices(len(self.targets)) == (0, len(self.targets), 1):
+        if isinstance(part, slice) and part.indices(len(self.targets)) == (0, len(self.targets), 1):
             return self
         states = {layer: one[part] for layer, one in self.states.items()}
-        given = None if self.given is None else self.given[part]
+        given, made = (None if one is None else one[part] for one in (self.given, self.made))
         return replace(
-            self, states=states, targets=self.targets[part], owner=self.owner[part], position=self.position[part], given=given
-        )
+            self, states=states, targets=self.targets[part], owner=self.owner[part], position=self.position[part],
+            given=given, made=made,
+        )  # fmt: skip
 
 
 def score(
@@ -240,33 +233,34 @@ def by_stream(states: Mapping[int, Tensor], head: Head, batch: Batch, seed: int 
 
 
 def values(loss: AnyLoss, now: Mapping[str, Scores], ref: Mapping[str, Scores], stream: str) -> Tensor:
-    """One value per unit of a loss. A loss per token that reads logits is taken a chunk of tokens at a time, and its logits are
-    made anew in the backward pass."""
-    mine = now[beside(stream, loss.needs.reads[0])]
-    if loss.needs.unit != "token" or TOP not in layers_read(loss) or len(mine.targets) <= mine.chunk:
+    """One value per unit of a loss. A loss per token that reads log-probabilities or logits is taken a part of its tokens at a
+    time, with its gradient, and their logits are forgotten."""
+    reads = loss.needs.policy
+    if loss.needs.unit != "token" or reads not in ("logps", "logits"):
         return loss(now, ref, stream)
-    read = [beside(stream, kind) for kind in (*loss.needs.reads, *loss.needs.contrasts)]  # all of them as long as the answer
-    now, ref = ({name: one for name, one in scores.items() if name in read} for scores in (now, ref))
-    return torch.cat([_recomputed(_part, loss, now, ref, stream, part) for part in parts(mine)])
+    name = beside(stream, loss.needs.reads[0])
+    others = [beside(stream, kind) for kind in (*loss.needs.reads, *loss.needs.contrasts)]
+    mine, then = now[name], {other: scores for other, scores in ref.items() if other in others}  # all as long as the answer
+    if skip := skipped(loss):
+        kept = (mine.position >= skip).nonzero()[:, 0]
+        mine, then = mine.rows(kept), {other: scores.rows(kept) for other, scores in then.items()}
 
+    def of(numbers: Tensor, part: slice) -> Tensor:
+        here = mine.rows(part)
+        here = replace(here, given=numbers) if reads == "logps" else replace(here, made=numbers)
+        return loss({name: here}, {other: scores.rows(part) for other, scores in then.items()}, stream)
 
-def _part(loss: AnyLoss, now: Mapping[str, Scores], ref: Mapping[str, Scores], stream: str, part: slice) -> Tensor:
-    here, then = ({name: one.rows(part) for name, one in scores.items()} for scores in (now, ref))
-    return loss(here, then, stream)
+    if reads == "logps":
+        if mine.given is not None:
+            return of(mine.given, slice(None))
+        return tokenwise(mine.head, mine.states[TOP], OfLikelihood(mine.targets, mine.chunk, of), one_factor=True)
+    return tokenwise(mine.head, mine.states[TOP], OfDistribution(of, max(1, mine.chunk // 2)), one_factor=True)
 
 
 def parts(scores: Scores) -> Iterator[slice]:
     """The tokens whose logits are held at once, part by part."""
     for start in range(0, len(scores.targets), scores.chunk):
         yield slice(start, start + scores.chunk)
-
-
-def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Call now, forget the intermediate values, and call again in the backward pass."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
-    return result
 
 
 @dataclass(frozen=True)

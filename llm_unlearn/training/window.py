@@ -24,9 +24,8 @@ from llm_unlearn.models.depth import Layers, Nudge
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.reference import Asked, Reference
 from llm_unlearn.models.scores import Scorer, Scores, score, values
-from llm_unlearn.objectives.distribution import CEU
 from llm_unlearn.objectives.representation import Lunar
-from llm_unlearn.objectives.terms import Term, count, layers_read, stream_of, streams_read
+from llm_unlearn.objectives.terms import Term, count, layers_read, skipped, stream_of, streams_read
 from llm_unlearn.objectives.views import TOP, window_of
 from llm_unlearn.sections import Train
 from llm_unlearn.training.certified import Certified
@@ -223,8 +222,7 @@ class Window:
             stream = stream_of(term, name)
             if stream in now:
                 value, scores = values(term.loss, now, ref, stream), now[stream]
-                skip = term.loss.skip if isinstance(term.loss, CEU) else 0
-                by_token = scores.owner[scores.position >= skip]
+                by_token = scores.owner[scores.position >= skipped(term.loss)]
                 row = by_token if term.loss.needs.unit == "token" else torch.arange(scores.sequences, device=value.device)
                 found[name] = value, row + first[stream]
         return found
