@@ -43,6 +43,7 @@ def head_and_states(bias: bool = False, scale: float = 1.0, cap: float | None = 
     return Head(layer, V, scale, cap), torch.randn(N, D, requires_grad=True)
 
 
+KINDS: list[dict[str, float]] = [{}, {"bias": True}, {"scale": 0.3}, {"cap": 2.0}, {"bias": True, "scale": 3.0, "cap": 1.5}]
 FACTORS = {"one": torch.full((N,), 0.7), "many": torch.linspace(-1, 2, N)}
 
 
@@ -50,9 +51,7 @@ FACTORS = {"one": torch.full((N,), 0.7), "many": torch.linspace(-1, 2, N)}
 @pytest.mark.parametrize("one_factor", [True, False])
 @pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize(
-    "kind", [{}, {"bias": True}, {"scale": 0.3}, {"cap": 2.0}, {"bias": True, "scale": 3.0, "cap": 1.5}], ids=str
-)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("read", ["logp", "weighted", "entropy"])
 def test_against_float64(read: str, kind: dict[str, float], trains: bool, rows: int, one_factor: bool, factor: str) -> None:
     head, states = head_and_states(**kind, trains=trains)  # type: ignore[arg-type]
