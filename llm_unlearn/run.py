@@ -34,6 +34,7 @@ from llm_unlearn.results import flattened, publish, results_of, run_facts
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import secret
+from llm_unlearn.training.before import Shelf
 from llm_unlearn.training.certified import certified_by
 from llm_unlearn.training.edits import edit
 from llm_unlearn.training.fisher import fisher, some
@@ -56,8 +57,7 @@ def run(
     Raises:
         Refused: something the recipe names cannot be used. The run folder is not touched before the data has been read.
     """
-    began, folder = time.perf_counter(), Path(recipe.output)
-    accelerator = start(recipe.model)
+    began, folder, accelerator = time.perf_counter(), Path(recipe.output), start(recipe.model)
     seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
     examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
@@ -87,7 +87,8 @@ def run(
 
     model = prepare(loaded.model, recipe.model, job, accelerator)
     along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
-    outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along)
+    kept = Shelf(cache / "reference", loaded.identity)
+    outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along, kept)
     if outcome.status == "interrupted":
         return outcome
     whole = recipe.model.adapter is None
@@ -111,11 +112,18 @@ def run(
 
 
 def _carry_out(
-    recipe: Recipe, job: Job, model: Any, accelerator: Accelerator, folder: Path, resume: bool, along: Callable[[int], None] | None
+    recipe: Recipe,
+    job: Job,
+    model: Any,
+    accelerator: Accelerator,
+    folder: Path,
+    resume: bool,
+    along: Callable[[int], None] | None,
+    shelf: Shelf,
 ) -> tuple[Outcome, Combination | None]:
     """Move the weights: step by step against a loss, or once by an edit, which may combine their logits with the base's."""
     if not isinstance(recipe.method, Edit):
-        return train(job, model, accelerator, folder, resume=resume, look=along), None
+        return train(job, model, accelerator, folder, resume=resume, look=along, shelf=shelf), None
     outcome, influences, combination = edit(recipe.method, job, model, accelerator, folder, resume=resume)
     if influences and accelerator.is_main_process:
         write_columns(influences, folder / run_folder.INFLUENCES)

@@ -71,6 +71,10 @@ class Data:
     """Rows that stand in both: refuse the run, or let them leave the retain set."""
 
 
+Asking = Literal["adapter_off", "kept", "copy"]
+"""How the model as it was is asked."""
+
+
 @spec
 class Train:
     """How the weights are moved."""
@@ -98,6 +102,10 @@ class Train:
     """Largest global norm of the gradient."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
+    reference: Asking | None = None
+    """How the model as it was is asked, where a loss reads it: its adapter switched off at every step, its numbers taken once
+    before training and kept in the cache, or a second model in memory. Without it, for each stream the cheaper of the first two,
+    which `plan` shows; all give the same numbers."""
     checkpoint_every: PositiveInt = 50
     """Optimizer steps between two checkpoints, from which `--resume` goes on."""
     rules: tuple[AnyRule, ...] = ()

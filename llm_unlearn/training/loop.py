@@ -17,12 +17,12 @@ from transformers import get_scheduler
 
 from llm_unlearn.models.load import earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
-from llm_unlearn.models.reference import reference_of
 from llm_unlearn.models.scores import Scorer, check_depth, check_head, checkpoint_activations, freeze_unreached, head_of
 from llm_unlearn.objectives.terms import Ramp, Term, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
+from llm_unlearn.training.before import Shelf, reference_of
 from llm_unlearn.training.checkpoint import Checkpoints, Progress, restore
 from llm_unlearn.training.clipped import Clipped
 from llm_unlearn.training.fisher import fisher, some
@@ -35,7 +35,7 @@ from llm_unlearn.training.window import Job, Model, Window
 
 def train(
     job: Job, model: Any, accelerator: Accelerator, folder: Path, *, resume: bool = False,
-    look: Callable[[int], None] | None = None, title: str = "forgetting",
+    look: Callable[[int], None] | None = None, title: str = "forgetting", shelf: Shelf | None = None,
 ) -> Outcome:  # fmt: skip
     """Train the trainable weights of `model`, in place.
 
@@ -44,11 +44,12 @@ def train(
         resume: go on from the newest checkpoint in `folder`, if there is one.
         look: called after every step on every process, for evaluation along the way.
         title: of the progress bar.
+        shelf: where numbers of the model as it was are kept between runs.
 
     Raises:
         Refused: no trainable weight receives a gradient, or the architecture is not supported.
     """
-    training = Training(job, model, accelerator)
+    training = Training(job, model, accelerator, shelf)
     progress, steps, every = training.progress, job.schedule.steps, job.settings.checkpoint_every
     checkpoints = Checkpoints(folder / "checkpoints", accelerator, model, progress, training.scheduler)
     resumed = resume and checkpoints.load()
@@ -95,7 +96,7 @@ def check(job: Job, model: Any) -> None:
 class Training:
     """A model under training, and the optimizer step; what a rule may ask of it is `gradients.Step`."""
 
-    def __init__(self, job: Job, model: Any, accelerator: Accelerator) -> None:
+    def __init__(self, job: Job, model: Any, accelerator: Accelerator, shelf: Shelf | None = None) -> None:
         settings, schedule = job.settings, job.schedule
         check(job, model)
         if all(TOP not in read for read in job.layers.values()):
@@ -108,8 +109,7 @@ class Training:
         optimizer = make_optimizer(settings, trainable(model).values(), accelerator.device)
         self.noisy_steps = job.certified.settings.noisy_steps if job.certified else 0
         self.scheduler = _make_scheduler(settings, optimizer, schedule.steps - self.noisy_steps)
-        seen = [job.examples[stream][i] for stream in schedule.streams for i in schedule.seen(stream)]
-        reference = reference_of(scorer, head, job.needs, seen, settings.batch_tokens, accelerator.device, job.seed)
+        reference = reference_of(job, scorer, head, accelerator, settings.batch_tokens, shelf)
         wrapped, self.optimizer = accelerator.prepare(scorer, optimizer)
         self.model = Model(wrapped, scorer, head, reference)
         self.weights = list(trainable(model).values())
