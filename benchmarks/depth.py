@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import build
 from llm_unlearn.models.load import add_adapter
-from llm_unlearn.models.scores import Scorer, freeze_unreached, head_of
+from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.models.trials import freeze_unreached
 from llm_unlearn.objectives.likelihood import NLL, Ascent
 from llm_unlearn.objectives.representation import RMU, EmbedMatch
 from llm_unlearn.objectives.terms import Term

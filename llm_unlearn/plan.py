@@ -63,8 +63,7 @@ def plan(recipe: Recipe, cache: Path) -> str:
         f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
     )
     lines += _reference(job, bool(recipe.model.adapter), config, dtype_of(recipe.model, device), base)
-    longest = max((len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name)), default=1)
-    needed = memory(recipe, base, moved, config, longest, dtype_of(recipe.model, device), reference=bool(job.needs))
+    needed = memory(recipe, base, moved, config, job.longest, dtype_of(recipe.model, device), reference=bool(job.needs))
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
     lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")
     lines.append(f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}")

@@ -43,7 +43,8 @@ from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.models import combined
 from llm_unlearn.models.forms import Again, adapter_scaled
 from llm_unlearn.models.load import Loaded, add_adapter, causal, folder_identity, load, put_on
-from llm_unlearn.models.scores import Scorer, check_head, embedding_of, head_of, score
+from llm_unlearn.models.scores import Scorer, embedding_of, head_of, score
+from llm_unlearn.models.trials import check_head
 from llm_unlearn.plan import plan
 from llm_unlearn.requests import service
 from llm_unlearn.sections import Adapter, Model

@@ -19,17 +19,8 @@ from llm_unlearn.models import scores as scores_module
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.models.load import add_adapter, as_it_was, causal, trainable
 from llm_unlearn.models.reference import Asked, Reference, adapter_off, centres, frozen_copy, looked_up, taken, together
-from llm_unlearn.models.scores import (
-    Scorer,
-    check_depth,
-    check_head,
-    checkpoint_activations,
-    freeze_unreached,
-    head_of,
-    score,
-    statistics,
-    values,
-)
+from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of, score, statistics, values
+from llm_unlearn.models.trials import check_depth, check_head, freeze_unreached
 from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Margin, Undial
 from llm_unlearn.objectives.likelihood import IDK, NLL, TNPO, WGA, WTNPO, Ascent, SatImp
 from llm_unlearn.objectives.preference import AP, DPO, NPO

@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import make_llama
 from test_window import PROCESSES, gradients_of, make_adapted, make_job, weights_of
 
-from llm_unlearn.models.scores import Scorer, freeze_unreached, head_of
+from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.models.trials import freeze_unreached
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.training.before import reference_of
 from llm_unlearn.training.window import Model, Window

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_unlearn.data.batch import Batch
+from llm_unlearn.data.batch import Batch, Packing
 from llm_unlearn.models.depth import Layers, Nudge, watched
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
+from llm_unlearn.models.packing import arguments
 from llm_unlearn.models.tokenwise import CACHED, OfDistribution, OfLikelihood, tokenwise
 from llm_unlearn.objectives.terms import AnyLoss, skipped
 from llm_unlearn.objectives.views import TOP, beside
-from llm_unlearn.spec import Refused
 
 CHUNK = 1 << 25
 """Logits held at once, rows × vocabulary; 128 MiB in float32."""
@@ -44,57 +44,20 @@ class Scorer(nn.Module):
         nudge: Nudge | None = None,
         swap: Mapping[int, Tensor] | None = None,
         embeds: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> dict[int, Tensor]:
         """(B, L), (N,) -> layer -> (N, D). Without `TOP`, the model runs no deeper than the deepest layer asked for.
 
         Args:
             swap: layer -> (N, D), what its output is replaced by at the places `at`.
             embeds: (B, L, D) that stand in place of the tokens' embeddings; `input_ids` is None then.
+            packing: how sequences lie end to end, for a model that `can_pack`.
         """
         net = causal(self.model).base_model
         with watched(net, layers, nudge, (swap, at) if swap else None) as outputs:
-            last = net(input_ids=input_ids, inputs_embeds=embeds, use_cache=False).last_hidden_state  # (B, L, D)
-        outputs[TOP] = torch.as_tensor(last)
+            last = net(input_ids=input_ids, inputs_embeds=embeds, use_cache=False, **arguments(packing)).last_hidden_state
+        outputs[TOP] = torch.as_tensor(last)  # (B, L, D)
         return {layer: outputs[layer].flatten(0, 1)[at] for layer in layers}
-
-
-def check_depth(model: Any, layers: Layers) -> None:
-    """Compare a run that ends at the deepest of these layers with a whole one, once, on a few tokens.
-
-    Raises:
-        Refused: a layer is not there, or this architecture cannot be ended early.
-    """
-    net = causal(model)
-    ids, at = _few_tokens(net)
-    with torch.no_grad():
-        short, whole = (Scorer(model)(ids, at, wanted) for wanted in (layers, (*layers, TOP)))
-    if not all(torch.allclose(short[layer], whole[layer], rtol=1e-3, atol=1e-3) for layer in layers):
-        raise Refused(f"{type(net).__name__}: ends differently when its upper layers are left out; not supported yet.")
-
-
-def _few_tokens(net: Any) -> tuple[Tensor, Tensor]:
-    ids = torch.arange(1, 9, device=net.device)[None] % net.config.get_text_config().vocab_size
-    return ids, torch.arange(8, device=net.device)
-
-
-def freeze_unreached(model: Any, layers: Layers) -> None:
-    """Leave out of the training what no loss can reach when all of them end at these layers.
-
-    Raises:
-        Refused: nothing trainable is left.
-    """
-    ids, at = _few_tokens(causal(model))
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    with torch.enable_grad():
-        made = torch.stack([one.float().sum() for one in Scorer(model)(ids, at, layers).values()]).sum()
-    reached = torch.autograd.grad(made, weights, allow_unused=True) if made.requires_grad else [None] * len(weights)
-    for weight, gradient in zip(weights, reached, strict=True):
-        weight.requires_grad_(gradient is not None)
-    if all(gradient is None for gradient in reached):
-        deepest = max(layers)
-        raise Refused(
-            f"objective: its losses end at layer {deepest}, and nothing trainable stands at or below it; see model.adapter.layers."
-        )
 
 
 def head_of(model: Any) -> Head:
@@ -103,52 +66,10 @@ def head_of(model: Any) -> Head:
     return Head.of(net.get_output_embeddings(), net.config.get_text_config())
 
 
-def check_head(model: Any) -> None:
-    """Compare `Scorer` and `head_of` with the model's own forward pass, once, on a few tokens.
-
-    Raises:
-        Refused: this architecture computes its logits in a way that is not known here.
-    """
-    net = causal(model)
-    ids, at = _few_tokens(net)
-    with torch.no_grad():
-        own = net(input_ids=ids, use_cache=False).logits[0].float()
-        ours = head_of(model)(Scorer(model)(ids, at)[TOP])
-    if not torch.allclose(own, ours, rtol=2e-2, atol=2e-2 * float(own.abs().max())):
-        raise Refused(
-            f"{type(net).__name__}: its logits are not its head on its last hidden state; this architecture is not supported yet."
-        )
-
-
 def embedding_of(model: Any) -> nn.Module:
     """A model's input embedding: ids of any shape -> the same shape with D behind it, as its decoder layers receive them."""
     layer: nn.Module = causal(model).get_input_embeddings()
     return layer
-
-
-def last_norm(model: Any) -> nn.Module:
-    """What stands between the last decoder layer and the head: any layer's output read through it is a logit lens.
-
-    Raises:
-        Refused: the last hidden states are not one part's work on the last layer's output.
-    """
-    net = causal(model)
-    ids, at = _few_tokens(net)
-    parts: list[nn.Module] = []
-    handles = [part.register_forward_hook(lambda part, given, made: parts.append(part)) for part in net.base_model.children()]
-    deepest = int(net.config.get_text_config().num_hidden_layers) - 1
-    try:
-        with torch.no_grad():
-            states = Scorer(model)(ids, at, (deepest, TOP))
-    finally:
-        for handle in handles:
-            handle.remove()
-    with torch.no_grad():
-        if not parts or not torch.allclose(parts[-1](states[deepest]), states[TOP], rtol=1e-3, atol=1e-3):
-            raise Refused(
-                f"{type(net).__name__}: the norm under its head was not found; its layers cannot be read by the head yet."
-            )
-    return parts[-1]
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -217,7 +138,8 @@ def score(
     scorer: nn.Module, head: Head, batch: Batch, layers: Layers = (TOP,), seed: int = 0, nudge: Nudge | None = None
 ) -> dict[str, Scores]:
     """One forward pass: stream -> scores."""
-    return by_stream(scorer(batch.input_ids, batch.at, layers, nudge), head, batch, seed)
+    more = {"packing": batch.packing} if batch.packing else {}
+    return by_stream(scorer(batch.input_ids, batch.at, layers, nudge, **more), head, batch, seed)
 
 
 def by_stream(states: Mapping[int, Tensor], head: Head, batch: Batch, seed: int = 0) -> dict[str, Scores]:

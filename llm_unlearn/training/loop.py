@@ -17,7 +17,8 @@ from transformers import get_scheduler
 
 from llm_unlearn.models.load import earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
-from llm_unlearn.models.scores import Scorer, check_depth, check_head, checkpoint_activations, freeze_unreached, head_of
+from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of
+from llm_unlearn.models.trials import can_pack, check_depth, check_head, freeze_unreached
 from llm_unlearn.objectives.terms import Ramp, Term, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Train
@@ -116,7 +117,8 @@ class Training:
         self.directions = _directions(settings, trainable(model))
         self.forget = {name: term for name, term in job.terms.items() if stream_of(term, name) == "forget"}
         self.others = {name: term for name, term in job.terms.items() if name not in self.forget}
-        self.window = Window(job, 0, accelerator)
+        self.packed = not job.private and can_pack(model, job.longest)  # gradients of single rows want a row to each
+        self.window = Window(job, 0, accelerator, self.packed)
         self.clipped = Clipped.of(job, self.model, accelerator)
         self.row: dict[str, float] = {}
         model.train()  # dropout is off in every model here; gradient checkpointing looks at this flag
@@ -148,7 +150,7 @@ class Training:
             The line of the log, and how the run ended where this step ended it.
         """
         progress, settings, probe = self.progress, self.job.settings, self.probe
-        self.window = Window(self.job, progress.step, self.accelerator)
+        self.window = Window(self.job, progress.step, self.accelerator, self.packed)
         self.row = {"step": progress.step + 1, "lr": self.scheduler.get_last_lr()[0]}
         if self.clipped:
             self.row |= self.clipped.backward(self.window, self.job.terms, self.multipliers(self.job.terms), progress.step)

@@ -58,6 +58,12 @@ class Job:
         return self.examples[stream][index]
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest example that the run sees."""
+        streams = {name for name in self.read if name in self.schedule.streams}
+        return max((len(self.examples[name][i].ids) for name in streams for i in self.schedule.seen(name)), default=1)
+
+    @cached_property
     def every_term(self) -> dict[str, Term]:
         """The objective's terms, and those that rules bring along."""
         return {**self.terms, **{name: term for rule in self.settings.rules for name, term in rule.extra.items()}}
@@ -127,8 +133,12 @@ class Part:
 class Window:
     """This rank's part of one optimizer step."""
 
-    def __init__(self, job: Job, step: int, accelerator: Accelerator) -> None:
-        self.job, self.accelerator = job, accelerator
+    def __init__(self, job: Job, step: int, accelerator: Accelerator, packed: bool = False) -> None:
+        """
+        Args:
+            packed: sequences lie end to end in its micro-batches.
+        """
+        self.job, self.accelerator, self.packed = job, accelerator, packed
         self.slots = job.schedule.window(step)
         everything = [job.example(*place) for slot in self.slots for place in slot if place[0] in job.read]
         self.lengths = answer_lengths(everything)  # of all ranks: the schedule knows them without asking
@@ -158,7 +168,7 @@ class Window:
         return [
             Part(tuple(sorted(layers)), batch)
             for _, (layers, slots) in sorted(by_depth.items())
-            for batch in micro_batches(slots, self.job.example, most or self.job.settings.batch_tokens, rank, ranks)
+            for batch in micro_batches(slots, self.job.example, most or self.job.settings.batch_tokens, rank, ranks, self.packed)
         ]
 
     def backward(
@@ -283,7 +293,7 @@ def disturbance(model: Model, batch: Batch, latent: Latent) -> Nudge:
     gradient descent on −log p of the former and + log p of the latter, ‖δ‖₂ ≤ ε at each token, from δ = 0. Rows do not see each
     other, so it does not depend on how they are batched."""
     with torch.no_grad():
-        hidden = model.scorer(batch.input_ids, batch.at[:1], (latent.layer,))[latent.layer].shape[-1]
+        hidden = model.scorer(batch.input_ids, batch.at[:1], (latent.layer,), packing=batch.packing)[latent.layer].shape[-1]
     delta = torch.zeros((*batch.input_ids.shape, hidden), device=batch.input_ids.device)
     rate = 2 * latent.epsilon / latent.iterations
     with torch.enable_grad():
