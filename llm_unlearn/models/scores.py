@@ -203,11 +203,12 @@ def statistics(scores: Scores) -> Statistics:
         few = max(1, CACHED // here.head.vocabulary) if here.targets.device.type == "cpu" else here.chunk
         for logits, targets in zip(torch.split(here.logits, few), torch.split(here.targets, few), strict=True):
             logp = logits.log_softmax(-1)  # (n, V)
-            p = logp.exp()
-            mean = (p * logp).sum(-1)
-            std = (p * (logp - mean[:, None]) ** 2).sum(-1).sqrt()
             target = logp.gather(-1, targets[:, None])[:, 0]
             first = logp.max(-1).indices  # several times faster than argmax on a CPU, and of equals the first as there
+            p = logp.exp()
+            mean = (p * logp).sum(-1)
+            far = logp.sub_(mean[:, None])  # in place, as what these steps cost is memory
+            std = p.mul_(far).mul_(far).sum(-1).sqrt()
             for column, value in zip(columns, (target, first == targets, mean, std), strict=True):
                 column.append(value.cpu())
     return Statistics(*(torch.cat(column) for column in columns))
