@@ -105,6 +105,7 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
         return f"{tree.place(path)}: {dotted(path)}: {text}"
 
     yield from _model_problems(recipe, say)
+    yield from _speed_problems(recipe, say)
     yield from _stop_problems(recipe, say)
     yield from _rule_problems(recipe, say)
     yield from _privacy_problems(recipe, say)
@@ -146,6 +147,15 @@ def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         yield say(f"no such folder: {start} (looked from {Path.cwd()}).", "model", "start")
     if recipe.model.chat_template and not Path(recipe.model.chat_template).is_file():
         yield say(f"no such file: {recipe.model.chat_template} (looked from {Path.cwd()}).", "model", "chat_template")
+
+
+def _speed_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
+    """What computes the same in another way must go together."""
+    at = ("train", "compile")
+    if recipe.train.compile and recipe.model.quantize:
+        yield say("layers of quantized weights are not compiled; give compile: null, or model.quantize: null.", *at)
+    if recipe.train.compile and recipe.model.kernels:
+        yield say("layers with kernels of their own are not compiled; give compile: null, or model.kernels: null.", *at)
 
 
 def _stop_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
@@ -208,6 +218,9 @@ def _privacy_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         yield say("give epsilon, and the noise is found from it, or noise, and epsilon follows.", "train", "privacy")
     if train.rules:
         yield say("a rule reads gradients without noise, which privacy does not cover; give rules: [].", "train", "rules")
+    for name in ("offload", "compile"):
+        if getattr(train, name):
+            yield say(f"gradients of single rows are read where layers are called; give {name}: null.", "train", name)
     if train.stop:
         yield say("where a run ends would tell of the rows it looks at; give stop: null, and steps or epochs.", "train", "stop")
     if recipe.data.overlap == "drop":

@@ -50,6 +50,9 @@ class Model:
     """Load the frozen base in 4 or 8 bits (QLoRA, 2305.14314); needs an adapter and bitsandbytes."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the accelerator computes in it, fp32 elsewhere."""
+    kernels: Literal["liger"] | None = None
+    """liger: norms, rotary positions and gated feed-forward blocks by fused kernels (Liger Kernel, 2410.10989) while the run trains
+    and looks at what it made; tried against the model itself first. Needs CUDA and the extra `liger`."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template; without either, a plain question–answer layout is used."""
 
@@ -102,6 +105,11 @@ class Train:
     """Largest global norm of the gradient."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
+    offload: Literal["activations"] | None = None
+    """On CUDA, keep what the backward pass will ask for in CPU memory (with gradient checkpointing, the layers' inputs): less
+    memory on the device, the time of copying. Weights stay where they are. On a CPU it does nothing."""
+    compile: Literal["layers"] | None = None
+    """Compile every decoder layer for the passes that make gradients (`torch.compile`): minutes at first, faster steps after."""
     reference: Asking | None = None
     """How the model as it was is asked, where a loss reads it: its adapter switched off at every step, its numbers taken once
     before training and kept in the cache, or a second model in memory. Without it, for each stream the cheaper of the first two,

@@ -155,15 +155,15 @@ class _Tokenwise(torch.autograd.Function):
                     slopes[part] = slope @ work.weight
                     if sums:
                         sums.add(slope, work.states[part])
-        ctx.slopes, ctx.sums = slopes, sums
-        ctx.save_for_backward(states, weight, bias)
+        ctx.sums = sums
+        ctx.save_for_backward(states, weight, bias, slopes)
         return torch.cat(values)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        states, weight, bias = ctx.saved_tensors
-        slopes, sums, ctx.sums = ctx.slopes, ctx.sums, None
+        states, weight, bias, found = ctx.saved_tensors
+        slopes, sums, ctx.sums = found, ctx.sums, None
         if sums and bool((factor == factor[0]).all()):
             sums.scale(factor[0])
         elif ctx.trains:
@@ -172,7 +172,7 @@ class _Tokenwise(torch.autograd.Function):
                 sums, slopes = work.sums(), torch.empty_like(states) if slopes is None else slopes
                 for part in _parts(len(states), ctx.read.rows):
                     _, slope = work.slopes(ctx.read, part)
-                    if ctx.slopes is None:
+                    if found is None:
                         slopes[part] = slope @ work.weight
                     sums.add(slope, work.states[part] * factor[part, None].to(work.states), factor[part])
         of_states = slopes * factor[:, None].to(slopes) if ctx.needs_input_grad[0] else None

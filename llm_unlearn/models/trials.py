@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -57,14 +59,9 @@ def can_pack(model: Any, longest: int) -> bool:
     net = causal(model)
     if not offer(net, longest):
         return False
-    lengths = (3, 7, 2)
-    few = [Example(tuple(_few_tokens(net)[0][0, :length].tolist()), 1, "few", length) for length in lengths]
     try:
         with torch.no_grad():
-            whole, packed = (
-                Scorer(model)(batch.input_ids, batch.at, packing=batch.packing)[TOP]
-                for batch in (lay_out(few, packed).to(net.device) for packed in (False, True))
-            )
+            whole, packed = (_last_states(model, packed) for packed in (False, True))
         if torch.allclose(whole, packed, rtol=2e-2, atol=2e-2 * float(whole.abs().max())):
             return True
     except (NotImplementedError, TypeError, ValueError, RuntimeError, ImportError):
@@ -116,6 +113,51 @@ def last_norm(model: Any) -> nn.Module:
                 f"{type(net).__name__}: the norm under its head was not found; its layers cannot be read by the head yet."
             )
     return parts[-1]
+
+
+def check_same(model: Any, change: Callable[[], AbstractContextManager[object]], refusal: str, packed: bool = False) -> None:
+    """Compare a model with itself inside a context that may change how it computes and not what: its last states, and their
+    gradient at those trained weights that are small.
+
+    Args:
+        refusal: with `{}` in the place of the reason.
+        packed: compare on sequences that lie end to end.
+
+    Raises:
+        Refused: the numbers differ by more than rounding, or the model cannot run so.
+    """
+    own = _states_and_slopes(model, packed)
+    try:
+        with change():
+            others = _states_and_slopes(model, packed)
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        raise Refused(refusal.format(f"fails on this model or machine ({str(error).strip().splitlines()[0]})")) from error
+    half = any(one.dtype in (torch.bfloat16, torch.float16) for one in model.parameters())
+    for one, other in zip(own, others, strict=True):
+        apart = float((one - other).norm() / one.norm().clamp(min=1e-12))
+        if not apart <= (5e-2 if half else 1e-3):
+            raise Refused(refusal.format(f"gives other numbers on a few tokens, {100 * apart:.2g} % apart"))
+
+
+SMALL = 1 << 20
+"""Numbers of a weight whose gradient is looked at in a trial."""
+
+
+def _states_and_slopes(model: Any, packed: bool) -> list[Tensor]:
+    weights = [weight for weight in model.parameters() if weight.requires_grad and weight.numel() <= SMALL]
+    with torch.enable_grad():
+        states = _last_states(model, packed)
+        uneven = torch.arange(states.numel(), device=states.device).sin().view_as(states)  # behind a norm, Σ state² has no gradient
+        slopes = torch.autograd.grad((states * uneven).sum(), weights, allow_unused=True) if weights else ()
+    return [states.detach(), *(one.float() for one in slopes if one is not None)]
+
+
+def _last_states(model: Any, packed: bool) -> Tensor:
+    """(N, D) of three short sequences, one after the other or end to end."""
+    net = causal(model)
+    few = [Example(tuple(_few_tokens(net)[0][0, :length].tolist()), 1, "few", length) for length in (3, 7, 2)]
+    batch = lay_out(few, packed).to(net.device)
+    return torch.as_tensor(Scorer(model)(batch.input_ids, batch.at, packing=batch.packing)[TOP]).float()
 
 
 def _few_tokens(net: Any) -> tuple[Tensor, Tensor]:

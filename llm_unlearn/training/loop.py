@@ -26,6 +26,7 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.training.before import Shelf, reference_of
 from llm_unlearn.training.checkpoint import Checkpoints, Progress, restore
 from llm_unlearn.training.clipped import Clipped
+from llm_unlearn.training.during import during
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
@@ -112,12 +113,12 @@ class Training:
         self.scheduler = _make_scheduler(settings, optimizer, schedule.steps - self.noisy_steps)
         reference = reference_of(job, scorer, head, accelerator, settings.batch_tokens, shelf)
         wrapped, self.optimizer = accelerator.prepare(scorer, optimizer)
-        self.model = Model(wrapped, scorer, head, reference)
+        self.packed = not job.private and can_pack(model, job.longest)  # gradients of single rows want a row to each
+        self.model = Model(wrapped, scorer, head, reference, during(settings, model, accelerator, self.packed))
         self.weights = list(trainable(model).values())
         self.directions = _directions(settings, trainable(model))
         self.forget = {name: term for name, term in job.terms.items() if stream_of(term, name) == "forget"}
         self.others = {name: term for name, term in job.terms.items() if name not in self.forget}
-        self.packed = not job.private and can_pack(model, job.longest)  # gradients of single rows want a row to each
         self.window = Window(job, 0, accelerator, self.packed)
         self.clipped = Clipped.of(job, self.model, accelerator)
         self.row: dict[str, float] = {}

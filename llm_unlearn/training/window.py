@@ -6,8 +6,8 @@ window on all ranks, so that neither the cut into micro-batches nor the number o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -116,6 +116,8 @@ class Model:
     scorer: Scorer
     head: Head
     reference: Reference
+    during: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What holds while a loss and its gradient are made."""
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -189,7 +191,7 @@ class Window:
             last = i == len(parts) - 1
             if part.batch is None and not last:
                 continue
-            with nullcontext() if last else self.accelerator.no_sync(model.wrapped), self.accelerator.autocast():
+            with nullcontext() if last else self.accelerator.no_sync(model.wrapped), self.accelerator.autocast(), model.during():
                 loss = torch.zeros((), device=self.accelerator.device)
                 if part.batch is None or (last and TOP not in part.layers):  # data parallelism waits for every weight
                     loss = _nothing(model, part.layers, self.accelerator.device)
