@@ -31,7 +31,8 @@ class Compiled:
             backend: one of PyTorch's.
         """
         _, blocks = blocks_of(causal(model).base_model)
-        as_written = {"emulate_precision_casts": True} if backend == "inductor" else None  # round where the layer itself rounds
+        # rounded where the layer itself rounds, and not only at the end of what is fused
+        as_written: dict[str, Any] | None = {"emulate_precision_casts": True} if backend == "inductor" else None
         self.passes: dict[nn.Module, Callable[..., Any]] = {
             block: torch.compile(block.forward, dynamic=True, backend=backend, options=as_written) for block in blocks
         }
@@ -46,7 +47,7 @@ class Compiled:
             with torch._dynamo.config.patch(recompile_limit=VARIANTS):
                 yield
         finally:
-            for block, forward in own.items():
+            for block, before in own.items():
                 del block.forward
-                if forward:
-                    block.forward = forward
+                if before is not None:
+                    block.forward = before

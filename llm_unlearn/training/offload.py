@@ -81,7 +81,7 @@ class Offload:
             if tensor.nbytes > tensor.untyped_storage().nbytes():
                 return tensor  # the same elements several times over
             order, rows = tuple(range(tensor.ndim)), tensor.contiguous()
-        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel(), tensor.dtype)
+        key = (int(tensor.untyped_storage()._cdata), int(tensor.storage_offset()), tensor.numel(), tensor.dtype)
         found = self.copies.get(key) if rows.data_ptr() == tensor.data_ptr() else None
         if found is None:
             found = self._copy(rows.reshape(-1), tensor)
@@ -91,7 +91,7 @@ class Offload:
 
     def _copy(self, flat: Tensor, of: Tensor) -> Copied:
         kept = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
-        return Copied(kept.copy_(flat, non_blocking=True), of.device, StorageWeakRef(of.untyped_storage()))
+        return Copied(kept.copy_(flat, non_blocking=True), of.device, StorageWeakRef(of.untyped_storage()))  # type: ignore[no-untyped-call]
 
     def unpack(self, kept: Tensor | Laid) -> Tensor:
         """The tensor, where it was. Copies and kernels of one stream run in their order, so that nothing must be waited for."""
