@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from llm_unlearn.methods.combination import Combination
 from llm_unlearn.methods.contrast import ADAPTER
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models import combined, fila
+from llm_unlearn.models.kernels import put_in
 from llm_unlearn.models.load import Loaded, add_adapter, causal, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.models.trials import check_same
 from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
@@ -177,7 +180,9 @@ def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:
 
 
 def prepare(net: Any, wanted: Model, job: Job, accelerator: Accelerator) -> Any:
-    """The model with what is to be trained of it: an adapter, or all or some of its weights."""
+    """The model with what is to be trained of it: an adapter, or all or some of its weights; and its kernels."""
+    if wanted.kernels:
+        check_same(net, lambda: nullcontext(put_in(net)), "model.kernels: liger {}; give kernels: null.")
     if not wanted.adapter:
         if wanted.trainable:
             choose_weights(net, wanted.trainable)

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_unlearn.data.examples import PLAIN_TEMPLATE
 from llm_unlearn.folder import adapter_in
-from llm_unlearn.models import combined
+from llm_unlearn.models import combined, kernels
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import missing
@@ -128,6 +128,8 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     Raises:
         Refused: the model, its tokenizer or the adapter cannot be used, and why.
     """
+    if model.kernels and train:
+        kernels.known(device)  # said before anything is read
     folder = folder_of(model.base, model.revision)
     dtype = dtype_of(model, device)
     weights = torch.float32 if train and not model.adapter else dtype
