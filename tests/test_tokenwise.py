@@ -138,3 +138,20 @@ def test_a_head_that_somebody_watches_is_called() -> None:
         mine, states.grad = states.grad, None
         plainly("logp", head(states), targets).sum().backward()
         assert mine is not None and states.grad is not None and torch.allclose(mine, states.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", ["head", "nothing"])
+def test_what_is_compared_with_is_rounded_as_the_logits_are(half: str) -> None:
+    """A divergence from the same states is 0 exactly, under autocast too, whether the head is kept in half precision or not."""
+    head, states = head_and_states(trains=False)
+    head.layer.to(torch.bfloat16 if half == "head" else torch.float32)
+    then = states.detach().clone()
+
+    def divergence(logits: Tensor, part: slice) -> Tensor:
+        logp, logp0 = logits.log_softmax(-1), head(then[part]).log_softmax(-1)
+        return (logp.exp() * (logp - logp0)).sum(-1)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tokenwise(head, states, OfDistribution(divergence, 4), one_factor=True)
+    found.sum().backward()
+    assert torch.equal(found, torch.zeros(N)) and states.grad is not None and states.grad.norm() < 1e-2

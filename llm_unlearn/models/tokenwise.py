@@ -140,7 +140,8 @@ class _Tokenwise(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, head: Head, read: Read, one_factor: bool, dtype: torch.dtype
     ) -> Tensor:
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        ctx.head, ctx.read, ctx.dtype, ctx.trains = head, read, dtype, trains
+        ctx.head, ctx.read, ctx.dtype, ctx.trains = head, _AsOutside.of(read, states.device.type, dtype), dtype, trains
+        read = ctx.read
         values, slopes, sums = [], None, None
         with torch.autocast(states.device.type, enabled=False):
             work = _Work(states, weight, bias, head, dtype)
@@ -179,6 +180,33 @@ class _Tokenwise(torch.autograd.Function):
         of_weight = sums.weight if sums and ctx.needs_input_grad[1] else None
         of_bias = sums.bias if sums and ctx.needs_input_grad[2] else None
         return of_states, of_weight, of_bias, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _AsOutside:
+    """A reading under the autocast that held where it was asked for: what it compares with comes from a head too, and must be
+    rounded as these logits are. No copy of a weight is kept, since one made here would have no gradient elsewhere."""
+
+    read: Read
+    kind: str
+    dtype: torch.dtype
+    cast: bool
+
+    @staticmethod
+    def of(read: Read, kind: str, dtype: torch.dtype) -> _AsOutside:
+        return _AsOutside(read, kind, dtype, torch.is_autocast_enabled(kind))
+
+    @property
+    def rows(self) -> int:
+        return self.read.rows
+
+    def values(self, logits: Tensor, part: slice) -> Tensor:
+        with torch.autocast(self.kind, self.dtype, self.cast, cache_enabled=False):
+            return self.read.values(logits, part)
+
+    def slopes(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.kind, self.dtype, self.cast, cache_enabled=False):
+            return self.read.slopes(logits, part)
 
 
 class _Work:

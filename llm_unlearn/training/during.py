@@ -25,8 +25,7 @@ def during(settings: Train, model: Any, accelerator: Accelerator, packed: bool) 
     """
     compiled = Compiled(model) if settings.compile else None
     if compiled:
-        model.train()  # as in training: what is compiled asks for the mode, and for the precision
-        with accelerator.autocast():
+        with accelerator.autocast():  # as in training: what is compiled is compiled for a precision
             check_same(model, compiled.inside, "train.compile: {}; give compile: null.", packed)
     moves = settings.offload is not None and accelerator.device.type == "cuda"
     if settings.offload and not moves and accelerator.is_main_process:

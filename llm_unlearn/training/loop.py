@@ -105,6 +105,7 @@ class Training:
             freeze_unreached(model, tuple(sorted({layer for read in job.layers.values() for layer in read})))
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
+        model.train()  # dropout is off in every model; gradient checkpointing looks at this flag, and 8-bit layers compute by it
         self.job, self.net, self.accelerator, self.progress = job, model, accelerator, Progress()
         scorer, head = Scorer(model), head_of(model)
         self.probe = Probe.of(settings.stop, job.examples, job.seed, settings.batch_tokens, job.aim) if settings.stop else None
@@ -122,7 +123,6 @@ class Training:
         self.window = Window(job, 0, accelerator, self.packed)
         self.clipped = Clipped.of(job, self.model, accelerator)
         self.row: dict[str, float] = {}
-        model.train()  # dropout is off in every model here; gradient checkpointing looks at this flag
 
     def begin(self) -> Outcome | None:
         """What is measured once, before the first step: the probe's values, and what rules remember of the start.
