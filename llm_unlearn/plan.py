@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,15 @@ def plan(recipe: Recipe, cache: Path) -> str:
         f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
     )
     lines += _reference(job, bool(recipe.model.adapter), config, dtype_of(recipe.model, device), base)
-    needed = memory(recipe, base, moved, config, job.longest, dtype_of(recipe.model, device), reference=bool(job.needs))
+    moves = recipe.train.offload is not None and device.type == "cuda"
+    size_of = partial(memory, recipe, base, moved, config, job.longest, dtype_of(recipe.model, device), bool(job.needs))
+    needed = size_of(offload=moves)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
     lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")
+    if moves:
+        lines.append(
+            f"offload    about {size_of(offload=False)['activations'] / GIB:.2f} GiB of CPU memory per process, for activations"
+        )
     lines.append(f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}")
     if recipe.evaluation and (name := recipe.evaluation.retrained) and is_recipe(name):
         there = (home_of(load(locate(name)), cache) / folder.MODEL).is_dir()
@@ -149,13 +156,13 @@ def _dose(stop: Stop) -> str:
 
 
 def memory(
-    recipe: Recipe, base: int, moved: int, config: Any, longest: int, dtype: torch.dtype, reference: bool
+    recipe: Recipe, base: int, moved: int, config: Any, longest: int, dtype: torch.dtype, reference: bool, offload: bool
 ) -> dict[str, float]:
     """Estimated peak bytes of one process while it trains; attention is counted as memory-efficient.
 
     Weights, gradients and optimizer states follow from counts. Activations are those of a decoder layer with a gated
-    feed-forward block,
-    per token (18 hidden + 4 intermediate vectors kept for the backward pass; one vector a layer with gradient checkpointing).
+    feed-forward block, per token: 18 hidden + 4 intermediate vectors kept for the backward pass; one vector a layer with gradient
+    checkpointing; those of the layer that is at work where the others lie on the CPU (`offload`).
     """
     size = torch.finfo(dtype).bits // 8
     bits = {"nf4": 0.53, "fp4": 0.53, "int8": 1.0, None: float(size)}[recipe.model.quantize]
@@ -167,6 +174,7 @@ def memory(
     inner = int(getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden)
     layer = (18 * hidden + 4 * inner) * size
     kept = layers * hidden * size + layer if recipe.train.gradient_checkpointing else layers * layer
+    kept = layer if offload else kept
     logits = min(CHUNK, tokens * int(config.vocab_size)) * 4.0 * (4 if reference else 3)
     snapshot = 4.0 * moved if recipe.train.stop else 0.0
     second = {"second model": float(size * base)} if reference and recipe.train.reference == "copy" else {}

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,7 +181,7 @@ def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:
 def prepare(net: Any, wanted: Model, job: Job, accelerator: Accelerator) -> Any:
     """The model with what is to be trained of it: an adapter, or all or some of its weights; and its kernels."""
     if wanted.kernels:
-        check_same(net, lambda: nullcontext(put_in(net)), "model.kernels: liger {}; give kernels: null.")
+        check_same(net, lambda: put_in(net), "model.kernels: liger {}; give kernels: null.")
     if not wanted.adapter:
         if wanted.trainable:
             choose_weights(net, wanted.trainable)

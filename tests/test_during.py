@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from accelerate import Accelerator
 from jobs import RECIPE, adapted, job, rows
 from torch import Tensor, nn
 
-from llm_unlearn import recipe
+from llm_unlearn import plan, recipe
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.models.compiled import Compiled
 from llm_unlearn.models.load import trainable
@@ -178,6 +180,16 @@ def test_offload_on_a_cpu_is_said_and_does_nothing(make_model: Callable[..., Any
         assert nothing is None
 
 
+def test_a_plan_counts_what_stays_on_the_device(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    config = SimpleNamespace(num_hidden_layers=6, hidden_size=10, intermediate_size=30, vocab_size=50)
+    size = partial(plan.memory, recipe.load(path), 1000, 100, config, 8192, torch.float32, reference=False)
+    here, there = size(offload=False), size(offload=True)
+    assert here.pop("activations") == 6 * there.pop("activations") == 8192 * 6 * (18 * 10 + 4 * 30) * 4
+    assert here == there
+
+
 # ------------------------------------------------------------------------------------------------------------- compiled
 
 
@@ -282,6 +294,12 @@ def test_what_cannot_be_compiled_is_refused(make_model: Callable[..., Any], fres
             check_same(model, Compiled(model, backend=backend).inside, refusal, True)  # type: ignore[arg-type]
 
 
+@contextmanager
+def both(model: Any, inside: Inside) -> Iterator[None]:
+    with inside(), offloaded(model, CPU, least=0):
+        yield
+
+
 @compiles
 @pytest.mark.slow
 def test_layers_that_a_compiler_made(make_model: Callable[..., Any], fresh: None) -> None:
@@ -290,7 +308,9 @@ def test_layers_that_a_compiler_made(make_model: Callable[..., Any], fresh: None
     inside = during(wanted.settings, model, Accelerator(cpu=True), can_pack(model, 40))
     count = compilations()
     expected, found = gradients(model, nullcontext), gradients(model, inside)
+    with_offload = gradients(model, lambda: both(model, inside))
     assert compilations() == count == 1
+    assert all(torch.equal(found[name], one) for name, one in with_offload.items())
     for name, one in expected.items():
         assert (one - found[name]).norm() <= 1e-4 * one.norm()
 

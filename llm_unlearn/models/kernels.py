@@ -7,7 +7,8 @@ Never its loss or its head: what is made of logits stands in `tokenwise.py`. Whe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ def known(device: torch.device) -> Mapping[str, Callable[..., None]]:
     return found
 
 
-def put_in(net: Any) -> None:
-    """Put the kernels into a model without adapters, in place. Norms and feed-forward blocks are replaced in this model, rotary
+@contextmanager
+def put_in(net: Any) -> Iterator[None]:
+    """Inside and from then on, a model without adapters computes with the kernels. Norms and feed-forward blocks are replaced in this model, rotary
     positions for all models of its architecture in this process.
 
     Raises:
@@ -46,3 +48,4 @@ def put_in(net: Any) -> None:
         raise Refused(f"model.kernels: liger has none for {type(net).__name__} ({kind}); give kernels: null.")
     switches = [name for name in inspect.signature(kinds[kind]).parameters if name != "model"]
     kinds[kind](model=net, **{name: name in PARTS for name in switches})
+    yield
