@@ -37,8 +37,8 @@ def known(device: torch.device) -> Mapping[str, Callable[..., None]]:
 
 @contextmanager
 def put_in(net: Any) -> Iterator[None]:
-    """Inside and from then on, a model without adapters computes with the kernels. Norms and feed-forward blocks are replaced in this model, rotary
-    positions for all models of its architecture in this process.
+    """Inside and from then on, a model without adapters computes with the kernels. Norms and feed-forward blocks are replaced in
+    this model, rotary positions for all models of its architecture in this process.
 
     Raises:
         Refused: the package does not know the architecture, and as `known`.

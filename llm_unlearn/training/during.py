@@ -25,6 +25,8 @@ def during(settings: Train, model: Any, accelerator: Accelerator, packed: bool) 
     """
     compiled = Compiled(model) if settings.compile else None
     if compiled:
+        if accelerator.is_main_process:
+            print("train.compile: compiling the decoder layers, which takes a minute or more before the first step", flush=True)
         with accelerator.autocast():  # as in training: what is compiled is compiled for a precision
             check_same(model, compiled.inside, "train.compile: {}; give compile: null.", packed)
     moves = settings.offload is not None and accelerator.device.type == "cuda"
