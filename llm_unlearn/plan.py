@@ -65,6 +65,8 @@ def plan(recipe: Recipe, cache: Path) -> str:
     lines += _reference(job, bool(recipe.model.adapter), config, dtype_of(recipe.model, device), base)
     needed = memory(recipe, base, moved, config, job.longest, dtype_of(recipe.model, device), reference=bool(job.needs))
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+    if recipe.train.micro_batch:
+        lines.append("batches    of as many tokens as fit into memory, found before the first step; below, of batch_tokens")
     lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")
     lines.append(f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}")
     if recipe.evaluation and (name := recipe.evaluation.retrained) and is_recipe(name):

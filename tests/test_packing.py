@@ -14,7 +14,7 @@ from test_scores import ARCHITECTURES, SMALL, examples
 from test_window import CASES, Rank, apart, gradients_of, make_adapted, make_job, model_of, weights_of
 from torch import Tensor
 
-from llm_unlearn.data.batch import Packing, cut, lay_out
+from llm_unlearn.data.batch import Layout, Packing, cut, lay_out
 from llm_unlearn.models import packing as packing_module
 from llm_unlearn.models.packing import NAME
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of, score
@@ -95,7 +95,9 @@ def test_a_window_has_the_same_gradient(make_model: Callable[..., Any], loss: An
         wanted = make_job(loss, tokens, kept)
         model = make_adapted(small, True)
         assert can_pack(model, 12)
-        Window(wanted, 0, Rank(0, 1), packed).backward(wanted.terms, weights_of(wanted), model_of(wanted, model, None))  # type: ignore[arg-type]
+        Window(wanted, 0, Rank(0, 1), Layout(tokens, packed)).backward(
+            wanted.terms, weights_of(wanted), model_of(wanted, model, None)
+        )  # type: ignore[arg-type]
         found.append(gradients_of(model))
     assert apart(found[1], {name: one.double() for name, one in found[0].items()}) < 1e-5
 
@@ -115,11 +117,11 @@ def test_activations_are_recomputed_end_to_end_too(make_model: Callable[..., Any
 
 def test_training_packs_where_it_can(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A private run does not: its gradients belong to single rows. Nor does a model whose attention mixes sequences."""
-    assert Training(job(), adapted(make_model), Accelerator(cpu=True)).packed
+    assert Training(job(), adapted(make_model), Accelerator(cpu=True)).layout.packed
     private = mechanism(Privacy(noise=1.0, delta=1e-3, clip=1.0), {"forget": 8}, {"forget": 2}, 4, b"k" * 32)
     wanted = job(terms={"forget": job().terms["retain"].__class__(loss=NPO())})
     object.__setattr__(wanted, "private", private)
-    assert not Training(wanted, adapted(make_model), Accelerator(cpu=True)).packed
+    assert not Training(wanted, adapted(make_model), Accelerator(cpu=True)).layout.packed
     real = packing_module._spread
 
     def mixes(one: Tensor, at: Tensor, count: int, longest: int) -> Tensor:
@@ -127,7 +129,7 @@ def test_training_packs_where_it_can(make_model: Callable[..., Any], monkeypatch
 
     monkeypatch.setattr(packing_module, "_spread", mixes)
     model = adapted(make_model)
-    assert not Training(job(), model, Accelerator(cpu=True)).packed
+    assert not Training(job(), model, Accelerator(cpu=True)).layout.packed
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from llm_unlearn.data.batch import Batch, answer_lengths, micro_batches
+from llm_unlearn.data.batch import Batch, Layout, answer_lengths, micro_batches
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import Schedule
 from llm_unlearn.models.depth import Layers, Nudge
@@ -133,12 +133,12 @@ class Part:
 class Window:
     """This rank's part of one optimizer step."""
 
-    def __init__(self, job: Job, step: int, accelerator: Accelerator, packed: bool = False) -> None:
+    def __init__(self, job: Job, step: int, accelerator: Accelerator, layout: Layout | None = None) -> None:
         """
         Args:
-            packed: sequences lie end to end in its micro-batches.
+            layout: of its micro-batches; without it, padded, of at most the settings' tokens.
         """
-        self.job, self.accelerator, self.packed = job, accelerator, packed
+        self.job, self.accelerator, self.layout = job, accelerator, layout or Layout(job.settings.batch_tokens)
         self.slots = job.schedule.window(step)
         everything = [job.example(*place) for slot in self.slots for place in slot if place[0] in job.read]
         self.lengths = answer_lengths(everything)  # of all ranks: the schedule knows them without asking
@@ -148,11 +148,11 @@ class Window:
         """Units of a term's loss in the window on all ranks; 0 where the window has none of its stream."""
         return count(term.loss, self.lengths.get(streams_read(term, name)[0], ()))
 
-    def parts(self, terms: Mapping[str, Term], batch_tokens: int | None = None) -> list[Part]:
+    def parts(self, terms: Mapping[str, Term], tokens: int | None = None) -> list[Part]:
         """This rank's forward passes for some terms, those that end early first. All ranks have as many.
 
         Args:
-            batch_tokens: at most so many in one, instead of the settings'; 1 is one slot at a time.
+            tokens: at most so many in one, instead of the layout's; 1 is one slot at a time.
         """
         policy = {stream for name, term in terms.items() for stream in streams_read(term, name)}
         read = policy | {stream for name, term in terms.items() for stream, asked in _asked(term, name).items() if asked.run}
@@ -164,12 +164,18 @@ class Window:
                 union, slots = by_depth.setdefault(_depth(layers), (set(), []))
                 union.update(layers)
                 slots.append(kept)
-        rank, ranks, most = self.accelerator.process_index, self.accelerator.num_processes, batch_tokens
+        rank, ranks, layout = self.accelerator.process_index, self.accelerator.num_processes, self.layout
+        layout = replace(layout, tokens=tokens) if tokens else layout
         return [
             Part(tuple(sorted(layers)), batch)
             for _, (layers, slots) in sorted(by_depth.items())
-            for batch in micro_batches(slots, self.job.example, most or self.job.settings.batch_tokens, rank, ranks, self.packed)
+            for batch in micro_batches(slots, self.job.example, layout, rank, ranks)
         ]
+
+    def largest(self) -> int:
+        """Tokens of its largest micro-batch on this rank, padding included."""
+        batches = [part.batch for part in self.parts(self.job.terms) if part.batch]
+        return max((batch.input_ids.numel() for batch in batches), default=0)
 
     def backward(
         self, terms: Mapping[str, Term], weights: Mapping[str, float], model: Model, latent: Latent | None = None
