@@ -97,5 +97,5 @@ def test_where_it_does_not_suffice(make_model: Callable[..., Any], monkeypatch: 
     monkeypatch.setattr(loop.Window, "backward", full)
     with pytest.raises(Refused, match=r"out of memory in step 1, with at most 200 tokens .* train.batch_tokens: 100, .* --resume"):
         train(job(), adapted(make_model), Accelerator(cpu=True), tmp_path / "fixed")
-    with pytest.raises(Refused, match=r"train.micro_batch: auto: .* longest rows alone do not fit .* gradient_checkpointing"):
+    with pytest.raises(Refused, match=r"train.micro_batch: auto: .* longest rows alone do not fit .*gradient_checkpointing"):
         train(job(micro_batch="auto"), adapted(make_model), Accelerator(cpu=True), tmp_path / "auto")
