@@ -27,14 +27,16 @@ from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models import combined, fila
 from llm_unlearn.models.load import Loaded, add_adapter, causal, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.models.sharded import is_sharded, state_of
 from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.results import flattened, publish, results_of, run_facts
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused
-from llm_unlearn.training import secret
+from llm_unlearn.training import secret, sharded
 from llm_unlearn.training.certified import certified_by
+from llm_unlearn.training.checkpoint import snapshot
 from llm_unlearn.training.edits import edit
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.guard import Outcome, aim_of
@@ -58,6 +60,7 @@ def run(
     """
     began, folder = time.perf_counter(), Path(recipe.output)
     accelerator = start(recipe.model)
+    sharded.check(recipe, accelerator)
     seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
     examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
@@ -87,19 +90,23 @@ def run(
 
     model = prepare(loaded.model, recipe.model, job, accelerator)
     along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
-    outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along)
-    if outcome.status == "interrupted":
-        return outcome
     whole = recipe.model.adapter is None
-    saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
+    with sharded.spread(accelerator):
+        outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along)
+        if outcome.status == "interrupted":
+            return outcome
+        saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
     facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
     facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
 
     if look and suite and recipe.evaluation:
-        after = loaded.become(combined.combine(causal(model), combination) if combination else model, saved, whole)
+        now = combined.combine(causal(model), combination) if combination else model
+        after = None if is_sharded(model) else loaded.become(now, saved, whole)
         again = (replace(model_before, base=str(saved), start=None), None) if whole else (model_before, str(saved))
+        del along, loaded, model, now
+        after = after or load(again[0], accelerator.device, again[1])  # what was sharded is read again, by every process
         seen["after"] = look.seen(after, "the model after", str(folder), *again)
-        del after, along, loaded, model  # an attack needs the memory
+        del after  # an attack needs the memory
         attacks = attacked(suite, seen, accelerator, cache)
         if accelerator.is_main_process:
             results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
@@ -142,10 +149,11 @@ def evaluate(
 
 def start(model: Model) -> Accelerator:
     """The processes that `accelerate launch` started, or this one; bf16 where the hardware computes in it."""
+    sharded.check_launch()
     state = PartialState(cpu=not torch.accelerator.is_available())  # unasked, Accelerate runs every process alone on a CPU
     if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
         raise Refused("the processes that were launched did not find each other; start them with one of the files in launch/.")
-    return Accelerator(mixed_precision="bf16" if dtype_of(model, state.device) == torch.bfloat16 else "no")
+    return sharded.make_accelerator("bf16" if dtype_of(model, state.device) == torch.bfloat16 else "no")
 
 
 def make_job(recipe: Recipe, examples: Examples, key: bytes = b"", where: Callable[[str], str] = str) -> Job:
@@ -214,13 +222,14 @@ def save(
 ) -> Path:
     """Write the adapter, with what it is combined to, or the whole model with its tokenizer, into the run folder."""
     final = folder / (run_folder.MODEL if whole else run_folder.ADAPTER)
+    weights = (state_of(model) if whole else snapshot(model)) if is_sharded(model) else None  # of all processes
     if accelerator.is_main_process:
         unfinished = final.with_name(f".{final.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         if fila.begun(model):
             fila.save(model, unfinished)
         else:
-            model.save_pretrained(str(unfinished / ADAPTER if combination else unfinished))
+            model.save_pretrained(str(unfinished / ADAPTER if combination else unfinished), state_dict=weights)
         if combination:
             combined.write(combination, unfinished)
         if whole:

@@ -15,10 +15,12 @@ from llm_unlearn.models.depth import Layers
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import as_it_was, has_adapter
 from llm_unlearn.models.scores import Scorer, Scores, by_stream, score
+from llm_unlearn.models.sharded import is_sharded, take_part
 from llm_unlearn.objectives.views import TOP
 
-Reference = Callable[[Batch], dict[str, Scores]]
-"""A micro-batch -> the scores of the model as it was, for the streams whose losses read them."""
+Reference = Callable[[Batch | None], dict[str, Scores]]
+"""A micro-batch -> the scores of the model as it was, for the streams whose losses read them; None, to take part in what others ask
+of a sharded model."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def reference_of(
         else _kept(scorer, head, needs, [example for example in examples if example.stream in needs], batch_tokens, device, seed)
     )
 
-    def answer(batch: Batch) -> dict[str, Scores]:
+    def answer(batch: Batch | None) -> dict[str, Scores]:
         found = {stream: replace(scores, centres=centres.get(stream, {})) for stream, scores in ask(batch).items()}
         return {**alone, **found}
 
@@ -81,13 +83,16 @@ def reference_of(
 
 def _switched_off(scorer: Scorer, head: Head, needs: Mapping[str, Asked], seed: int) -> Reference:
     @torch.no_grad()
-    def ask(batch: Batch) -> dict[str, Scores]:
+    def ask(batch: Batch | None) -> dict[str, Scores]:
         found: dict[str, Scores] = {}
-        for layers in {asked.run for asked in needs.values()}:
-            part = batch.only({stream for stream, asked in needs.items() if asked.run == layers})
-            if part:
+        for layers in sorted({asked.run for asked in needs.values()}):
+            part = batch and batch.only({stream for stream, asked in needs.items() if asked.run == layers})
+            if part or is_sharded(scorer):
                 with as_it_was(scorer.model):
-                    found |= score(scorer, head, part, layers, seed)
+                    if part:
+                        found |= score(scorer, head, part, layers, seed)
+                    else:
+                        take_part(scorer, layers, next(scorer.parameters()).device)
         return found
 
     return ask
@@ -118,9 +123,9 @@ def _kept(
                     kept.setdefault((stream, example), {})[name] = part.cpu()
     then = head.frozen_copy() if any(TOP in asked.layers for asked in needs.values()) else head
 
-    def ask(batch: Batch) -> dict[str, Scores]:
+    def ask(batch: Batch | None) -> dict[str, Scores]:
         found: dict[str, Scores] = {}
-        part = batch.only(needs)
+        part = batch and batch.only(needs)
         for stream, scores in by_stream({}, then, part, seed).items() if part else ():
             mine = [kept[stream, example] for example in batch.examples if example.stream == stream]
             columns = {name: torch.cat([one[name] for one in mine]).to(device) for name in mine[0]}

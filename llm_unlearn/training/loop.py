@@ -28,6 +28,7 @@ from llm_unlearn.training.clipped import Clipped
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
+from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
 from llm_unlearn.training.vectors import Gradient
 from llm_unlearn.training.window import Job, Model, Window
@@ -50,7 +51,7 @@ def train(
     """
     training = Training(job, model, accelerator)
     progress, steps, every = training.progress, job.schedule.steps, job.settings.checkpoint_every
-    checkpoints = Checkpoints(folder / "checkpoints", accelerator, model, progress, training.scheduler)
+    checkpoints = Checkpoints(folder / "checkpoints", accelerator, model, progress, training.scheduler, training.optimizer, training.model.wrapped)
     resumed = resume and checkpoints.load()
     main, outcome = accelerator.is_main_process, None
     log = Log(folder / "log.jsonl", main, progress.step)
@@ -75,6 +76,7 @@ def train(
     outcome = outcome or ending(training.probe, progress)
     if outcome.status != "interrupted" and outcome.kept != progress.step and progress.good:
         restore(model, progress.good)
+    checkpoints.close()
     model.eval()
     return outcome
 
@@ -110,7 +112,7 @@ class Training:
         self.scheduler = _make_scheduler(settings, optimizer, schedule.steps - self.noisy_steps)
         seen = [job.examples[stream][i] for stream in schedule.streams for i in schedule.seen(stream)]
         reference = reference_of(scorer, head, job.needs, seen, settings.batch_tokens, accelerator.device, job.seed)
-        wrapped, self.optimizer = accelerator.prepare(scorer, optimizer)
+        wrapped, self.optimizer = prepare(scorer, optimizer, accelerator)
         self.model = Model(wrapped, scorer, head, reference)
         self.weights = list(trainable(model).values())
         self.directions = _directions(settings, trainable(model))
