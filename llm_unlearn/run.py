@@ -60,7 +60,7 @@ def run(
     """
     began, folder = time.perf_counter(), Path(recipe.output)
     accelerator = start(recipe.model)
-    sharded.check(recipe, accelerator)
+    sharded.check(recipe)
     seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
     examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
@@ -91,7 +91,7 @@ def run(
     model = prepare(loaded.model, recipe.model, job, accelerator)
     along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
     whole = recipe.model.adapter is None
-    with sharded.spread(accelerator):
+    with sharded.spread():
         outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along)
         if outcome.status == "interrupted":
             return outcome

@@ -63,7 +63,7 @@ def trial(asked: Asked, cache: Path, overwrite: bool) -> bool:
     """
     recipe, folder = asked.recipe, asked.output
     accelerator = start(recipe.model)
-    sharded.check(recipe, accelerator)
+    sharded.check(recipe)
     tokenizer = read_tokenizer(embedded(recipe.model, cache))
     examples = read_examples(recipe.data, tokenizer, recipe.seed)
     plain = make_job(recipe, examples)

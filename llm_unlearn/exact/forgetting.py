@@ -53,7 +53,7 @@ class Session:
         """
         self.recipe, self.method, self.folder, self.cache = recipe, method_of(recipe), Path(recipe.output), cache
         self.accelerator: Accelerator = start(recipe.model)
-        sharded.check(recipe, self.accelerator)
+        sharded.check(recipe)
         self.model: Model = embedded(recipe.model, cache)
         loaded = load(self.model, self.accelerator.device, train=True)
         self.known = read_known(recipe, self.method, loaded.tokenizer)

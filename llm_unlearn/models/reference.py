@@ -127,7 +127,8 @@ def _kept(
         found: dict[str, Scores] = {}
         part = batch and batch.only(needs)
         for stream, scores in by_stream({}, then, part, seed).items() if part else ():
-            mine = [kept[stream, example] for example in batch.examples if example.stream == stream]
+            assert part
+            mine = [kept[stream, example] for example in part.examples if example.stream == stream]
             columns = {name: torch.cat([one[name] for one in mine]).to(device) for name in mine[0]}
             states = {name: column for name, column in columns.items() if name is not None}
             found[stream] = replace(scores, states=states, given=columns.get(None))

@@ -51,7 +51,8 @@ def train(
     """
     training = Training(job, model, accelerator)
     progress, steps, every = training.progress, job.schedule.steps, job.settings.checkpoint_every
-    checkpoints = Checkpoints(folder / "checkpoints", accelerator, model, progress, training.scheduler, training.optimizer, training.model.wrapped)
+    parts = (model, progress, training.scheduler, training.optimizer, training.model.wrapped)
+    checkpoints = Checkpoints(folder / "checkpoints", accelerator, *parts)
     resumed = resume and checkpoints.load()
     main, outcome = accelerator.is_main_process, None
     log = Log(folder / "log.jsonl", main, progress.step)

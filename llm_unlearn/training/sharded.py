@@ -6,14 +6,13 @@ models, and looks at them as in any other launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.state import is_initialized
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import FullyShardedDataParallelPlugin, load_fsdp_optimizer, parse_flag_from_env, save_fsdp_optimizer
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
@@ -54,7 +53,7 @@ def make_accelerator(precision: str) -> Accelerator:
     Raises:
         Refused: the launch file asks for what cannot be had here.
     """
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or is_initialized():
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or is_asked():
         return Accelerator(mixed_precision=precision)
     state, plugin = PartialState(), _plugin(precision)
     plain = state.distributed_type
@@ -63,7 +62,7 @@ def make_accelerator(precision: str) -> Accelerator:
     accelerator = Accelerator(mixed_precision=precision, fsdp_plugin=plugin)
     if not accelerator.is_fsdp2:
         raise Refused(
-            f"the launch file asks for FSDP, and Accelerate made {accelerator.distributed_type.value} of this process. Start it with "
+            f"the launch asks for FSDP, and Accelerate made {accelerator.distributed_type.value} of this process. Start it with "
             f"accelerate launch --config_file {FILE} (launch/fsdp2_cpu.yaml on CPU cores)."
         )
     for one in (state, accelerator.state):
@@ -91,16 +90,14 @@ def _plugin(precision: str) -> FullyShardedDataParallelPlugin:
     return plugin
 
 
-def is_asked(accelerator: Accelerator) -> bool:
-    """Whether the launch asks for sharding."""
-    return "fsdp_plugin" in vars(accelerator.state)
+def is_asked() -> bool:
+    """Whether this launch shards, as `make_accelerator` found."""
+    return is_initialized() and "fsdp_plugin" in vars(AcceleratorState())
 
 
-@contextmanager
-def spread(accelerator: Accelerator) -> Iterator[None]:
+def spread() -> AbstractContextManager[None]:
     """Inside, what Accelerate prepares is sharded, where the launch asks for it."""
-    with told({"distributed_type": DistributedType.FSDP if is_asked(accelerator) else accelerator.distributed_type}):
-        yield
+    return told({"distributed_type": DistributedType.FSDP}) if is_asked() else nullcontext()
 
 
 def prepare(scorer: Scorer, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -132,16 +129,16 @@ def load_optimizer(accelerator: Accelerator, optimizer: Any, wrapped: nn.Module,
         load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, wrapped, str(folder))
 
 
-def check(recipe: Recipe, accelerator: Accelerator) -> None:
+def check(recipe: Recipe) -> None:
     """Whether a recipe can be trained with its model spread over processes, where the launch asks for that.
 
     Raises:
         Refused: it cannot, and why.
     """
-    if not is_asked(accelerator):
+    if not is_asked():
         return
     model, train = recipe.model, recipe.train
-    found = {
+    found: dict[str, object] = {
         "train.privacy": train.privacy and "no process would have the norm of one example's gradient",
         "method": recipe.method and not isinstance(recipe.method, Retrain) and f"{recipe.method.name} needs whole weights",
         "model.quantize": model.quantize and "quantized weights are not sharded",

@@ -184,7 +184,7 @@ class Window:
                 continue
             with nullcontext() if last or spread else self.accelerator.no_sync(model.wrapped), self.accelerator.autocast():
                 loss = torch.zeros((), device=self.accelerator.device)
-                if part.batch is None or (last and TOP not in part.layers and not spread):  # data parallelism waits for every weight
+                if part.batch is None or (last and TOP not in part.layers and not spread):  # copies wait for every weight
                     loss = _nothing(model, part.layers, self.accelerator.device)
                 if part.batch is not None:
                     found = self._values(terms, part, model, whole, latent)
