@@ -107,10 +107,7 @@ def run(
         after = after or load(again[0], accelerator.device, again[1])  # what was sharded is read again, by every process
         seen["after"] = look.seen(after, "the model after", str(folder), *again)
         del after  # an attack needs the memory
-        attacks = attacked(suite, seen, accelerator, cache)
-        if accelerator.is_main_process:
-            results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
-            publish(results, suite, seen, folder, folder / run_folder.LOG)
+        _conclude(suite, seen, accelerator, cache, folder, (str(folder), recipe.evaluation.suite), facts)
     if accelerator.is_main_process:
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -140,11 +137,24 @@ def evaluate(
     """
     accelerator = start(next(iter(asked.values()))[0])
     seen = Looks(suite, accelerator, cache)(asked)
+    _conclude(suite, seen, accelerator, cache, output, (suite_name, suite_name))
+    accelerator.wait_for_everyone()
+
+
+def _conclude(
+    suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path, folder: Path | None, titles: tuple[str, str],
+    facts: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """The suite's attacks, and all that was found printed and kept.
+
+    Args:
+        titles: of the page, and the suite's name.
+        facts: of the run, if it was one; its log is drawn then.
+    """
     attacks = attacked(suite, seen, accelerator, cache)
     if accelerator.is_main_process:
-        results = results_of(suite, seen, attacks, title=suite_name, suite_name=suite_name, run=None)
-        publish(results, suite, seen, output)
-    accelerator.wait_for_everyone()
+        results = results_of(suite, seen, attacks, title=titles[0], suite_name=titles[1], run=facts)
+        publish(results, suite, seen, folder, folder / run_folder.LOG if folder and facts else None)
 
 
 def start(model: Model) -> Accelerator:
