@@ -58,7 +58,7 @@ def run(
     Raises:
         Refused: something the recipe names cannot be used. The run folder is not touched before the data has been read.
     """
-    began, folder = time.perf_counter(), Path(recipe.output)
+    began, folder, whole = time.perf_counter(), Path(recipe.output), recipe.model.adapter is None
     accelerator = start(recipe.model)
     sharded.check(recipe)
     seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
@@ -89,9 +89,8 @@ def run(
         seen["before"] = look.seen(loaded, "the model before", recipe.model.base, model_before)
 
     model = prepare(loaded.model, recipe.model, job, accelerator)
-    along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
-    whole = recipe.model.adapter is None
     with sharded.spread():
+        along = _along(look, loaded, model, recipe, folder)
         outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along)
         if outcome.status == "interrupted":
             return outcome
@@ -100,11 +99,10 @@ def run(
     facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
 
     if look and suite and recipe.evaluation:
-        now = combined.combine(causal(model), combination) if combination else model
-        after = None if is_sharded(model) else loaded.become(now, saved, whole)
+        after = _become(loaded, model, combination, saved, whole)
         again = (replace(model_before, base=str(saved), start=None), None) if whole else (model_before, str(saved))
-        del along, loaded, model, now
-        after = after or load(again[0], accelerator.device, again[1])  # what was sharded is read again, by every process
+        del along, loaded, model
+        after = after or load(again[0], accelerator.device, again[1])
         seen["after"] = look.seen(after, "the model after", str(folder), *again)
         del after  # an attack needs the memory
         _conclude(suite, seen, accelerator, cache, folder, (str(folder), recipe.evaluation.suite), facts)
@@ -124,6 +122,13 @@ def _carry_out(
     if influences and accelerator.is_main_process:
         write_columns(influences, folder / run_folder.INFLUENCES)
     return outcome, combination
+
+
+def _become(loaded: Loaded, model: Any, combination: Combination | None, saved: Path, whole: bool) -> Loaded | None:
+    """What is looked at after the training: the model in memory; None where it is sharded, and is to be read again whole."""
+    if is_sharded(model):
+        return None
+    return loaded.become(combined.combine(causal(model), combination) if combination else model, saved, whole)
 
 
 def evaluate(
@@ -209,10 +214,11 @@ def prepare(net: Any, wanted: Model, job: Job, accelerator: Accelerator) -> Any:
 SIDES = ("forget", "retain")
 
 
-def _along(look: Look, loaded: Loaded, model: Any, recipe: Recipe, folder: Path) -> Callable[[int], None]:
-    """Evaluation every so many steps, one line of `evaluations.jsonl` each."""
+def _along(look: Look | None, loaded: Loaded, model: Any, recipe: Recipe, folder: Path) -> Callable[[int], None] | None:
+    """Evaluation every so many steps, one line of `evaluations.jsonl` each; None where none is wanted."""
     every = recipe.evaluation.every if recipe.evaluation else None
-    assert every
+    if not look or not every:
+        return None
 
     def at(step: int) -> None:
         if step % every == 0:
