@@ -286,6 +286,7 @@ def test_what_the_launch_asks_and_cannot_have_is_refused(asked: dict[str, str], 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("objective=null; model.adapter=null; method={name: dampening, alpha: [0.5]}", "method: dampening needs whole weights"),
         ("model.quantize=nf4", "model.quantize: quantized weights are not sharded"),
         ("model.adapter={init: fila}", "model.adapter.init: fila"),
         ("train.optimizer=adamw_8bit", "train.optimizer: 8-bit states are not sharded"),
@@ -299,7 +300,7 @@ def test_what_the_launch_asks_and_cannot_have_is_refused(asked: dict[str, str], 
 def test_what_cannot_be_sharded_is_refused(override: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE)
-    wanted = recipe.load(path, [override])
+    wanted = recipe.load(path, override.split("; "))
     sharded.check(wanted)
     monkeypatch.setattr(sharded, "is_asked", lambda: True)
     with pytest.raises(Refused) as refused:

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import FullyShardedDataParallelPlugin, load_fsdp_optimizer, parse_flag_from_env, save_fsdp_optimizer
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    load_fsdp_optimizer,
+    parse_choice_from_env,
+    parse_flag_from_env,
+    save_fsdp_optimizer,
+)
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -72,7 +78,7 @@ def make_accelerator(precision: str) -> Accelerator:
 
 def _plugin(precision: str) -> FullyShardedDataParallelPlugin:
     """What the launch file says of sharding. Weights travel in the precision of the computation, gradients in float32."""
-    if (version := FullyShardedDataParallelPlugin().fsdp_version) != 2:
+    if (version := parse_choice_from_env("FSDP_VERSION", "1")) != "2":
         raise Refused(f"the launch file asks for FSDP version {version}; give fsdp_version: 2 in its fsdp_config (see {FILE}).")
     kind = torch.bfloat16 if precision == "bf16" else None
     plugin = FullyShardedDataParallelPlugin(
