@@ -22,12 +22,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import build
 from llm_unlearn.models.load import add_adapter
-from llm_unlearn.models.reference import reference_of
-from llm_unlearn.models.scores import Scorer, freeze_unreached, head_of
+from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.models.trials import freeze_unreached
 from llm_unlearn.objectives.likelihood import NLL, Ascent
 from llm_unlearn.objectives.representation import RMU, EmbedMatch
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.sections import Adapter, Train
+from llm_unlearn.training.before import reference_of
 from llm_unlearn.training.window import Job, Model, Window
 
 
@@ -51,7 +52,7 @@ def make_step(options: Any, layer: int | None, accelerator: Accelerator) -> Call
         freeze_unreached(model, (layer,))
     job = Job(terms, streams, build({"forget": 16, "retain": 16}, {"forget": 16, "retain": 16}, seed=0), Train(batch_tokens=2048))
     scorer, head = Scorer(model), head_of(model)
-    asked = Model(scorer, scorer, head, reference_of(scorer, head, job.needs, [], 2048, accelerator.device))
+    asked = Model(scorer, scorer, head, reference_of(job, scorer, head, accelerator, 2048))
     weights = {name: term.weight_at(0.0) for name, term in terms.items()}
 
     def step() -> None:

@@ -25,12 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import build
 from llm_unlearn.models.load import add_adapter, trainable
-from llm_unlearn.models.reference import reference_of
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.objectives.distribution import KL
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.sections import Adapter, Train
+from llm_unlearn.training.before import reference_of
 from llm_unlearn.training.window import Job, Model, Window
 
 
@@ -82,7 +82,7 @@ def plain(model: Any, reference: Any, job: Job, device: torch.device) -> Callabl
 
 def ours(model: Any, job: Job, accelerator: Accelerator) -> Callable[[], object]:
     scorer, head = Scorer(model), head_of(model)
-    reference = reference_of(scorer, head, job.needs, [], 2048, accelerator.device)
+    reference = reference_of(job, scorer, head, accelerator, 2048)
     weights = {name: term.weight_at(0.0) for name, term in job.terms.items()}
     return lambda: Window(job, 0, accelerator).backward(job.terms, weights, Model(scorer, scorer, head, reference))
 

@@ -44,6 +44,7 @@ from llm_unlearn.data.examples import Example
 from llm_unlearn.embedded import target
 from llm_unlearn.evaluation import generation, likelihood, passes
 from llm_unlearn.evaluation import suite as suites
+from llm_unlearn.evaluation.desk import padded
 from llm_unlearn.evaluation.generation import Ask
 from llm_unlearn.models import scores
 from llm_unlearn.models.load import Loaded, load
@@ -147,11 +148,10 @@ def noted(works: list[Work]) -> Iterator[None]:
         works[-1].sloped.extend(batch.examples)
         return slope(model, batch)
 
-    def written(loaded: Loaded, asks: Sequence[Ask], *more: Any) -> Any:
-        found = write(loaded, asks, *more)
-        drawn = works[-1].drawn if asks[0].temperature else works[-1].greedy
-        drawn.extend((ask.prompt, len(text) + ended) for ask, (text, ended) in zip(asks, found, strict=True))
-        return found
+    def written(loaded: Loaded, asks: Sequence[Ask], *more: Any) -> Iterator[tuple[int, list[int], bool]]:
+        for i, text, ended in write(loaded, asks, *more):
+            (works[-1].drawn if asks[i].temperature else works[-1].greedy).append((asks[i].prompt, len(text) + ended))
+            yield i, text, ended
 
     with (
         patch.object(look, "load", load_),
@@ -178,7 +178,7 @@ def bare(model: Any, work: Work, batch_tokens: int) -> Callable[[], dict[str, fl
                 break
             count += 1
         chosen, written = written[:count], written[count:]
-        texts.append((*generation._padded([prompt for prompt, _ in chosen], 0, torch.device("cpu")), chosen[0][1]))
+        texts.append((*padded([prompt for prompt, _ in chosen], 0, torch.device("cpu")), chosen[0][1]))
     rows = [lay_out([one]) for one in work.sloped]
     chunk = max(1, scores.CHUNK // model.config.vocab_size)
 

@@ -18,12 +18,14 @@ from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models.load import add_adapter, choose_weights, dtype_of, read_config, read_tokenizer, trainable
+from llm_unlearn.models.reference import LOGPS
 from llm_unlearn.models.scores import CHUNK
 from llm_unlearn.objectives.terms import Ramp, Term
 from llm_unlearn.recipe import Recipe, load
 from llm_unlearn.retrained import home_of
 from llm_unlearn.run import make_job
 from llm_unlearn.source import is_recipe
+from llm_unlearn.training.before import choices
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.window import Job
 from llm_unlearn.tree import locate
@@ -60,9 +62,11 @@ def plan(recipe: Recipe, cache: Path) -> str:
     lines.append(
         f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
     )
-    longest = max((len(job.examples[name][i].ids) for name in job.read for i in job.schedule.seen(name)), default=1)
-    needed = memory(recipe, base, moved, config, longest, dtype_of(recipe.model, device), reference=bool(job.needs))
+    lines += _reference(job, bool(recipe.model.adapter), config, dtype_of(recipe.model, device), base)
+    needed = memory(recipe, base, moved, config, job.longest, dtype_of(recipe.model, device), reference=bool(job.needs))
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+    if recipe.train.micro_batch:
+        lines.append("batches    of as many tokens as fit into memory, found before the first step; below, of batch_tokens")
     lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")
     lines.append(f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}")
     if recipe.evaluation and (name := recipe.evaluation.retrained) and is_recipe(name):
@@ -98,6 +102,25 @@ def _steps(recipe: Recipe, job: Job, examples: Examples) -> list[str]:
             f"{name:<10} {len(seen)} of {len(job.examples[name])} examples, {visits} visits; "
             f"{tokens} tokens, {answer} of them targets{note}"
         )
+    return lines
+
+
+def _reference(job: Job, adapter: bool, config: Any, dtype: torch.dtype, base: int) -> list[str]:
+    """How the model as it was is asked, why, and what it costs."""
+    size = torch.finfo(dtype).bits // 8
+    lines: list[str] = []
+    for stream, one in choices(job, adapter, int(config.hidden_size), size).items():
+        what = "log-probabilities" if one.asked.columns == (LOGPS,) else "hidden states"
+        often = f"each is seen {one.visits / max(1, one.tokens):.1f} times"
+        if one.way == "kept":
+            room = f"{one.bytes / GIB:.2f} GiB" if one.bytes >= GIB / 100 else f"{one.bytes / 1024:.0f} KiB"
+            text = f"{what} of {len(one.examples)} answers taken once and kept, {one.tokens:,} tokens of one pass, {room}; {often}"
+        elif one.way == "adapter_off":
+            why = often if one.tokens >= one.visits else f"{what} would take {one.bytes / GIB:.1f} GiB"
+            text = f"the adapter switched off, {one.visits:,} tokens of more forward passes in all; {why}"
+        else:
+            text = f"a second model in memory, {base * size / GIB:.2f} GiB, {one.visits:,} tokens of more forward passes in all"
+        lines.append(f"{'reference' if not lines else '':<10} {stream}: {text}")
     return lines
 
 
@@ -148,8 +171,10 @@ def memory(
     kept = layers * hidden * size + layer if recipe.train.gradient_checkpointing else layers * layer
     logits = min(CHUNK, tokens * int(config.vocab_size)) * 4.0 * (4 if reference else 3)
     snapshot = 4.0 * moved if recipe.train.stop else 0.0
+    second = {"second model": float(size * base)} if reference and recipe.train.reference == "copy" else {}
     return {
         "weights": frozen,
+        **second,
         "gradients and optimizer": states + snapshot,
         "activations": float(tokens * kept),
         "logits": logits,

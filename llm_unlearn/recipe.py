@@ -128,6 +128,10 @@ def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
             "model",
             "trainable",
         )
+    if recipe.train.reference == "adapter_off" and not recipe.model.adapter:
+        yield say("no adapter is trained that could be switched off; give kept or copy, or leave it out.", "train", "reference")
+    if recipe.train.reference == "copy" and recipe.model.quantize:
+        yield say("quantized weights cannot be copied; their adapter can be switched off: adapter_off.", "train", "reference")
     if recipe.model.adapter and recipe.model.adapter.init == "fila":
         at = ("model", "adapter", "init")
         if recipe.model.quantize:

@@ -35,6 +35,7 @@ from llm_unlearn.results import flattened, publish, results_of, run_facts
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import secret, sharded
+from llm_unlearn.training.before import Shelf
 from llm_unlearn.training.certified import certified_by
 from llm_unlearn.training.checkpoint import snapshot
 from llm_unlearn.training.edits import edit
@@ -89,9 +90,9 @@ def run(
         seen["before"] = look.seen(loaded, "the model before", recipe.model.base, model_before)
 
     model = prepare(loaded.model, recipe.model, job, accelerator)
+    along, kept = _along(look, loaded, model, recipe, folder), Shelf(cache / "reference", loaded.identity)
     with sharded.spread():
-        along = _along(look, loaded, model, recipe, folder)
-        outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along)
+        outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along, kept)
         if outcome.status == "interrupted":
             return outcome
         saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
@@ -113,11 +114,18 @@ def run(
 
 
 def _carry_out(
-    recipe: Recipe, job: Job, model: Any, accelerator: Accelerator, folder: Path, resume: bool, along: Callable[[int], None] | None
+    recipe: Recipe,
+    job: Job,
+    model: Any,
+    accelerator: Accelerator,
+    folder: Path,
+    resume: bool,
+    along: Callable[[int], None] | None,
+    shelf: Shelf,
 ) -> tuple[Outcome, Combination | None]:
     """Move the weights: step by step against a loss, or once by an edit, which may combine their logits with the base's."""
     if not isinstance(recipe.method, Edit):
-        return train(job, model, accelerator, folder, resume=resume, look=along), None
+        return train(job, model, accelerator, folder, resume=resume, look=along, shelf=shelf), None
     outcome, influences, combination = edit(recipe.method, job, model, accelerator, folder, resume=resume)
     if influences and accelerator.is_main_process:
         write_columns(influences, folder / run_folder.INFLUENCES)

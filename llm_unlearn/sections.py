@@ -71,6 +71,10 @@ class Data:
     """Rows that stand in both: refuse the run, or let them leave the retain set."""
 
 
+Asking = Literal["adapter_off", "kept", "copy"]
+"""How the model as it was is asked."""
+
+
 @spec
 class Train:
     """How the weights are moved."""
@@ -85,6 +89,8 @@ class Train:
     """Examples of each stream in one optimizer step, over all processes; 16 of a stream that is not named."""
     batch_tokens: PositiveInt = 8192
     """At most so many tokens, padding included, in one forward pass per process. Sets speed and memory, never the result."""
+    micro_batch: Literal["auto"] | None = None
+    """auto: instead of `batch_tokens`, as many tokens as fit into memory, found by a short probe before the first step."""
     optimizer: Literal["adamw", "sgd", "sophia", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """sophia divides by a running mean of squared gradients and clips (second order; SOUL, Jia et al. 2024, 2404.18239). The 8-bit
     ones keep their states in 8 bits, the paged one moves them to the CPU when memory is short; both need CUDA."""
@@ -98,6 +104,10 @@ class Train:
     """Largest global norm of the gradient."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
+    reference: Asking | None = None
+    """How the model as it was is asked, where a loss reads it: its adapter switched off at every step, its numbers taken once
+    before training and kept in the cache, or a second model in memory. Without it, for each stream the cheaper of the first two,
+    which `plan` shows; all give the same numbers."""
     checkpoint_every: PositiveInt = 50
     """Optimizer steps between two checkpoints, from which `--resume` goes on."""
     rules: tuple[AnyRule, ...] = ()

@@ -140,6 +140,15 @@ def golden(folder: Path) -> None:
         (folder / "golden.json").write_text(json.dumps(numbers))
 
 
+def before(folder: Path) -> None:
+    from test_before import TAKEN, Shelf, counting, gradient, make_adapted
+
+    shelf = Shelf(folder / "shelf", "this model")
+    with counting() as taken:
+        found = [gradient(TAKEN, make_adapted(make_llama, True), shelf, accelerator=accelerator) for _ in range(2)]
+    torch.save({"taken": taken, "gradients": found}, folder / f"{accelerator.process_index}.pt")
+
+
 KINDS = {
     "rules": every_rule,
     "budget": budget,
@@ -153,6 +162,7 @@ KINDS = {
     "exact": exact,
     "golden": golden,
     "sharded": sharded,
+    "before": before,
 }
 
 for kind in sys.argv[2:]:

@@ -207,7 +207,7 @@ def test_what_is_forbidden_is_not_written_and_what_does_not_end_is_none(make_mod
     ):
         drawn = set()
         for number in torch.linspace(0, 0.9999, 300):
-            chance = _Chance([replace(free, forbidden=frozenset(forbidden))], number.expand(1, 9), 2)
+            chance = _Chance([replace(free, forbidden=frozenset(forbidden))], number.expand(1, 9), torch.tensor([2]))
             drawn.add(int(chance(torch.tensor([[1, 2, *before]]), logits.clone()).argmax()))
         assert drawn == allowed, (forbidden, before)
 

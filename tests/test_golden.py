@@ -20,7 +20,6 @@ from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.evaluation.numbers import numbers
 from llm_unlearn.evaluation.suite import AnyMeasure
 from llm_unlearn.look import Look
-from llm_unlearn.models.load import Loaded
 
 KEPT = json.loads(FILE.read_text(encoding="utf-8"))
 ROWS: Rows = KEPT["rows"]
@@ -196,39 +195,6 @@ def test_rows_that_are_not_sorted_have_the_same_numbers(monkeypatch: pytest.Monk
     monkeypatch.setattr(likelihood, "dealt", as_they_stand)
     monkeypatch.setattr(generation, "dealt", as_they_stand)
     check(measured(ROWS))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("cuttable", [True, False])
-def test_texts_that_go_on_in_a_smaller_batch_are_the_same(
-    cuttable: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the cache cannot be cut, they are read again."""
-    from transformers.cache_utils import DynamicLayer
-
-    words, left = make_words(), list[int]()
-    prompts = [(1, *words.convert_tokens_to_ids(row["question"].split()), 2) for rows in ROWS.values() for row in rows]
-    asks = [
-        generation.Ask(prompt, END, 1 + 5 * i % 23, temperature, seed=i, forbidden=frozenset({(20 + i % 9, 30)}), unfinished=True)
-        for i, prompt in enumerate(prompts)
-    ]
-    loaded, only = Loaded(make_golden(), words, ("golden",)), generation._only
-
-    def counted(cache: Any, rows: torch.Tensor) -> Any:
-        left.append(len(rows))
-        return only(cache, rows)
-
-    monkeypatch.setattr(generation, "_only", counted)
-    with torch.no_grad():
-        expected = generation.written(loaded, asks, torch.device("cpu"))
-        assert max(len(text) for text, _ in expected) > 15 and (temperature or any(ended for _, ended in expected))
-        one_by_one = [generation.written(loaded, [ask], torch.device("cpu"))[0] for ask in asks]
-        monkeypatch.setattr(generation, "FEW", 2)
-        if not cuttable:
-            monkeypatch.delattr(DynamicLayer, "batch_select_indices")
-        left.clear()
-        assert generation.written(loaded, asks, torch.device("cpu")) == expected == one_by_one
-    assert len(left) > 3 and left[0] > left[1] > left[2] > 0 == left[-1], "many went on, and more than once"
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def test_every_answer_is_scored_once_and_every_prompt_answered_once(
     from llm_unlearn.evaluation import generation, likelihood
 
     scored, written = Counter[tuple[int, ...]](), Counter[str]()
-    score, padded = likelihood.score, generation._padded
+    score, padded = likelihood.score, generation.padded
 
     def counting(scorer: Any, head: Any, batch: Any) -> Any:
         scored.update(example.ids for example in batch.examples)
@@ -235,7 +235,7 @@ def test_every_answer_is_scored_once_and_every_prompt_answered_once(
         return padded(prompts, pad, device)
 
     monkeypatch.setattr(likelihood, "score", counting)
-    monkeypatch.setattr(generation, "_padded", counting_prompts)
+    monkeypatch.setattr(generation, "padded", counting_prompts)
     ask(loaded(make_model, tokenizer), sets)
     own = [example.ids for one in sets.values() for example in one.examples]
     others = [example.ids for one in sets.values() for example in behind(SHOTS, one, sets["holdout"])]

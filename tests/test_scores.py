@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,18 +18,9 @@ from llm_unlearn.models import fila
 from llm_unlearn.models import scores as scores_module
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.models.load import add_adapter, as_it_was, causal, trainable
-from llm_unlearn.models.reference import Asked, reference_of
-from llm_unlearn.models.scores import (
-    Scorer,
-    check_depth,
-    check_head,
-    checkpoint_activations,
-    freeze_unreached,
-    head_of,
-    score,
-    statistics,
-    values,
-)
+from llm_unlearn.models.reference import Asked, Reference, adapter_off, centres, frozen_copy, looked_up, taken, together
+from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of, score, statistics, values
+from llm_unlearn.models.trials import check_depth, check_head, freeze_unreached
 from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Margin, Undial
 from llm_unlearn.objectives.likelihood import IDK, NLL, TNPO, WGA, WTNPO, Ascent, SatImp
 from llm_unlearn.objectives.preference import AP, DPO, NPO
@@ -279,6 +270,27 @@ def test_statistics_against_float64(make_model: Callable[..., Any], monkeypatch:
         assert bool(mine.hit[n]) == bool(row.argmax() == found.targets[n])
 
 
+def as_it_was_once(
+    model: Any, needs: dict[str, Asked], rows: Sequence[Example] = (), seed: int = 0, way: str | None = None
+) -> Reference:
+    """Ask the model as it is now, later: its numbers taken now where there are rows, two of them at a time."""
+    scorer, head, device = Scorer(model), head_of(model), torch.device("cpu")
+    rows = [row for row in rows if row.stream in needs]
+    batches = [list(rows[i : i + 2]) for i in range(0, len(rows), 2)]
+    wanted = {stream: asked for stream, asked in needs.items() if asked.run}
+    if way == "copy":
+        ask = frozen_copy(scorer, wanted, seed)
+    elif way == "adapter_off" or not rows:
+        ask = adapter_off(scorer, head, wanted, seed)
+    else:
+        asked = [[row for row in batch if row.stream in wanted] for batch in batches]
+        kept = {(row.stream, row): found for row, found in taken(scorer, head, wanted, filter(None, asked), device)}
+        ask = looked_up(kept, head, wanted, device, seed)
+    read = {stream: asked for stream, asked in needs.items() if asked.centres}
+    of_means = [[row for row in batch if row.stream in read] for batch in batches]
+    return together([ask], centres(scorer, head, read, filter(None, of_means), device), head)
+
+
 def test_the_adapter_switched_off_is_the_model_as_it_was(make_model: Callable[..., Any]) -> None:
     base, batch = make_model(), lay_out(examples(5, vocabulary=1024))
     before = score(Scorer(base), head_of(base), batch)["retain"].logits.detach()
@@ -286,7 +298,7 @@ def test_the_adapter_switched_off_is_the_model_as_it_was(make_model: Callable[..
     for name, weight in trainable(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
-    ask = reference_of(Scorer(model), head_of(model), {"retain": Asked((TOP,))}, [], 10**6, torch.device("cpu"))
+    ask = as_it_was_once(model, {"retain": Asked((TOP,))})
     moved = score(Scorer(model), head_of(model), batch)["retain"].logits
     assert not torch.allclose(moved, before, atol=1e-2)
     found = ask(batch)
@@ -300,7 +312,7 @@ def test_numbers_taken_before_full_training_stay_the_model_as_it_was(make_model:
     model = make_model(tie_word_embeddings=tied)
     rows = examples(6, count=9, vocabulary=1024)
     needs = {"forget": Asked(logps=True), "retain": Asked((TOP,))}
-    ask = reference_of(Scorer(model), head_of(model), needs, rows, 20, torch.device("cpu"))
+    ask = as_it_was_once(model, needs, rows)
     batch = lay_out([rows[i] for i in (4, 1, 7, 2, 0)])
     before = score(Scorer(model), head_of(model), batch)
     logps, logits = before["forget"].logps.detach(), before["retain"].logits.detach()
@@ -332,10 +344,9 @@ def test_states_and_centres_of_the_model_as_it_was(make_model: Callable[..., Any
         "retain": Asked((1,)),
         "forget.alternate": Asked(centres=(1,)),
     }
-    device = torch.device("cpu")
-    ask = reference_of(Scorer(model), head_of(model), needs, rows, 20, device, seed=12)
+    ask = as_it_was_once(model, needs, rows, seed=12)
     shaken(model)
-    again = reference_of(Scorer(model), head_of(model), needs, rows, 10**6, device) if adapter else ask
+    again = as_it_was_once(model, needs, rows, way="adapter_off") if adapter else ask
     batch = lay_out([rows[i] for i in (4, 0, 1, 2, 3, 7)])
     with torch.no_grad():
         then = score(Scorer(plain), head_of(plain), batch, (0, 1, TOP))

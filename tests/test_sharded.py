@@ -57,7 +57,7 @@ def cases() -> dict[str, tuple[Job, Callable[[Make], Any]]]:
     early = {"forget": Term(loss=RMU(layer=0, c=3.0)), "retain": Term(loss=EmbedMatch(layers=(1,)))}
     stop, harmful = Stop(budget=Harm(retain_perplexity=1.001), every=1, rows=5, patience=2), {"forget": GRAD_DIFF["forget"]}
     return {
-        "npo and kl, lora": (job(**SMALL), lambda make: adapted(make, 0.02)),
+        "npo and kl, lora": (job(reference="adapter_off", **SMALL), lambda make: adapted(make, 0.02)),
         "npo and nll, lora": (job(terms=NPO_AND_NLL, **SMALL), lambda make: adapted(make, 0.02)),
         "recomputed, lora": (job(steps=2, gradient_checkpointing=True, **SMALL), lambda make: adapted(make, 0.02)),
         "grad_diff": (job(terms=GRAD_DIFF, **(SMALL | {"lr": 0.05, "clip": 0.5})), lambda make: make()),
@@ -289,6 +289,7 @@ def test_what_the_launch_asks_and_cannot_have_is_refused(asked: dict[str, str], 
         ("objective=null; model.adapter=null; method={name: dampening, alpha: [0.5]}", "method: dampening needs whole weights"),
         ("model.quantize=nf4", "model.quantize: quantized weights are not sharded"),
         ("model.adapter={init: fila}", "model.adapter.init: fila"),
+        ("train.micro_batch=auto", "train.micro_batch: one process may run out of memory"),
         ("train.optimizer=adamw_8bit", "train.optimizer: 8-bit states are not sharded"),
         ("train.privacy={noise: 1.0, delta: 1.0e-4, clip: 1.0}", "train.privacy: no process"),
         ("train.rules=[{name: saliency}]", "train.rules: saliency: it needs whole weights"),

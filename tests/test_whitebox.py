@@ -38,7 +38,8 @@ from llm_unlearn.evaluation.generation import Guide, generation_pass
 from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.models.load import Loaded, load, read_tokenizer
-from llm_unlearn.models.scores import Scorer, embedding_of, last_norm
+from llm_unlearn.models.scores import Scorer, embedding_of
+from llm_unlearn.models.trials import last_norm
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Model
 from llm_unlearn.source import Source

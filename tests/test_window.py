@@ -19,7 +19,6 @@ from torch.nn import functional
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import build
 from llm_unlearn.models.load import add_adapter, causal, choose_weights, has_adapter, trainable
-from llm_unlearn.models.reference import reference_of
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Margin, Undial
 from llm_unlearn.objectives.likelihood import IDK, NLL, TNPO, WGA, WTNPO, Ascent, SatImp
@@ -30,6 +29,7 @@ from llm_unlearn.objectives.views import TOP, beside
 from llm_unlearn.sections import Adapter, Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import window as window_module
+from llm_unlearn.training.before import reference_of
 from llm_unlearn.training.loop import Training
 from llm_unlearn.training.window import Job, Model, Window
 
@@ -383,9 +383,8 @@ class Handed(Exception):
 def model_of(job: Job, model: Any, before: Any) -> Model:
     """As the training loop makes it, but for data parallelism and for the time at which full weights are asked."""
     scorer, head = Scorer(model), head_of(model)
-    seen = [job.examples[stream][i] for stream in job.schedule.streams for i in job.schedule.seen(stream)]
     asked = (scorer, head) if has_adapter(model) else (Scorer(before), head_of(before))
-    return Model(scorer, scorer, head, reference_of(*asked, job.needs, seen, 64, torch.device("cpu"), job.seed))
+    return Model(scorer, scorer, head, reference_of(job, *asked, Accelerator(cpu=True), 64))
 
 
 def weights_of(job: Job) -> dict[str, float]:
@@ -528,20 +527,25 @@ def _switched_off(model: Any) -> bool:
     return any(getattr(module, "disable_adapters", False) is True for module in model.modules())
 
 
+@pytest.mark.parametrize("way", ["adapter_off", "kept"])
 @pytest.mark.parametrize(("loss", "kept"), CASES, ids=lambda loss: str(loss).replace("name=", ""))
 def test_the_policy_runs_once_and_the_reference_where_it_is_read(
-    three_layers: Callable[..., Any], counted: Counted, loss: Any, kept: Any
+    three_layers: Callable[..., Any], counted: Counted, loss: Any, kept: Any, way: Any
 ) -> None:
-    job = make_job(loss, 60, kept)
+    job = make_job(loss, 60, kept, reference=way)
     mine = model_of(job, make_adapted(three_layers, True), None)
-    counted.reference = 0  # `lunar` has taken its means
+    asked = {stream for stream, asked in job.needs.items() if asked.run}
+    means = sum(len(job.schedule.seen(stream)) for stream, asked in job.needs.items() if asked.centres)  # of `lunar`
+    before = sum(len(job.schedule.seen(stream)) for stream in asked) if way == "kept" else 0
+    assert counted.reference == before + means
+    counted.reference = 0
     Window(job, 0, Rank(0, 1)).backward(job.terms, weights_of(job), mine)  # type: ignore[arg-type]
     rows = dict.fromkeys(job.examples, 0)
     for slot in job.schedule.window(0):
         for stream, _ in slot:
             rows[stream] += 1
     assert counted.policy == sum(rows[stream] for stream in job.layers)
-    assert counted.reference == sum(rows[stream] for stream, asked in job.needs.items() if asked.run)
+    assert counted.reference == (0 if way == "kept" else sum(rows[stream] for stream in asked))
     assert counted.window == (rows["forget"] if loss.needs.window else 0)
 
 

@@ -10,9 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import make_llama
 from test_window import PROCESSES, gradients_of, make_adapted, make_job, weights_of
 
-from llm_unlearn.models.reference import reference_of
-from llm_unlearn.models.scores import Scorer, freeze_unreached, head_of
+from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.models.trials import freeze_unreached
 from llm_unlearn.objectives.views import TOP
+from llm_unlearn.training.before import reference_of
 from llm_unlearn.training.window import Model, Window
 
 accelerator = Accelerator(cpu=True)
@@ -22,7 +23,7 @@ for name, (loss, kept) in PROCESSES.items():
     if TOP not in layers:
         freeze_unreached(model, layers)
     scorer, head = Scorer(model), head_of(model)
-    reference = reference_of(scorer, head, job.needs, [], 64, accelerator.device, job.seed)
+    reference = reference_of(job, scorer, head, accelerator, 64)
     wrapped = accelerator.prepare(scorer)
     assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
     Window(job, 0, accelerator).backward(job.terms, weights_of(job), Model(wrapped, scorer, head, reference))

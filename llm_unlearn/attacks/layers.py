@@ -50,7 +50,8 @@ class LogitLens:
     def __call__(self, subject: Subject) -> Curve:
         import torch
 
-        from llm_unlearn.models.scores import Scorer, head_of, last_norm
+        from llm_unlearn.models.scores import Scorer, head_of
+        from llm_unlearn.models.trials import last_norm
 
         examples, loaded = answers_of(subject, self.name, self.set), subject.load()
         layers = tuple(range(_depth(loaded)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,17 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from llm_unlearn.data.examples import draw
+from llm_unlearn.evaluation.desk import Desk, padded
 from llm_unlearn.evaluation.likelihood import dealt, gathered
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Draws
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.readings import next_logits
 
+FULL = 4  # a batch is filled up once one text of so many has ended
+HALF = 2  # the same for making it smaller
 FEW = 16  # texts, below which a batch is not worth making smaller
+MANY = 64  # texts, from which on a batch is not filled up on a CPU: a step costs there what its rows and their padding cost
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Ask:
     prompt: tuple[int, ...]
     end: int  # the end-of-turn token
     limit: int  # most tokens, the end-of-turn token included
-    temperature: float = 0.0  # 0: always the likeliest token; within a batch all are greedy, or none is
+    temperature: float = 0.0  # 0: always the likeliest token; all of a pass are greedy, or none is
     floor: float = 0.0  # tokens less likely than so many times the likeliest one are never written
     seed: int = 0  # all that its chance depends on; see `data.examples.draw`
     forbidden: frozenset[tuple[int, ...]] = frozenset()  # runs of tokens that must not be written
@@ -101,15 +106,15 @@ class _Chance:
 
     asks: Sequence[Ask]
     numbers: torch.Tensor  # (B, tokens) uniform on [0, 1)
-    begin: int  # length of the padded prompts
+    begin: torch.Tensor  # (B,) where what is written begins
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        written = ids[:, self.begin :].tolist()
+        written = [(ask, ids[b, self.begin[b] :].tolist()) if ask.forbidden else (ask, []) for b, ask in enumerate(self.asks)]
         out = [
             (b, run[-1])
-            for b, ask in enumerate(self.asks)
+            for b, (ask, text) in enumerate(written)
             for run in ask.forbidden
-            if tuple(written[b][max(0, len(written[b]) - len(run) + 1) :]) == run[:-1]
+            if tuple(text[max(0, len(text) - len(run) + 1) :]) == run[:-1]
         ]
         rows_out, tokens_out = torch.tensor(out, dtype=torch.long, device=scores.device).reshape(-1, 2).T
         scores = scores.float().index_put((rows_out, tokens_out), torch.tensor(-torch.inf, device=scores.device))
@@ -117,33 +122,39 @@ class _Chance:
         heat, floor = torch.tensor([[ask.temperature, ask.floor] for ask in self.asks], device=scores.device).T[:, :, None]
         chance = (scores / heat).softmax(-1) * (likely >= floor * likely.amax(-1, keepdim=True))
         heap = chance.cumsum(-1)
-        at = self.numbers[:, ids.shape[1] - self.begin, None] * heap[:, -1:] * (1 - 1e-6)
+        # a row that has ended is carried along for a while, and what is drawn for it does not count
+        which = (ids.shape[1] - self.begin).clamp(max=self.numbers.shape[1] - 1)
+        at = self.numbers.gather(1, which[:, None]) * heap[:, -1:] * (1 - 1e-6)
         drawn = (heap > at).int().argmax(-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
 @dataclass
-class _Half:
-    """Ends a round of writing once half of a batch's texts have ended: in a smaller one, the others need not carry them along."""
+class _Enough:
+    """Ends a round of writing once so many texts have ended that their places are worth clearing."""
 
     asks: Sequence[Ask]
     tokenizer: Any
-    begin: int  # length of the padded prompts
+    begin: torch.Tensor  # (B,) where what is written begins
+    limits: torch.Tensor  # (B,) most tokens
     stop: torch.Tensor  # the tokens that end a text
-    left: torch.Tensor  # (B,) tokens that each text may still have; 0 when it has ended
+    share: int  # a round is over once one of so many has ended
+    length: torch.Tensor  # (B,) tokens of a text that has ended, that which ends it included; 0 while it goes on
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        over = torch.isin(ids[:, -1], self.stop) | torch.tensor([self._said(b, ids) for b in range(len(ids))], device=ids.device)
-        self.left = torch.where(over, 0, (self.left - 1).clamp(min=0))
-        ended = self.left == 0
-        return ended | (len(ids) >= FEW and 2 * ended.sum() >= len(ids))
+        said = ids.new_tensor([self._said(b, ids) for b in range(len(ids))], dtype=torch.bool)
+        now = ids.shape[1] - self.begin
+        over = torch.isin(ids[:, -1], self.stop) | said | (now >= self.limits)
+        self.length = torch.where(over & (self.length == 0), now, self.length)
+        ended = self.length > 0
+        return ended | (self.share * ended.sum() >= len(ids))
 
     def _said(self, b: int, ids: torch.Tensor) -> bool:
         """Whether a text has come to where nothing more is wanted; transformers' own criterion would look into the prompt too.
         A token is at least a byte of text, so no more than so many of the last ones can hold the end."""
         if not (until := self.asks[b].until):
             return False
-        first = max(self.begin, ids.shape[1] - 2 - max(len(text.encode()) for text in until))
+        first = max(int(self.begin[b]), ids.shape[1] - 2 - max(len(text.encode()) for text in until))
         said = self.tokenizer.decode(ids[b, first:])
         return any(text in said for text in until)
 
@@ -153,78 +164,108 @@ def writing_pass(
 ) -> list[str | None]:
     """Let the model write one text for each ask; None where it came to no end within the limit and had to."""
     mine: list[tuple[int, str | None]] = []
-    for chosen in dealt([len(ask.prompt) + ask.limit for ask in asks], batch_tokens, accelerator):
-        batch = [asks[i] for i in chosen]
-        for i, (tokens, ended) in zip(chosen, written(loaded, batch, accelerator.device, guide), strict=True):
-            text = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
-            mine.append((i, text if ended or asks[i].unfinished else None))
-        show.update(min(len(chosen) * accelerator.num_processes, show.total - show.n))
+    share = [i for chosen in dealt([_need(ask) for ask in asks], batch_tokens, accelerator) for i in chosen]
+    for at, tokens, ended in written(loaded, [asks[i] for i in share], batch_tokens, accelerator.device, guide):
+        text = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+        mine.append((share[at], text if ended or asks[share[at]].unfinished else None))
+        show.update(min(accelerator.num_processes, show.total - show.n))
     return gathered(mine, len(asks))
 
 
-def written(loaded: Loaded, asks: Sequence[Ask], device: torch.device, guide: Guide | None = None) -> list[tuple[list[int], bool]]:
-    """One batch: of each text its tokens, without that which ends it, and whether it came to an end. Prompts are padded on the
-    left."""
-    most = max(ask.limit for ask in asks)
-    settings = _writing(loaded, asks[0].end, most)
-    ids, mask = _padded([ask.prompt for ask in asks], settings.pad_token_id, device)
-    begin, stop = ids.shape[1], ids.new_tensor(settings.eos_token_id)
-    own = [torch.rand(most, generator=torch.Generator().manual_seed(ask.seed)) for ask in asks if ask.temperature]
-    numbers = torch.stack(own).to(device) if own else None
-    found: dict[int, list[int]] = {}
-    rows, cache = torch.arange(len(asks), device=device), None
-    while len(rows):
-        settings.max_new_tokens = most - (ids.shape[1] - begin)
-        here = [asks[b] for b in rows]
-        limits = ids.new_tensor([ask.limit for ask in here]) - (ids.shape[1] - begin)
-        half = _Half(here, loaded.tokenizer, begin, stop, limits)
-        guided = [_Guided(guide, ids.shape[1] - mask.sum(1))] if guide else []
-        chance = [_Chance(here, numbers[rows], begin)] if numbers is not None else []
-        out = loaded.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, past_key_values=cache,
-            logits_processor=LogitsProcessorList([*guided, *chance]), stopping_criteria=StoppingCriteriaList([half]),
+def written(
+    loaded: Loaded, asks: Sequence[Ask], batch_tokens: int, device: torch.device, guide: Guide | None = None
+) -> Iterator[tuple[int, list[int], bool]]:
+    """Of each text, once it has ended: which of the asks it is, its tokens without that which ends it, and whether it came to an
+    end.
+
+    Asks are taken up in their order, as many at once as `batch_tokens` hold if each became as long as the longest may. Once one of
+    `FULL` has ended, others come in their place; their prompts are read by themselves. Where none waits, the rest goes on in a
+    smaller batch once half has ended. Where what was computed cannot be cut, or a CPU has `MANY` at once, a batch is written to its
+    end before the next.
+    """
+    writer, waiting = _Writer(loaded, asks, device, guide), deque(range(len(asks)))
+    refilled = device.type != "cpu" or MANY * max(map(_need, asks), default=0) > batch_tokens
+    desk: Desk | None = None
+    while waiting or desk:
+        fresh = writer.fitting(waiting, desk.rows if desk else [], batch_tokens) if refilled or not desk else []
+        if desk and fresh:
+            new, found = writer.write(writer.enter(fresh), share=1, most=1)
+            yield from found
+            desk = desk.beside(new) if new else desk
+        desk = desk or writer.enter(fresh)
+        desk, found = writer.write(desk, FULL if waiting and refilled else HALF if len(desk.rows) >= FEW else 1)
+        yield from found
+        refilled = refilled and (not desk or desk.cache is not None)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """What writes the texts of one pass."""
+
+    loaded: Loaded
+    asks: Sequence[Ask]
+    device: torch.device
+    guide: Guide | None
+
+    def fitting(self, waiting: deque[int], rows: Sequence[int], batch_tokens: int) -> list[int]:
+        """Take from those that wait as many as there is room for beside these rows; beside none, at least one."""
+        widest, fresh = max((_need(self.asks[i]) for i in rows), default=0), list[int]()
+        while waiting:
+            widest = max(widest, _need(self.asks[waiting[0]]))
+            count = len(rows) + len(fresh)
+            if count and (count + 1) * widest > batch_tokens:
+                break
+            fresh.append(waiting.popleft())
+        return fresh
+
+    def enter(self, rows: list[int]) -> Desk:
+        """Texts of which nothing has been written."""
+        ids, mask = padded([self.asks[i].prompt for i in rows], _writing(self.loaded, self.asks[0].end).pad_token_id, self.device)
+        most = max(ask.limit for ask in self.asks) if self.asks[0].temperature else 0
+        own = [torch.rand(most, generator=torch.Generator().manual_seed(self.asks[i].seed)) for i in rows]
+        return Desk(rows, ids, mask, torch.stack(own).to(self.device))
+
+    def write(self, desk: Desk, share: int, most: int | None = None) -> tuple[Desk | None, list[tuple[int, list[int], bool]]]:
+        """Write on until one text of `share` has ended or none may become longer than the longest may. Returns those that go on,
+        and of the others what `written` gives.
+
+        Args:
+            most: write no more than so many tokens.
+        """
+        here, settings = [self.asks[i] for i in desk.rows], _writing(self.loaded, self.asks[0].end)
+        # no padding is in front of the widest row, so that this many tokens end at least that one
+        settings.max_new_tokens = most or max(map(_need, here)) - desk.ids.shape[1]
+        skip = desk.ids.shape[1] - desk.mask.sum(1)
+        begin = skip + desk.ids.new_tensor([len(ask.prompt) for ask in here])
+        limits, stop = desk.ids.new_tensor([ask.limit for ask in here]), desk.ids.new_tensor(settings.eos_token_id)
+        enough = _Enough(here, self.loaded.tokenizer, begin, limits, stop, share, torch.zeros_like(begin))
+        guided = [_Guided(self.guide, skip)] if self.guide else []
+        chance = [_Chance(here, desk.numbers, begin)] if desk.numbers.shape[1] else []
+        out = self.loaded.model.generate(
+            input_ids=desk.ids, attention_mask=desk.mask, generation_config=settings, past_key_values=desk.cache,
+            logits_processor=LogitsProcessorList([*guided, *chance]), stopping_criteria=StoppingCriteriaList([enough]),
         )  # fmt: skip
-        found |= {int(b): text for b, text in zip(rows, out.sequences[:, begin:].tolist(), strict=True)}
-        on = half.left.nonzero()[:, 0]
-        rows, ids, mask = (
-            rows[on],
-            out.sequences[on],
-            torch.nn.functional.pad(mask[on], (0, out.sequences.shape[1] - mask.shape[1]), value=1),
-        )
-        cache = _only(out.past_key_values, on)
-    result = []
-    for b, ask in enumerate(asks):
-        text = found[b][: ask.limit]
-        end = next((t for t, token in enumerate(text) if token in settings.eos_token_id), None)
-        result.append((text[:end], end is not None))
-    return result
+        mask = torch.nn.functional.pad(desk.mask, (0, out.sequences.shape[1] - desk.mask.shape[1]), value=1)
+        found = []
+        for i, row, at, length in zip(desk.rows, out.sequences.tolist(), begin.tolist(), enough.length.tolist(), strict=True):
+            ended = bool(length) and row[at + length - 1] in settings.eos_token_id
+            found += [(i, row[at : at + length - ended], ended)] if length else []
+        after = Desk(desk.rows, out.sequences, mask, desk.numbers, out.past_key_values)
+        on = (enough.length == 0).nonzero()[:, 0]
+        return after.only(on) if len(on) else None, found
 
 
-def _only(cache: Any, rows: torch.Tensor) -> Any:
-    """What was computed of some rows; None of a kind that cannot be cut, and the rows are then read again from their beginning."""
-    layers = getattr(cache, "layers", [])
-    if not len(rows) or not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
-        return None
-    cache.batch_select_indices(rows)
-    return cache
+def _need(ask: Ask) -> int:
+    """Tokens of prompt and text, if it becomes as long as it may."""
+    return len(ask.prompt) + ask.limit
 
 
-def _writing(loaded: Loaded, end: int, most: int) -> Any:
-    """Greedy generation of at most so many tokens, which ends where this answer, the tokenizer or the model ends a turn."""
+def _writing(loaded: Loaded, end: int) -> Any:
+    """Greedy generation, which ends where this answer, the tokenizer or the model ends a turn."""
     stop = {end} | _as_set(loaded.tokenizer.eos_token_id)
     stop |= _as_set(getattr(loaded.causal.generation_config, "eos_token_id", None))
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else next(iter(stop))
-    return GenerationConfig(
-        do_sample=False, max_new_tokens=most, eos_token_id=sorted(stop), pad_token_id=pad, return_dict_in_generate=True
-    )
-
-
-def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as ids and mask, padded on the left."""
-    length = max(len(prompt) for prompt in prompts)
-    ids = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return GenerationConfig(do_sample=False, eos_token_id=sorted(stop), pad_token_id=pad, return_dict_in_generate=True)
 
 
 def _as_set(ids: int | list[int] | None) -> set[int]:

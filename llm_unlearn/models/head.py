@@ -27,7 +27,10 @@ class Head:
 
     def __call__(self, states: Tensor) -> Tensor:
         """(N, D) -> (N, V) float32"""
-        logits: Tensor = self.layer(states).float()
+        return self.finish(self.layer(states).float())
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What the layer gives, scaled and capped."""
         logits = logits * self.scale if self.scale != 1 else logits
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
 

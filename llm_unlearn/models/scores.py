@@ -8,27 +8,25 @@ Shapes as in `data/batch.py`: N answer tokens, S sequences of a stream, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from llm_unlearn.data.batch import Batch
+from llm_unlearn.data.batch import Batch, Packing
 from llm_unlearn.models.depth import Layers, Nudge, watched
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
-from llm_unlearn.objectives.terms import AnyLoss, layers_read
+from llm_unlearn.models.packing import arguments
+from llm_unlearn.models.tokenwise import CACHED, OfDistribution, OfLikelihood, tokenwise
+from llm_unlearn.objectives.terms import AnyLoss, skipped
 from llm_unlearn.objectives.views import TOP, beside
-from llm_unlearn.spec import Refused
 
 CHUNK = 1 << 25
 """Logits held at once, rows × vocabulary; 128 MiB in float32."""
-CACHED = 1 << 18
-"""Logits that statistics are made of at once on a CPU, so that the steps in between stay in its cache."""
 
 
 class Scorer(nn.Module):
@@ -46,57 +44,20 @@ class Scorer(nn.Module):
         nudge: Nudge | None = None,
         swap: Mapping[int, Tensor] | None = None,
         embeds: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> dict[int, Tensor]:
         """(B, L), (N,) -> layer -> (N, D). Without `TOP`, the model runs no deeper than the deepest layer asked for.
 
         Args:
             swap: layer -> (N, D), what its output is replaced by at the places `at`.
             embeds: (B, L, D) that stand in place of the tokens' embeddings; `input_ids` is None then.
+            packing: how sequences lie end to end, for a model that `can_pack`.
         """
         net = causal(self.model).base_model
         with watched(net, layers, nudge, (swap, at) if swap else None) as outputs:
-            last = net(input_ids=input_ids, inputs_embeds=embeds, use_cache=False).last_hidden_state  # (B, L, D)
-        outputs[TOP] = torch.as_tensor(last)
+            last = net(input_ids=input_ids, inputs_embeds=embeds, use_cache=False, **arguments(packing)).last_hidden_state
+        outputs[TOP] = torch.as_tensor(last)  # (B, L, D)
         return {layer: outputs[layer].flatten(0, 1)[at] for layer in layers}
-
-
-def check_depth(model: Any, layers: Layers) -> None:
-    """Compare a run that ends at the deepest of these layers with a whole one, once, on a few tokens.
-
-    Raises:
-        Refused: a layer is not there, or this architecture cannot be ended early.
-    """
-    net = causal(model)
-    ids, at = _few_tokens(net)
-    with torch.no_grad():
-        short, whole = (Scorer(model)(ids, at, wanted) for wanted in (layers, (*layers, TOP)))
-    if not all(torch.allclose(short[layer], whole[layer], rtol=1e-3, atol=1e-3) for layer in layers):
-        raise Refused(f"{type(net).__name__}: ends differently when its upper layers are left out; not supported yet.")
-
-
-def _few_tokens(net: Any) -> tuple[Tensor, Tensor]:
-    ids = torch.arange(1, 9, device=net.device)[None] % net.config.get_text_config().vocab_size
-    return ids, torch.arange(8, device=net.device)
-
-
-def freeze_unreached(model: Any, layers: Layers) -> None:
-    """Leave out of the training what no loss can reach when all of them end at these layers.
-
-    Raises:
-        Refused: nothing trainable is left.
-    """
-    ids, at = _few_tokens(causal(model))
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    with torch.enable_grad():
-        made = torch.stack([one.float().sum() for one in Scorer(model)(ids, at, layers).values()]).sum()
-    reached = torch.autograd.grad(made, weights, allow_unused=True) if made.requires_grad else [None] * len(weights)
-    for weight, gradient in zip(weights, reached, strict=True):
-        weight.requires_grad_(gradient is not None)
-    if all(gradient is None for gradient in reached):
-        deepest = max(layers)
-        raise Refused(
-            f"objective: its losses end at layer {deepest}, and nothing trainable stands at or below it; see model.adapter.layers."
-        )
 
 
 def head_of(model: Any) -> Head:
@@ -105,52 +66,10 @@ def head_of(model: Any) -> Head:
     return Head.of(net.get_output_embeddings(), net.config.get_text_config())
 
 
-def check_head(model: Any) -> None:
-    """Compare `Scorer` and `head_of` with the model's own forward pass, once, on a few tokens.
-
-    Raises:
-        Refused: this architecture computes its logits in a way that is not known here.
-    """
-    net = causal(model)
-    ids, at = _few_tokens(net)
-    with torch.no_grad():
-        own = net(input_ids=ids, use_cache=False).logits[0].float()
-        ours = head_of(model)(Scorer(model)(ids, at)[TOP])
-    if not torch.allclose(own, ours, rtol=2e-2, atol=2e-2 * float(own.abs().max())):
-        raise Refused(
-            f"{type(net).__name__}: its logits are not its head on its last hidden state; this architecture is not supported yet."
-        )
-
-
 def embedding_of(model: Any) -> nn.Module:
     """A model's input embedding: ids of any shape -> the same shape with D behind it, as its decoder layers receive them."""
     layer: nn.Module = causal(model).get_input_embeddings()
     return layer
-
-
-def last_norm(model: Any) -> nn.Module:
-    """What stands between the last decoder layer and the head: any layer's output read through it is a logit lens.
-
-    Raises:
-        Refused: the last hidden states are not one part's work on the last layer's output.
-    """
-    net = causal(model)
-    ids, at = _few_tokens(net)
-    parts: list[nn.Module] = []
-    handles = [part.register_forward_hook(lambda part, given, made: parts.append(part)) for part in net.base_model.children()]
-    deepest = int(net.config.get_text_config().num_hidden_layers) - 1
-    try:
-        with torch.no_grad():
-            states = Scorer(model)(ids, at, (deepest, TOP))
-    finally:
-        for handle in handles:
-            handle.remove()
-    with torch.no_grad():
-        if not parts or not torch.allclose(parts[-1](states[deepest]), states[TOP], rtol=1e-3, atol=1e-3):
-            raise Refused(
-                f"{type(net).__name__}: the norm under its head was not found; its layers cannot be read by the head yet."
-            )
-    return parts[-1]
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -176,26 +95,20 @@ class Scores:
     chunk: int  # rows whose logits are held at once
     seed: int = 0
     given: Tensor | None = None  # (N,) log-probabilities that were taken before
+    made: Tensor | None = None  # (N, V) logits that were made before
     centres: Mapping[int, Tensor] = field(default_factory=dict)  # layer -> (D,)
 
     @cached_property
     def logits(self) -> Tensor:
         """(N, V)"""
-        return self.head(self.states[TOP])
+        return self.head(self.states[TOP]) if self.made is None else self.made
 
     @cached_property
     def logps(self) -> Tensor:
         """(N,) log p of each target."""
         if self.given is not None:
             return self.given
-        if len(self.targets) <= self.chunk:
-            return self._logps(self.states[TOP], self.targets)
-        parts = zip(torch.split(self.states[TOP], self.chunk), torch.split(self.targets, self.chunk), strict=True)
-        return torch.cat([_recomputed(self._logps, states, targets) for states, targets in parts])
-
-    def _logps(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = self.head(states)
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        return tokenwise(self.head, self.states[TOP], OfLikelihood(self.targets, self.chunk))
 
     def hidden(self, layer: int) -> Tensor:
         """(N, D) the output of a decoder layer."""
@@ -209,22 +122,24 @@ class Scores:
         """(N,) -> (S,) sums over the tokens of each sequence."""
         return values.new_zeros(self.sequences).index_add(0, self.owner, values)
 
-    def rows(self, part: slice) -> Scores:
+    def rows(self, part: slice | Tensor) -> Scores:
         """Some of the tokens; all of them are the scores themselves, with the logits that were computed already."""
-        if part.indices(len(self.targets)) == (0, len(self.targets), 1):
+        if isinstance(part, slice) and part.indices(len(self.targets)) == (0, len(self.targets), 1):
             return self
         states = {layer: one[part] for layer, one in self.states.items()}
-        given = None if self.given is None else self.given[part]
+        given, made = (None if one is None else one[part] for one in (self.given, self.made))
         return replace(
-            self, states=states, targets=self.targets[part], owner=self.owner[part], position=self.position[part], given=given
-        )
+            self, states=states, targets=self.targets[part], owner=self.owner[part], position=self.position[part],
+            given=given, made=made,
+        )  # fmt: skip
 
 
 def score(
     scorer: nn.Module, head: Head, batch: Batch, layers: Layers = (TOP,), seed: int = 0, nudge: Nudge | None = None
 ) -> dict[str, Scores]:
     """One forward pass: stream -> scores."""
-    return by_stream(scorer(batch.input_ids, batch.at, layers, nudge), head, batch, seed)
+    more = {"packing": batch.packing} if batch.packing else {}
+    return by_stream(scorer(batch.input_ids, batch.at, layers, nudge, **more), head, batch, seed)
 
 
 def by_stream(states: Mapping[int, Tensor], head: Head, batch: Batch, seed: int = 0) -> dict[str, Scores]:
@@ -240,33 +155,34 @@ def by_stream(states: Mapping[int, Tensor], head: Head, batch: Batch, seed: int 
 
 
 def values(loss: AnyLoss, now: Mapping[str, Scores], ref: Mapping[str, Scores], stream: str) -> Tensor:
-    """One value per unit of a loss. A loss per token that reads logits is taken a chunk of tokens at a time, and its logits are
-    made anew in the backward pass."""
-    mine = now[beside(stream, loss.needs.reads[0])]
-    if loss.needs.unit != "token" or TOP not in layers_read(loss) or len(mine.targets) <= mine.chunk:
+    """One value per unit of a loss. A loss per token that reads log-probabilities or logits is taken a part of its tokens at a
+    time, with its gradient, and their logits are forgotten."""
+    reads = loss.needs.policy
+    if loss.needs.unit != "token" or reads not in ("logps", "logits"):
         return loss(now, ref, stream)
-    read = [beside(stream, kind) for kind in (*loss.needs.reads, *loss.needs.contrasts)]  # all of them as long as the answer
-    now, ref = ({name: one for name, one in scores.items() if name in read} for scores in (now, ref))
-    return torch.cat([_recomputed(_part, loss, now, ref, stream, part) for part in parts(mine)])
+    name = beside(stream, loss.needs.reads[0])
+    others = [beside(stream, kind) for kind in (*loss.needs.reads, *loss.needs.contrasts)]
+    mine, then = now[name], {other: scores for other, scores in ref.items() if other in others}  # all as long as the answer
+    if skip := skipped(loss):
+        kept = (mine.position >= skip).nonzero()[:, 0]
+        mine, then = mine.rows(kept), {other: scores.rows(kept) for other, scores in then.items()}
 
+    def of(numbers: Tensor, part: slice) -> Tensor:
+        here = mine.rows(part)
+        here = replace(here, given=numbers) if reads == "logps" else replace(here, made=numbers)
+        return loss({name: here}, {other: scores.rows(part) for other, scores in then.items()}, stream)
 
-def _part(loss: AnyLoss, now: Mapping[str, Scores], ref: Mapping[str, Scores], stream: str, part: slice) -> Tensor:
-    here, then = ({name: one.rows(part) for name, one in scores.items()} for scores in (now, ref))
-    return loss(here, then, stream)
+    if reads == "logps":
+        if mine.given is not None:
+            return of(mine.given, slice(None))
+        return tokenwise(mine.head, mine.states[TOP], OfLikelihood(mine.targets, mine.chunk, of), one_factor=True)
+    return tokenwise(mine.head, mine.states[TOP], OfDistribution(of, max(1, mine.chunk // 2)), one_factor=True)
 
 
 def parts(scores: Scores) -> Iterator[slice]:
     """The tokens whose logits are held at once, part by part."""
     for start in range(0, len(scores.targets), scores.chunk):
         yield slice(start, start + scores.chunk)
-
-
-def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Call now, forget the intermediate values, and call again in the backward pass."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
-    return result
 
 
 @dataclass(frozen=True)
@@ -287,11 +203,12 @@ def statistics(scores: Scores) -> Statistics:
         few = max(1, CACHED // here.head.vocabulary) if here.targets.device.type == "cpu" else here.chunk
         for logits, targets in zip(torch.split(here.logits, few), torch.split(here.targets, few), strict=True):
             logp = logits.log_softmax(-1)  # (n, V)
-            p = logp.exp()
-            mean = (p * logp).sum(-1)
-            std = (p * (logp - mean[:, None]) ** 2).sum(-1).sqrt()
             target = logp.gather(-1, targets[:, None])[:, 0]
             first = logp.max(-1).indices  # several times faster than argmax on a CPU, and of equals the first as there
+            p = logp.exp()
+            mean = (p * logp).sum(-1)
+            far = logp.sub_(mean[:, None])  # in place, as what these steps cost is memory
+            std = p.mul_(far).mul_(far).sum(-1).sqrt()
             for column, value in zip(columns, (target, first == targets, mean, std), strict=True):
                 column.append(value.cpu())
     return Statistics(*(torch.cat(column) for column in columns))

@@ -19,7 +19,7 @@ class KL:
     direction: Literal["forward", "reverse"] = "forward"
     """forward: KL(p0 ‖ p), as in TOFU; reverse: KL(p ‖ p0)."""
 
-    needs: ClassVar[Needs] = Needs("token", reference="logits")
+    needs: ClassVar[Needs] = Needs("token", policy="logits", reference="logits")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         p, p0 = now[stream].logits.log_softmax(-1), ref[stream].logits.log_softmax(-1)  # (N, V)
@@ -37,7 +37,7 @@ class Undial:
     beta: PositiveFloat = 10.0
     """How much the answer's own logit is lowered in the teacher."""
 
-    needs: ClassVar[Needs] = Needs("token", reference="logits")
+    needs: ClassVar[Needs] = Needs("token", policy="logits", reference="logits")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         import torch
@@ -57,7 +57,7 @@ class CEU:
     skip: NaturalInt = 1
     """So many first tokens of each answer are left out, and not counted."""
 
-    needs: ClassVar[Needs] = Needs("token")
+    needs: ClassVar[Needs] = Needs("token", policy="logits")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         view = now[stream]
@@ -73,7 +73,7 @@ class Entropy:
 
     name: Literal["entropy"] = "entropy"
 
-    needs: ClassVar[Needs] = Needs("token")
+    needs: ClassVar[Needs] = Needs("token", policy="logits")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         from math import log
@@ -88,7 +88,7 @@ class IHL:
 
     name: Literal["ihl"] = "ihl"
 
-    needs: ClassVar[Needs] = Needs("token")
+    needs: ClassVar[Needs] = Needs("token", policy="logits")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         p, y = now[stream].logits.softmax(-1), now[stream].targets[:, None]
@@ -102,7 +102,7 @@ class Margin:
 
     name: Literal["pdu"] = "pdu"
 
-    needs: ClassVar[Needs] = Needs("token")
+    needs: ClassVar[Needs] = Needs("token", policy="logits")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         z = now[stream].logits  # (N, V)
@@ -118,7 +118,7 @@ class ELM:
     eta: FiniteFloat = 1.0
     """How far from the expert towards the novice."""
 
-    needs: ClassVar[Needs] = Needs("token", reference="logits", contrasts=("expert", "novice"))
+    needs: ClassVar[Needs] = Needs("token", policy="logits", reference="logits", contrasts=("expert", "novice"))
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         expert, novice = (ref[kind].logits.log_softmax(-1) for kind in (beside(stream, "expert"), beside(stream, "novice")))

@@ -26,7 +26,7 @@ class RMU:
     c: PositiveFloat = 6.5
     """Length of the vector that the states are steered to; it wants to be above their own length."""
 
-    needs: ClassVar[Needs] = Needs("token")
+    needs: ClassVar[Needs] = Needs("token", policy="hidden")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         h = now[stream].hidden(self.layer)  # (N, D)
@@ -43,7 +43,7 @@ class AdaptiveRMU:
     beta: PositiveFloat = 5.0
     """Length of the vector in units of the token's own state before."""
 
-    needs: ClassVar[Needs] = Needs("token", reference="hidden")
+    needs: ClassVar[Needs] = Needs("token", policy="hidden", reference="hidden")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         h, h0 = now[stream].hidden(self.layer), ref[stream].hidden(self.layer)  # (N, D)
@@ -62,7 +62,7 @@ class EmbedMatch:
     distance: Literal["mean_square", "norm"] = "mean_square"
     """mean_square as beside RMU, norm as in circuit breakers."""
 
-    needs: ClassVar[Needs] = Needs("token", reference="hidden")
+    needs: ClassVar[Needs] = Needs("token", policy="hidden", reference="hidden")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         import torch
@@ -87,7 +87,7 @@ class CircuitBreak:
     turn: NonNegativeFloat = 1e-3
     """h0 is replaced by h0 + turn · ‖h0‖ · u, u a unit vector drawn from the seed."""
 
-    needs: ClassVar[Needs] = Needs("token", reference="hidden")
+    needs: ClassVar[Needs] = Needs("token", policy="hidden", reference="hidden")
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         import torch
@@ -115,7 +115,7 @@ class Lunar:
     alpha: PositiveFloat = 1.0
     """How far along r."""
 
-    needs: ClassVar[Needs] = Needs("token", reference="hidden", contrasts=("alternate",))
+    needs: ClassVar[Needs] = Needs("token", policy="hidden", reference="hidden", contrasts=("alternate",))
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         steer = ref[beside(stream, "alternate")].centre(self.layer) - ref[stream].centre(self.layer)  # (D,)
@@ -136,7 +136,7 @@ class RepNoise:
     layers: NaturalInts = (7,)
     """Layers l."""
 
-    needs: ClassVar[Needs] = Needs("token", window=True)
+    needs: ClassVar[Needs] = Needs("token", policy="hidden", window=True)
 
     def __call__(self, now: Views, ref: Views, stream: str) -> Tensor:
         import torch

@@ -93,5 +93,9 @@ def count(loss: AnyLoss, lengths: Iterable[int]) -> int:
     """How many values the loss gives for answers of these numbers of tokens: what the loop divides by."""
     if loss.needs.unit == "sequence":
         return sum(1 for _ in lengths)
-    skip = loss.skip if isinstance(loss, CEU) else 0
-    return sum(max(0, length - skip) for length in lengths)
+    return sum(max(0, length - skipped(loss)) for length in lengths)
+
+
+def skipped(loss: AnyLoss) -> int:
+    """How many first tokens of each answer the loss leaves out."""
+    return loss.skip if isinstance(loss, CEU) else 0

@@ -15,7 +15,7 @@ Unit = Literal["token", "sequence"]
 """What one value of a loss belongs to, and so what the loop divides by."""
 
 Need = Literal["none", "logps", "logits", "hidden"]
-"""What a loss reads of the model as it was."""
+"""What a loss reads of a model."""
 
 Kind = Literal["answer", "alternate", "expert", "novice"]
 """What is laid out for a row: its own answer, another answer to the same prompt, or its own answer under a prompt that makes the
@@ -32,6 +32,8 @@ class Needs(NamedTuple):
     """One value per answer token, or per sequence."""
     reads: tuple[Kind, ...] = ("answer",)
     """What the policy is asked about; the loss's units are those of the first."""
+    policy: Need = "logps"
+    """What is read of the policy: log-probabilities of the answers, whole distributions, or hidden states."""
     reference: Need = "none"
     """What is read of the model as it was, about the same."""
     contrasts: tuple[Kind, ...] = ()

@@ -39,6 +39,8 @@ class Progress:
     """Looks in a row that were beyond the budget."""
     multipliers: dict[str, float] = field(default_factory=dict)
     """Weights that a budget has found."""
+    batch_tokens: int = 0
+    """Of one micro-batch, where that was found by a probe."""
     memory: dict[str, list[Tensor]] = field(default_factory=dict)
     """What rules keep from step to step."""
 

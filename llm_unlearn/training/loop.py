@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,22 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from llm_unlearn.data.batch import Layout
 from llm_unlearn.models.load import earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
-from llm_unlearn.models.reference import reference_of
-from llm_unlearn.models.scores import Scorer, check_depth, check_head, checkpoint_activations, freeze_unreached, head_of
+from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of
+from llm_unlearn.models.trials import can_pack, check_depth, check_head, freeze_unreached
 from llm_unlearn.objectives.terms import Ramp, Term, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
+from llm_unlearn.training.before import Shelf, reference_of
 from llm_unlearn.training.checkpoint import Checkpoints, Progress, restore
 from llm_unlearn.training.clipped import Clipped
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
+from llm_unlearn.training.room import fitting, out_of_memory
 from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
 from llm_unlearn.training.vectors import Gradient
@@ -36,7 +40,7 @@ from llm_unlearn.training.window import Job, Model, Window
 
 def train(
     job: Job, model: Any, accelerator: Accelerator, folder: Path, *, resume: bool = False,
-    look: Callable[[int], None] | None = None, title: str = "forgetting",
+    look: Callable[[int], None] | None = None, title: str = "forgetting", shelf: Shelf | None = None,
 ) -> Outcome:  # fmt: skip
     """Train the trainable weights of `model`, in place.
 
@@ -45,15 +49,17 @@ def train(
         resume: go on from the newest checkpoint in `folder`, if there is one.
         look: called after every step on every process, for evaluation along the way.
         title: of the progress bar.
+        shelf: where numbers of the model as it was are kept between runs.
 
     Raises:
         Refused: no trainable weight receives a gradient, or the architecture is not supported.
     """
-    training = Training(job, model, accelerator)
+    training = Training(job, model, accelerator, shelf)
     progress, steps, every = training.progress, job.schedule.steps, job.settings.checkpoint_every
     parts = (model, progress, training.scheduler, training.optimizer, training.model.wrapped)
     checkpoints = Checkpoints(folder / "checkpoints", accelerator, *parts)
     resumed = resume and checkpoints.load()
+    training.settle()
     main, outcome = accelerator.is_main_process, None
     log = Log(folder / "log.jsonl", main, progress.step)
     with tqdm(total=steps, initial=progress.step, desc=title, unit="step", disable=not main) as bar, signals() as asked:
@@ -61,7 +67,10 @@ def train(
             outcome = training.begin()
         while progress.step < steps and outcome is None:
             began = time.perf_counter()
-            row, outcome = training.step(asked.is_set())
+            try:
+                row, outcome = training.step(asked.is_set())
+            except torch.OutOfMemoryError:
+                raise out_of_memory(training.layout, progress.step + 1) from None
             log.write({**row, "seconds": round(time.perf_counter() - began, 4)})
             shown = {
                 name: f"{row[name]:.3g}"
@@ -98,7 +107,7 @@ def check(job: Job, model: Any) -> None:
 class Training:
     """A model under training, and the optimizer step; what a rule may ask of it is `gradients.Step`."""
 
-    def __init__(self, job: Job, model: Any, accelerator: Accelerator) -> None:
+    def __init__(self, job: Job, model: Any, accelerator: Accelerator, shelf: Shelf | None = None) -> None:
         settings, schedule = job.settings, job.schedule
         check(job, model)
         if all(TOP not in read for read in job.layers.values()):
@@ -111,18 +120,27 @@ class Training:
         optimizer = make_optimizer(settings, trainable(model).values(), accelerator.device)
         self.noisy_steps = job.certified.settings.noisy_steps if job.certified else 0
         self.scheduler = _make_scheduler(settings, optimizer, schedule.steps - self.noisy_steps)
-        seen = [job.examples[stream][i] for stream in schedule.streams for i in schedule.seen(stream)]
-        reference = reference_of(scorer, head, job.needs, seen, settings.batch_tokens, accelerator.device, job.seed)
+        reference = reference_of(job, scorer, head, accelerator, settings.batch_tokens, shelf)
+        packed = not job.private and can_pack(model, job.longest)  # gradients of single rows want a row to each
         wrapped, self.optimizer = prepare(scorer, optimizer, accelerator)
         self.model = Model(wrapped, scorer, head, reference)
         self.weights = list(trainable(model).values())
         self.directions = _directions(settings, trainable(model))
         self.forget = {name: term for name, term in job.terms.items() if stream_of(term, name) == "forget"}
         self.others = {name: term for name, term in job.terms.items() if name not in self.forget}
-        self.window = Window(job, 0, accelerator)
+        self.layout = Layout(settings.batch_tokens, packed)
+        self.window = Window(job, 0, accelerator, self.layout)
         self.clipped = Clipped.of(job, self.model, accelerator)
         self.row: dict[str, float] = {}
         model.train()  # dropout is off in every model here; gradient checkpointing looks at this flag
+
+    def settle(self) -> None:
+        """Find how many tokens fit into memory, where that is asked; a resumed run keeps what it found."""
+        if self.job.settings.micro_batch == "auto":
+            found = self.progress.batch_tokens or fitting(self.job, self.model, self.accelerator, self.layout.packed)
+            self.progress.batch_tokens, self.layout = found, replace(self.layout, tokens=found)
+            if self.accelerator.is_main_process:
+                print(f"micro-batches of at most {found:,} tokens")
 
     def begin(self) -> Outcome | None:
         """What is measured once, before the first step: the probe's values, and what rules remember of the start.
@@ -151,7 +169,7 @@ class Training:
             The line of the log, and how the run ended where this step ended it.
         """
         progress, settings, probe = self.progress, self.job.settings, self.probe
-        self.window = Window(self.job, progress.step, self.accelerator)
+        self.window = Window(self.job, progress.step, self.accelerator, self.layout)
         self.row = {"step": progress.step + 1, "lr": self.scheduler.get_last_lr()[0]}
         if self.clipped:
             self.row |= self.clipped.backward(self.window, self.job.terms, self.multipliers(self.job.terms), progress.step)

@@ -150,6 +150,7 @@ def check(recipe: Recipe) -> None:
         "model.quantize": model.quantize and "quantized weights are not sharded",
         "model.adapter.init": model.adapter and model.adapter.init == "fila" and "fila also changes the base, which is saved whole",
         "train.optimizer": "8bit" in train.optimizer and "8-bit states are not sharded; use adamw, sgd or sophia",
+        "train.micro_batch": train.micro_batch == "auto" and "one process may run out of memory while others wait for it",
         "evaluation.every": recipe.evaluation and recipe.evaluation.every and "looks need the whole model; measure at the end",
     }
     for rule in train.rules:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from llm_unlearn.data.batch import Batch, answer_lengths, micro_batches
+from llm_unlearn.data.batch import Batch, Layout, answer_lengths, micro_batches
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import Schedule
 from llm_unlearn.models.depth import Layers, Nudge
@@ -25,9 +25,8 @@ from llm_unlearn.models.head import Head
 from llm_unlearn.models.reference import Asked, Reference
 from llm_unlearn.models.scores import Scorer, Scores, score, values
 from llm_unlearn.models.sharded import is_sharded, take_part
-from llm_unlearn.objectives.distribution import CEU
 from llm_unlearn.objectives.representation import Lunar
-from llm_unlearn.objectives.terms import Term, count, layers_read, stream_of, streams_read
+from llm_unlearn.objectives.terms import Term, count, layers_read, skipped, stream_of, streams_read
 from llm_unlearn.objectives.views import TOP, window_of
 from llm_unlearn.sections import Train
 from llm_unlearn.training.certified import Certified
@@ -58,6 +57,12 @@ class Job:
 
     def example(self, stream: str, index: int) -> Example:
         return self.examples[stream][index]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest example that the run sees."""
+        streams = {name for name in self.read if name in self.schedule.streams}
+        return max((len(self.examples[name][i].ids) for name in streams for i in self.schedule.seen(name)), default=1)
 
     @cached_property
     def every_term(self) -> dict[str, Term]:
@@ -129,8 +134,12 @@ class Part:
 class Window:
     """This rank's part of one optimizer step."""
 
-    def __init__(self, job: Job, step: int, accelerator: Accelerator) -> None:
-        self.job, self.accelerator = job, accelerator
+    def __init__(self, job: Job, step: int, accelerator: Accelerator, layout: Layout | None = None) -> None:
+        """
+        Args:
+            layout: of its micro-batches; without it, padded, of at most the settings' tokens.
+        """
+        self.job, self.accelerator, self.layout = job, accelerator, layout or Layout(job.settings.batch_tokens)
         self.slots = job.schedule.window(step)
         everything = [job.example(*place) for slot in self.slots for place in slot if place[0] in job.read]
         self.lengths = answer_lengths(everything)  # of all ranks: the schedule knows them without asking
@@ -140,11 +149,11 @@ class Window:
         """Units of a term's loss in the window on all ranks; 0 where the window has none of its stream."""
         return count(term.loss, self.lengths.get(streams_read(term, name)[0], ()))
 
-    def parts(self, terms: Mapping[str, Term], batch_tokens: int | None = None) -> list[Part]:
+    def parts(self, terms: Mapping[str, Term], tokens: int | None = None) -> list[Part]:
         """This rank's forward passes for some terms, those that end early first. All ranks have as many.
 
         Args:
-            batch_tokens: at most so many in one, instead of the settings'; 1 is one slot at a time.
+            tokens: at most so many in one, instead of the layout's; 1 is one slot at a time.
         """
         policy = {stream for name, term in terms.items() for stream in streams_read(term, name)}
         read = policy | {stream for name, term in terms.items() for stream, asked in _asked(term, name).items() if asked.run}
@@ -156,12 +165,18 @@ class Window:
                 union, slots = by_depth.setdefault(_depth(layers), (set(), []))
                 union.update(layers)
                 slots.append(kept)
-        rank, ranks, most = self.accelerator.process_index, self.accelerator.num_processes, batch_tokens
+        rank, ranks, layout = self.accelerator.process_index, self.accelerator.num_processes, self.layout
+        layout = replace(layout, tokens=tokens) if tokens else layout
         return [
             Part(tuple(sorted(layers)), batch)
             for _, (layers, slots) in sorted(by_depth.items())
-            for batch in micro_batches(slots, self.job.example, most or self.job.settings.batch_tokens, rank, ranks)
+            for batch in micro_batches(slots, self.job.example, layout, rank, ranks)
         ]
+
+    def largest(self) -> int:
+        """Tokens of its largest micro-batch on this rank, padding included."""
+        batches = [part.batch for part in self.parts(self.job.terms) if part.batch]
+        return max((batch.input_ids.numel() for batch in batches), default=0)
 
     def backward(
         self, terms: Mapping[str, Term], weights: Mapping[str, float], model: Model, latent: Latent | None = None
@@ -225,8 +240,7 @@ class Window:
             stream = stream_of(term, name)
             if stream in now:
                 value, scores = values(term.loss, now, ref, stream), now[stream]
-                skip = term.loss.skip if isinstance(term.loss, CEU) else 0
-                by_token = scores.owner[scores.position >= skip]
+                by_token = scores.owner[scores.position >= skipped(term.loss)]
                 row = by_token if term.loss.needs.unit == "token" else torch.arange(scores.sequences, device=value.device)
                 found[name] = value, row + first[stream]
         return found
@@ -290,7 +304,7 @@ def disturbance(model: Model, batch: Batch, latent: Latent) -> Nudge:
     gradient descent on −log p of the former and + log p of the latter, ‖δ‖₂ ≤ ε at each token, from δ = 0. Rows do not see each
     other, so it does not depend on how they are batched."""
     with torch.no_grad():
-        hidden = model.scorer(batch.input_ids, batch.at[:1], (latent.layer,))[latent.layer].shape[-1]
+        hidden = model.scorer(batch.input_ids, batch.at[:1], (latent.layer,), packing=batch.packing)[latent.layer].shape[-1]
     delta = torch.zeros((*batch.input_ids.shape, hidden), device=batch.input_ids.device)
     rate = 2 * latent.epsilon / latent.iterations
     with torch.enable_grad():
