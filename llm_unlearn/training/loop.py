@@ -32,6 +32,7 @@ from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
 from llm_unlearn.training.room import fitting, out_of_memory
+from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
 from llm_unlearn.training.vectors import Gradient
 from llm_unlearn.training.window import Job, Model, Window
@@ -55,7 +56,8 @@ def train(
     """
     training = Training(job, model, accelerator, shelf)
     progress, steps, every = training.progress, job.schedule.steps, job.settings.checkpoint_every
-    checkpoints = Checkpoints(folder / "checkpoints", accelerator, model, progress, training.scheduler)
+    parts = (model, progress, training.scheduler, training.optimizer, training.model.wrapped)
+    checkpoints = Checkpoints(folder / "checkpoints", accelerator, *parts)
     resumed = resume and checkpoints.load()
     training.settle()
     main, outcome = accelerator.is_main_process, None
@@ -84,6 +86,7 @@ def train(
     outcome = outcome or ending(training.probe, progress)
     if outcome.status != "interrupted" and outcome.kept != progress.step and progress.good:
         restore(model, progress.good)
+    checkpoints.close()
     model.eval()
     return outcome
 
@@ -118,13 +121,13 @@ class Training:
         self.noisy_steps = job.certified.settings.noisy_steps if job.certified else 0
         self.scheduler = _make_scheduler(settings, optimizer, schedule.steps - self.noisy_steps)
         reference = reference_of(job, scorer, head, accelerator, settings.batch_tokens, shelf)
-        wrapped, self.optimizer = accelerator.prepare(scorer, optimizer)
+        packed = not job.private and can_pack(model, job.longest)  # gradients of single rows want a row to each
+        wrapped, self.optimizer = prepare(scorer, optimizer, accelerator)
         self.model = Model(wrapped, scorer, head, reference)
         self.weights = list(trainable(model).values())
         self.directions = _directions(settings, trainable(model))
         self.forget = {name: term for name, term in job.terms.items() if stream_of(term, name) == "forget"}
         self.others = {name: term for name, term in job.terms.items() if name not in self.forget}
-        packed = not job.private and can_pack(model, job.longest)  # gradients of single rows want a row to each
         self.layout = Layout(settings.batch_tokens, packed)
         self.window = Window(job, 0, accelerator, self.layout)
         self.clipped = Clipped.of(job, self.model, accelerator)

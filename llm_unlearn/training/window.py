@@ -24,6 +24,7 @@ from llm_unlearn.models.depth import Layers, Nudge
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.reference import Asked, Reference
 from llm_unlearn.models.scores import Scorer, Scores, score, values
+from llm_unlearn.models.sharded import is_sharded, take_part
 from llm_unlearn.objectives.representation import Lunar
 from llm_unlearn.objectives.terms import Term, count, layers_read, skipped, stream_of, streams_read
 from llm_unlearn.objectives.views import TOP, window_of
@@ -191,13 +192,14 @@ class Window:
         sums = torch.zeros(len(terms), device=self.accelerator.device)
         parts = self.parts(terms)
         whole = self._whole(terms, parts, model)
+        spread = is_sharded(model.scorer)  # then all take part in every pass, and gradients are added up where they are kept
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
-            if part.batch is None and not last:
+            if part.batch is None and not last and not spread:
                 continue
-            with nullcontext() if last else self.accelerator.no_sync(model.wrapped), self.accelerator.autocast():
+            with nullcontext() if last or spread else self.accelerator.no_sync(model.wrapped), self.accelerator.autocast():
                 loss = torch.zeros((), device=self.accelerator.device)
-                if part.batch is None or (last and TOP not in part.layers):  # data parallelism waits for every weight
+                if part.batch is None or (last and TOP not in part.layers and not spread):  # copies wait for every weight
                     loss = _nothing(model, part.layers, self.accelerator.device)
                 if part.batch is not None:
                     found = self._values(terms, part, model, whole, latent)
@@ -288,10 +290,13 @@ def _depth(layers: set[int]) -> float:
 
 
 def _nothing(model: Model, layers: Layers, device: torch.device) -> Tensor:
-    """A loss of 0 that touches every weight, so that this rank takes part in the exchange of gradients."""
-    one = torch.zeros((1, 1), dtype=torch.long, device=device)
-    states = model.wrapped(one, one[0], layers)
-    return torch.stack([(values * 0).sum() for values in (*states.values(), *model.weights)]).sum()
+    """A loss of 0, so that this rank takes part in the exchange of gradients: one that touches every weight, or, where they are
+    sharded, all passes that others make."""
+    states = take_part(model.wrapped, layers, device)
+    spread = is_sharded(model.scorer)
+    if spread:
+        model.reference(None)
+    return torch.stack([(values * 0).sum() for values in (*states.values(), *(() if spread else model.weights))]).sum()
 
 
 def disturbance(model: Model, batch: Batch, latent: Latent) -> Nudge:
