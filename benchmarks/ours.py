@@ -51,8 +51,6 @@ class Task:
     layers: int
     check: bool
     """Weights are moved away from the reference first, so that no gradient is 0; in float32, without a bound on the gradient."""
-    frugal: bool
-    """For measuring memory: see `device.frugal`."""
 
 
 def job_of(recipe: recipes.Recipe) -> Job:
@@ -73,10 +71,9 @@ def windows_of(job: Job) -> list[dict[str, list[tuple[tuple[int, ...], int]]]]:
 
 
 def train(turns: Turns, task: Task) -> None:
-    """Take steps when asked: ("steps", k) -> seconds and the peak of memory; ("stages", k) -> seconds by stage; ("change", path)
-    -> one step, and by how much it changed each weight is written there."""
-    if task.frugal:
-        device.frugal()
+    """Take steps when asked: ("steps", k) -> their seconds, and the peak of memory so far; ("stages", k) -> seconds by stage;
+    ("change", path) -> one step, and by how much it changed each weight is written there."""
+    device.frugal(True)
     base = device.held()
     recipe = recipes.load(task.recipe)
     accelerator = run.start(recipe.model)
@@ -93,9 +90,10 @@ def train(turns: Turns, task: Task) -> None:
 
     def steps(count: int) -> None:
         for _ in range(count):
-            _, outcome = training.step(False)
-            if outcome:
-                raise RuntimeError(f"the run ended: {outcome.reason}")
+            tokens = sum(len(ids) for stream in task.windows[training.progress.step].values() for ids, _ in stream)
+            row, outcome = training.step(False)
+            if outcome or row["tokens"] != tokens:
+                raise RuntimeError(outcome.reason if outcome else f"a step saw {row['tokens']} tokens, and the other way {tokens}")
         device.synchronize()
 
     request = turns.next({"base": base, "begin": begin})
@@ -112,6 +110,7 @@ def train(turns: Turns, task: Task) -> None:
             began = time.perf_counter()
             steps(given)
             answer = {"seconds": time.perf_counter() - began, "peak": device.peak()}
+            device.frugal(False)
         request = turns.next(answer)
 
 

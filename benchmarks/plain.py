@@ -119,6 +119,7 @@ class Asked(transformers.TrainerCallback):
             return
         device.synchronize()
         self.answer = {"seconds": time.perf_counter() - self.began, "peak": device.peak()}
+        device.frugal(False)
         if self.change:
             write_change(self.before, self.weights, self.change)
         self._next(control)
@@ -169,8 +170,7 @@ def prepared(task: Task) -> tuple[Any, Any]:
 
 def train(turns: Turns, task: Task) -> None:
     """As `ours.train`, but for the stages."""
-    if task.frugal:
-        device.frugal()
+    device.frugal(True)
     base = device.held()
     model, before = prepared(task)
     if task.check:

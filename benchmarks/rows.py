@@ -90,6 +90,6 @@ def write_recipe(row: Row, size: Size, model: Path, data: Path, steps: int, *, c
             **({"optimizer": "sgd", "lr": CHECK_RATE, "clip": None} if check else {"lr": 1e-6}),
         },
     }  # fmt: skip
-    path = model.parent / ("check.yaml" if check else "recipe.yaml")
+    path = model.parent / f"{row.method}-{row.trains}-{steps}{'-check' if check else ''}.yaml"
     path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
     return path

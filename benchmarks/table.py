@@ -11,8 +11,9 @@ BEGIN, END = "<!-- benchmarks {size}: written by the command below -->", "<!-- e
 EXPLAINED = {
     "training": (
         "Both ways see the same examples, and their gradients were compared first: they differ by {worst:.0e} at most. Ratios "
-        "are of turns in alternation, median (lowest to highest). Memory is the peak of a process of its own{memory}, and so is "
-        "its ratio. MFU: the operations that the work needs (`benchmarks/work.py`) per second, as a share of the fastest matrix product."
+        "are of turns in alternation, median (lowest to highest). Memory is the peak of each way's own process after two steps, "
+        "before anything was timed{memory}, and its ratio is of that. MFU: the operations that the work needs "
+        "(`benchmarks/work.py`) per second, as a share of the fastest matrix product."
     ),
     "evaluation": "Numbers of both ways differ by {difference:.0e} at most. Rows: {rows}.",
 }
@@ -47,21 +48,8 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def training(rows: Sequence[Mapping[str, Any]], cuda: bool) -> list[str]:
-    head = [
-        "work",
-        "tokens/s",
-        "plain",
-        "ratio",
-        "target",
-        "peak GB",
-        "plain",
-        "ratio",
-        "target",
-        "MFU",
-        "plain",
-        "target",
-        "what bounds it",
-    ]
+    against = ["plain", "ratio", "target"]
+    head = ["work", "tokens/s", *against, "peak GB", *against, "MFU", "plain", "target", "what bounds it"]
     lines = []
     for row in rows:
         targets, speed, mfu = row["targets"], row["tokens_per_second"], row["mfu"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from llm_unlearn import recipe as recipes
 
 WAYS: dict[str, Callable[..., None]] = {"plain": plain.train, "ours": ours.train}
 TOLERANCE = 1e-3  # relative difference of the gradients in float32
-SPARE = 3  # steps that are not timed: one to warm up, one for the stages, one over
+WARM = 2  # steps before anything is timed: in the second, the optimizer's moments are there, and memory has its peak
+SPARE = WARM + 1  # steps that are not timed, the last one for the stages
+CHECKED = 4  # rows of each stream whose gradients are compared
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,14 @@ def measure(
     """
     difference = compare(name, row, size, place, say)
     task = task_of(row, size, place, rounds * size.steps + SPARE)
-    used = {}
-    for way, train in WAYS.items():
-        say(f"{name}: memory, {way}")
-        with side(train, task_of(row, size, place, 2, frugal=True)) as one:
-            base = one.made["base"]
-            used[way] = {"whole": (peak := one.ask(("steps", 2))["peak"]), "imports": base, "above": peak - base}
+    used: dict[str, dict[str, int]] = {}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with ExitStack() as both:
         children = {way: both.enter_context(side(train, task)) for way, train in WAYS.items()}
-        say(f"{name}: speed, warming up")
-        for child in children.values():
-            child.ask(("steps", 1))
+        for way, child in children.items():
+            say(f"{name}: memory, {way}")
+            base, peak = child.made["base"], child.ask(("steps", WARM))["peak"]
+            used[way] = {"whole": peak, "imports": base, "above": peak - base}
         for number in range(rounds):
             say(f"{name}: speed, round {number + 1} of {rounds}")
             for way, child in children.items():
@@ -86,13 +84,14 @@ def measure(
     )
 
 
-def task_of(row: Row, size: Size, place: Place, steps: int, *, check: bool = False, frugal: bool = False) -> ours.Task:
+def task_of(row: Row, size: Size, place: Place, steps: int, *, check: bool = False) -> ours.Task:
     """What both ways are given."""
     model = place.twin if check else place.model
+    size = replace(size, window=min(size.window, CHECKED)) if check else size
     layers = size.twin if check and size.twin else size.shape.layers
     path = write_recipe(row, size, model, place.data, steps, check=check, layers=layers)
     windows = ours.windows_of(ours.job_of(recipes.load(path)))
-    return ours.Task(row, path, model, windows, layers, check, frugal)
+    return ours.Task(row, path, model, windows, layers, check)
 
 
 def compare(name: str, row: Row, size: Size, place: Place, say: Callable[[str], None]) -> float:
@@ -116,7 +115,7 @@ def judged(
     stages: dict[str, float], rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """The figures of a row, its targets, and what bounds it where it does not reach them."""
-    windows = task.windows[1 : 1 + len(seconds["ours"]) * size.steps]
+    windows = task.windows[WARM : WARM + len(seconds["ours"]) * size.steps]
     tokens = [sum(len(ids) for stream in window.values() for ids, _ in stream) for window in windows]
     needed = [work.flops(row, size.shape, window) for window in windows]
     per_turn = [slice(i, i + size.steps) for i in range(0, len(windows), size.steps)]
