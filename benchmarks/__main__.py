@@ -86,7 +86,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": f"Llama, {shape.layers} layers, hidden {shape.hidden}, vocabulary {shape.vocabulary:,}; "
         f"{size.window} + {size.window} rows a step",
     }  # fmt: skip
-    rows = {name: ROWS[name] for name in size.rows if "training" in only or ROWS[name].method in only}
+    wanted = [name for name in size.rows if "training" in only or ROWS[name].method in only]
+    wanted += [name for name in size.more if ROWS[name].method in only]
+    rows = {name: ROWS[name] for name in wanted}
     place = training.Place.of(size, rounds, folder / "training") if rows or ("start" in only and not size.recipe) else None
     if rows and place:
         found["training"] = [

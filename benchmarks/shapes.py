@@ -67,6 +67,7 @@ class Size:
     rounds: int
     steps: int  # of one turn
     rows: tuple[str, ...]  # names of `rows.ROWS`
+    more: tuple[str, ...] = ()  # which are measured only where their method is asked for
     evaluation: Mapping[str, int] = field(default_factory=dict)  # set -> rows; none measures no evaluation
     batch: int = 16  # rows of the plain evaluation's batches
     max_new_tokens: int = 200
@@ -75,21 +76,26 @@ class Size:
 
 
 SETS = ("forget", "retain", "holdout", "real_authors", "world_facts")
-SMALL = ("GradDiff, full", "GradDiff, LoRA", "NPO, full", "NPO, LoRA", "KL, full", "KL, LoRA", "RMU, few layers", "RMU, LoRA")
+FEW = ("GradDiff, full", "GradDiff, LoRA", "NPO, LoRA", "KL, full", "RMU, few layers")
+MORE = ("NPO, full", "KL, LoRA", "RMU, LoRA")
 SIZES = {
     "tiny": Size(
-        Shape(32, 64, 4, 2, 2, vocabulary=512), 4, 2048, 2, 1, ("GradDiff, full", "NPO, LoRA", "KL, full", "RMU, few layers"),
-        dict(zip(SETS, (4, 4, 4, 3, 3), strict=True)), 4, 24,
+        Shape(32, 64, 4, 2, 2, vocabulary=512), window=4, batch_tokens=2048, rounds=2, steps=1,
+        rows=("GradDiff, full", "NPO, LoRA", "KL, full", "RMU, few layers"),
+        evaluation=dict(zip(SETS, (4, 4, 4, 3, 3), strict=True)), batch=4, max_new_tokens=24,
     ),
     "cpu": Size(
-        Shape(256, 768, 8, 4, 4), 16, 8192, 3, 1, SMALL, dict(zip(SETS, (16, 16, 16, 8, 8), strict=True)), 16,
-        recipe="recipes/forget_lora.yaml",
+        Shape(256, 768, 8, 4, 4), window=16, batch_tokens=8192, rounds=2, steps=1, rows=FEW, more=MORE,
+        evaluation=dict(zip(SETS, (16, 16, 16, 8, 8), strict=True)), batch=16, recipe="recipes/forget_lora.yaml",
     ),
     "1b": Size(
-        Shape(2048, 8192, 16, 32, 8), 32, 8192, 5, 4, SMALL, dict(zip(SETS, (128, 128, 128, 64, 64), strict=True)), 32,
-        recipe="recipes/forget_lora.yaml", twin=4,
+        Shape(2048, 8192, 16, 32, 8), window=32, batch_tokens=8192, rounds=5, steps=4, rows=(*FEW, *MORE),
+        evaluation=dict(zip(SETS, (128, 128, 128, 64, 64), strict=True)), batch=32, recipe="recipes/forget_lora.yaml", twin=4,
     ),
-    "8b": Size(Shape(4096, 14336, 32, 32, 8, tied=False), 64, 4096, 3, 2, ("NPO, LoRA", "NPO, LoRA, nf4"), twin=4),
+    "8b": Size(
+        Shape(4096, 14336, 32, 32, 8, tied=False), window=64, batch_tokens=4096, rounds=3, steps=2,
+        rows=("NPO, LoRA", "NPO, LoRA, nf4"), twin=4,
+    ),
 }  # fmt: skip
 """`1b` and `8b` have the shapes of Llama 3.2 1B and Llama 3.1 8B."""
 
