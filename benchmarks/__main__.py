@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -60,8 +61,9 @@ def command(options: argparse.Namespace) -> str:
     return " ".join(words)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything that was asked for."""
+def measure(options: argparse.Namespace, folder: Path, found: dict[str, Any]) -> None:
+    """Everything that was asked for, put into `found` as soon as it is there."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one is measured; a trainer would spread over all
     say("importing")
     begin()
     from benchmarks import device, evaluation, startup, training
@@ -79,7 +81,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "precision": str(device.dtype()).removeprefix("torch."),
         **limits,
     }
-    found: dict[str, Any] = {
+    found |= {
         "machine": machine, "versions": versions(), "size": options.size,
         "command": command(options),
         "date": datetime.date.today().isoformat(), "recipe": size.recipe or "a small recipe",
@@ -91,15 +93,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = {name: ROWS[name] for name in wanted}
     place = training.Place.of(size, rounds, folder / "training") if rows or ("start" in only and not size.recipe) else None
     if rows and place:
-        found["training"] = [
-            training.measure(name, row, size, options.size, rounds, place, limits["matmul"], say) for name, row in rows.items()
-        ]
+        for name, row in rows.items():
+            one = training.measure(name, row, size, options.size, rounds, place, limits["matmul"], say)
+            found.setdefault("training", []).append(one)
+            say(f"{name}: {table.spread(one['ratios'])} times as fast, {one['share']:.2f} of the memory")
     if "evaluation" in only and size.evaluation:
         found["evaluation"] = evaluation.measure(size, rounds, folder / "evaluation", say)
-    if "start" in only and (size.recipe or place):
-        recipe = size.recipe or str(training.task_of(ROWS["GradDiff, LoRA"], size, place, 2).recipe)
+        say(f"evaluation: {table.spread(found['evaluation']['ratios'])} times as fast")
+    if "start" in only:
+        recipe = size.recipe or (str(training.task_of(ROWS["GradDiff, LoRA"], size, place, 2).recipe) if place else "")
         found["start"] = startup.measure(recipe, min(rounds, 3), bool(size.recipe), folder, say)
-    return found | {"minutes": (time.perf_counter() - began) / 60}
+    found["minutes"] = (time.perf_counter() - began) / 60
 
 
 def main() -> None:
@@ -107,10 +111,13 @@ def main() -> None:
     if options.write:
         table.around(options.write, options.size)
     signal.signal(signal.SIGTERM, _interrupt)
+    found: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
-            found = measure(options, Path(folder))
+            measure(options, Path(folder), found)
     except KeyboardInterrupt:
+        if found.keys() & {"training", "evaluation"}:
+            print(table.page(found))
         raise SystemExit("stopped; nothing was written.") from None
     except Failed as error:
         raise SystemExit(str(error)) from None

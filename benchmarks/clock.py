@@ -29,7 +29,7 @@ class Clock:
         wait: Callable[[], None] | None = None,
     ) -> None:
         self.now, self.whole, self.wait = now, whole, wait
-        self.seconds: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()  # of floats
         self.running = [REST]
         self.since = now()
 

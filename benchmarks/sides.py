@@ -1,7 +1,8 @@
 """Child processes that take turns: each way of doing the work has one of its own, does what it is asked for, and says what it took.
 
-They are forked from a server that has imported all that both ways need, so that a start costs nothing and what stands in memory
-before the work is the same. A child ends when its parent is gone.
+On a CPU they are forked from a server that has imported all that both ways need, so that a start costs nothing and what stands
+in memory before the work is the same. Where there is a GPU each begins afresh: what is imported may look at the device, and after
+that nobody can be forked to use it. A child ends when its parent is gone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 PRELOADED = [
@@ -69,7 +71,9 @@ class Side:
 
 
 def begin() -> Any:
-    """Start the server that children are forked from, which imports by itself while the caller goes on."""
+    """Start the server that children are forked from, which imports by itself while the caller goes on; gives how to start them."""
+    if Path("/proc/driver/nvidia").exists():  # asked without torch, which is not imported yet
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()

@@ -23,8 +23,9 @@ def page(found: Mapping[str, Any]) -> str:
     """All that was measured, as Markdown."""
     machine = found["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    took = f"{found['minutes']:.1f} minutes" if "minutes" in found else "stopped before the end"
     lines = [
-        f"`{found['command']}`, {found['date']}, {found['minutes']:.1f} minutes: {machine['name']}; {versions}. Matrix products "
+        f"`{found['command']}`, {found['date']}, {took}: {machine['name']}; {versions}. Matrix products "
         f"{machine['square'] / 1e12:.3g} TFLOP/s (squares), {machine['model'] / 1e12:.3g} (a window through the model's largest "
         f"layer), {machine['precision']}; copying {machine['bandwidth'] / 1e9:.3g} GB/s. Model: {found['model']}.",
     ]

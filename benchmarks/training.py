@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import device, ours, plain, work
 from benchmarks.rows import GIGABYTES_AT, Row, write_recipe
 from benchmarks.shapes import Size, write_model, write_set
@@ -40,7 +42,7 @@ class Place:
         twin = model
         if size.twin:
             twin = folder / "twin" / "model"
-            write_model(size.shape, twin, dtype=device.torch.float32, device=device.device(), layers=size.twin)
+            write_model(size.shape, twin, dtype=torch.float32, device=device.device(), layers=size.twin)
             device.free()
         for name in ("forget", "retain"):
             write_set(name, size.window * (rounds * size.steps + SPARE), size.shape.vocabulary, folder / "data")
@@ -116,17 +118,17 @@ def judged(
 ) -> dict[str, Any]:  # fmt: skip
     """The figures of a row, its targets, and what bounds it where it does not reach them."""
     windows = task.windows[WARM : WARM + len(seconds["ours"]) * size.steps]
-    tokens = [sum(len(ids) for stream in window.values() for ids, _ in stream) for window in windows]
+    tokens = [float(sum(len(ids) for stream in window.values() for ids, _ in stream)) for window in windows]
     needed = [work.flops(row, size.shape, window) for window in windows]
     per_turn = [slice(i, i + size.steps) for i in range(0, len(windows), size.steps)]
-    mean = {"tokens": tokens, "flops": needed}
-    turn = {what: [sum(values[part]) / size.steps for part in per_turn] for what, values in mean.items()}
+    each: dict[str, list[float]] = {"tokens": tokens, "flops": needed}
+    turn = {what: [sum(values[part]) / size.steps for part in per_turn] for what, values in each.items()}
     speed = {way: [t / s for t, s in zip(turn["tokens"], times, strict=True)] for way, times in seconds.items()}
     mfu = {way: [f / s / rate for f, s in zip(turn["flops"], times, strict=True)] for way, times in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True)]
     share = used["ours"]["above"] / used["plain"]["above"]
     floor = statistics.median(turn["flops"]) / rate
-    least = work.memory(row, size.shape, device.dtype() != device.torch.float32)
+    least = work.memory(row, size.shape, device.dtype() != torch.float32)
     targets: dict[str, Any] = {"speed": row.speed, "memory": row.memory, "mfu": (row.mfu or {}).get(called)}
     targets["gigabytes"] = row.gigabytes if called == GIGABYTES_AT else None
     bounds = []
