@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace, folder: Path, found: dict[str, Any]) ->
             found.setdefault("training", []).append(one)
             say(f"{name}: {table.spread(one['ratios'])} times as fast, {one['share']:.2f} of the memory")
     if "evaluation" in only and size.evaluation:
-        found["evaluation"] = evaluation.measure(size, rounds, folder / "evaluation", say)
+        found["evaluation"] = evaluation.measure(size, rounds, folder / "evaluation", limits, say)
         say(f"evaluation: {table.spread(found['evaluation']['ratios'])} times as fast")
     if "start" in only:
         recipe = size.recipe or (str(training.task_of(ROWS["GradDiff, LoRA"], size, place, 2).recipe) if place else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from benchmarks.rows import Row
 from benchmarks.shapes import Shape
@@ -39,36 +40,44 @@ def flops(row: Row, shape: Shape, window: Mapping[str, Sequence[Example]]) -> fl
     run = shape.layers if chosen is None else chosen.stop
     backward = run - (chosen.start if chosen is not None else 0)
 
-    def forward(of: Sequence[Example], layers: int) -> float:
-        tokens, answers = sum(len(ids) for ids, _ in of), sum(len(ids) - answer for ids, answer in of)
-        body = layers * (2 * tokens * sum(a * b for a, b in matrices(shape)))
-        attention = layers * sum(2 * shape.hidden * len(ids) ** 2 for ids, _ in of)
-        head = 0 if row.method == "rmu" else 2 * shape.vocabulary * shape.hidden * answers
-        return float(body + attention + head)
+    def once(of: Sequence[Example], layers: int) -> float:
+        part = replace(shape, layers=layers)
+        return sum(forward(part, len(ids), 0 if row.method == "rmu" else len(ids) - answer) for ids, answer in of)
 
     tokens = sum(len(ids) for ids, _ in examples)
-    total = forward(examples, run) + forward(examples, backward)
+    total = once(examples, run) + once(examples, backward)
     if row.trains == "lora":
         total += 6 * RANK * sum(a + b for a, b in matrices(shape)) * backward * tokens
     elif row.trains == "few":
         total += 2 * shape.hidden * shape.intermediate * backward * tokens
     else:
         attention = sum(2 * shape.hidden * len(ids) ** 2 for ids, _ in examples) * shape.layers  # has no weights of its own
-        total += forward(examples, run) - attention
+        total += once(examples, run) - attention
     read = {"npo": "forget", "kl": "retain", "rmu": "retain"}.get(row.method)
-    return total + (forward(window[read], run) / EPOCHS if read else 0)
+    return total + (once(window[read], run) / EPOCHS if read else 0)
+
+
+def forward(shape: Shape, tokens: int, heads: int) -> float:
+    """A forward pass over one sequence, `heads` of whose positions reach the head: as in `flops`."""
+    body = 2 * tokens * sum(a * b for a, b in matrices(shape)) + 2 * shape.hidden * tokens**2
+    return float(shape.layers * body + 2 * shape.vocabulary * shape.hidden * heads)
+
+
+def weights(shape: Shape) -> int:
+    """Parameters of embedding, layers and head."""
+    layers = shape.layers * sum(a * b for a, b in matrices(shape))
+    return layers + shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
 
 
 def memory(row: Row, shape: Shape, bf16: bool) -> int:
     """Bytes that no way can do without: the weights, and of what is trained the gradient and AdamW's two moments, in float32."""
-    layer = sum(a * b for a, b in matrices(shape))
-    weights = shape.layers * layer + shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    layer, whole = sum(a * b for a, b in matrices(shape)), weights(shape)
     chosen = row.trained_layers(shape.layers)
     count = shape.layers if chosen is None else len(chosen)
     if row.trains == "lora":
         small = RANK * sum(a + b for a, b in matrices(shape)) * count
         each = 0.5 if row.quantize else 2 if bf16 else 4
-        body = shape.layers * layer * each + (weights - shape.layers * layer) * (2 if bf16 else 4)
+        body = shape.layers * layer * each + (whole - shape.layers * layer) * (2 if bf16 else 4)
         return int(body + 16 * small)
-    trained = weights if row.trains == "full" else shape.hidden * shape.intermediate * count
-    return 4 * weights + 12 * trained
+    trained = whole if row.trains == "full" else shape.hidden * shape.intermediate * count
+    return 4 * whole + 12 * trained
