@@ -128,21 +128,41 @@ def test_all_of_it_at_the_smallest_size(tmp_path: Path) -> None:
     assert str(tmp_path) not in done.stdout
 
 
-@pytest.mark.slow
-def test_ctrl_c_leaves_nothing_behind() -> None:
+WORKING = """
+import time
+from benchmarks import sides
+
+def work(turns):
+    turns.next()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    sides.PRELOADED.clear()
+    with sides.side(work) as one:
+        print("begun", flush=True)
+        one.ask("go")
+"""
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGKILL])
+def test_children_end_with_their_parent(tmp_path: Path, asked: signal.Signals) -> None:
+    """In the midst of their work where it is told to stop, and at their next turn where it was killed."""
+    script = tmp_path / "working.py"
+    waits = asked == signal.SIGKILL
+    script.write_text(
+        WORKING.replace("    time.sleep(600)", "    turns.next()").replace('one.ask("go")', "one.answer()") if waits else WORKING
+    )
     process = subprocess.Popen(
-        [*COMMAND, "--only", "npo", "--rounds", "500"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
     )  # fmt: skip
-    assert process.stderr
-    said: list[str] = []
-    for line in process.stderr:
-        said.append(line)
-        if "round" in line:
-            break
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "stopped; nothing was written." in rest, "".join([*said, rest])
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    time.sleep(0.3)
+    if asked == signal.SIGINT:
+        os.killpg(process.pid, asked)  # as a terminal does: to all of them
+    else:
+        process.kill()
+    process.communicate(timeout=60)
     until = time.monotonic() + 10
     while _alive(process.pid) and time.monotonic() < until:
         time.sleep(0.1)
