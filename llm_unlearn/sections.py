@@ -50,6 +50,9 @@ class Model:
     """Load the frozen base in 4 or 8 bits (QLoRA, 2305.14314); needs an adapter and bitsandbytes."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the accelerator computes in it, fp32 elsewhere."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
+    """The kernel of transformers' attention; without it, the architecture's own choice. flash_attention_2 and _3 need their
+    packages and CUDA. Under sdpa and FlashAttention, training needs no padding."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template; without either, a plain question–answer layout is used."""
 
