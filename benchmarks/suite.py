@@ -10,8 +10,8 @@ longer one; and one row at a time forward and backward where the suite asks for 
 Rounds alternate between the two. The breakdown is of the suite's own time, each second in one place. One thread; seconds are of the
 processor, so that other jobs on the machine count little.
 
-    python benchmarks/suite.py [--small] [--rounds 3] [--json FILE]                    # eval/full.yaml, embedded models
-    python benchmarks/suite.py --tofu DIR [--model FOLDER] [--small] [--rounds 2]      # eval/tofu.yaml on TOFU's jsonl files
+    python -m benchmarks.suite [--small] [--rounds 3] [--json FILE]                    # eval/full.yaml, embedded models
+    python -m benchmarks.suite --tofu DIR [--model FOLDER] [--small] [--rounds 2]      # eval/tofu.yaml on TOFU's jsonl files
 
 With `--tofu`, FOLDER is a model such as benchmarks/tofu/make_models.py trains; without it one of the same shape is made with
 random weights, which ends no text: every one is as long as `--max-new-tokens`, on both sides. One model is asked, so what compares
@@ -38,6 +38,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+from benchmarks.clock import Clock, watched
 from llm_unlearn import look, results, run
 from llm_unlearn.data.batch import Batch, cut, lay_out
 from llm_unlearn.data.examples import Example
@@ -72,35 +73,7 @@ STAGES = {
     "rows and parquet": [(results, "records"), (results, "write_columns")],
 }
 """Stage -> the functions whose time it is, where they are looked up. What one of them spends in another is the other's."""
-WHOLE = {"gradients", "generation: model"}  # what these call is theirs
-
-
-@dataclass
-class Clock:
-    """Where the time goes: every second belongs to the innermost stage that is running."""
-
-    seconds: Counter[str] = field(default_factory=Counter)
-    running: list[str] = field(default_factory=lambda: ["everything else"])
-    since: float = field(default_factory=time.process_time)
-
-    def turn(self) -> None:
-        now = time.process_time()
-        self.seconds[self.running[-1]] += now - self.since
-        self.since = now
-
-    def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            if self.running[-1] in WHOLE:
-                return function(*given, **named)
-            self.turn()
-            self.running.append(stage)
-            try:
-                return function(*given, **named)
-            finally:
-                self.turn()
-                self.running.pop()
-
-        return call
+WHOLE = frozenset({"gradients", "generation: model"})  # what these call is theirs
 
 
 @dataclass
@@ -114,21 +87,11 @@ class Work:
 
 
 @contextmanager
-def watched(clock: Clock) -> Iterator[None]:
-    """Every stage's functions, timed."""
-    with patch.object(page, "write_page", lambda *_: None), patch.object(terminal, "print_table", lambda *_: None):
-        changes = [
-            patch.object(place, name, clock.timed(stage, getattr(place, name)))
-            for stage, functions in STAGES.items()
-            for place, name in functions
-        ]
-        for change in changes:
-            change.start()
-        try:
-            yield
-        finally:
-            for change in reversed(changes):
-                change.stop()
+def quietly(clock: Clock) -> Iterator[None]:
+    """Every stage's functions, timed; no page, and no table in the terminal."""
+    shown = patch.object(page, "write_page", lambda *_: None), patch.object(terminal, "print_table", lambda *_: None)
+    with shown[0], shown[1], watched(clock, STAGES):
+        yield
 
 
 @contextmanager
@@ -260,13 +223,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         run.evaluate(suite, "suite", asked, cache=folder / name, output=folder / f"{name}.out")
 
     works: list[Work] = []
-    with noted(works), watched(Clock()):
+    with noted(works), quietly(Clock(time.process_time, WHOLE)):
         evaluate("first")
     models = [load(model, torch.device("cpu")).model for column, (model, _) in sorted(asked.items(), reverse=True)]
     jobs = [bare(model, work, suite.batch_tokens) for model, work in zip(models, works, strict=True)]
     for number in range(options.rounds):
-        clock = Clock()
-        with watched(clock):
+        clock = Clock(time.process_time, WHOLE)
+        with quietly(clock):
             evaluate(f"round {number}")
         clock.turn()
         plain: Counter[str] = Counter()

@@ -68,6 +68,8 @@ def plan(recipe: Recipe, cache: Path) -> str:
     size_of = partial(memory, recipe, base, moved, config, job.longest, dtype_of(recipe.model, device), bool(job.needs))
     needed = size_of(offload=moves)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+    if recipe.train.micro_batch:
+        lines.append("batches    of as many tokens as fit into memory, found before the first step; below, of batch_tokens")
     lines.append(f"memory     about {sum(needed.values()) / GIB:.2f} GiB at the peak per process ({parts})")
     if moves:
         lines.append(

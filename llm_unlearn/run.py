@@ -28,6 +28,7 @@ from llm_unlearn.models import combined, fila
 from llm_unlearn.models.kernels import put_in
 from llm_unlearn.models.load import Loaded, add_adapter, causal, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.models.sharded import is_sharded, state_of
 from llm_unlearn.models.trials import check_same
 from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
@@ -35,9 +36,10 @@ from llm_unlearn.report.columns import write_columns
 from llm_unlearn.results import flattened, publish, results_of, run_facts
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused
-from llm_unlearn.training import secret
+from llm_unlearn.training import secret, sharded
 from llm_unlearn.training.before import Shelf
 from llm_unlearn.training.certified import certified_by
+from llm_unlearn.training.checkpoint import snapshot
 from llm_unlearn.training.edits import edit
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.guard import Outcome, aim_of
@@ -59,7 +61,9 @@ def run(
     Raises:
         Refused: something the recipe names cannot be used. The run folder is not touched before the data has been read.
     """
-    began, folder, accelerator = time.perf_counter(), Path(recipe.output), start(recipe.model)
+    began, folder, whole = time.perf_counter(), Path(recipe.output), recipe.model.adapter is None
+    accelerator = start(recipe.model)
+    sharded.check(recipe)
     seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
     examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
@@ -88,25 +92,23 @@ def run(
         seen["before"] = look.seen(loaded, "the model before", recipe.model.base, model_before)
 
     model = prepare(loaded.model, recipe.model, job, accelerator)
-    along = _along(look, loaded, model, recipe, folder) if look and recipe.evaluation and recipe.evaluation.every else None
-    kept = Shelf(cache / "reference", loaded.identity)
-    outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along, kept)
-    if outcome.status == "interrupted":
-        return outcome
-    whole = recipe.model.adapter is None
-    saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
+    along, kept = _along(look, loaded, model, recipe, folder), Shelf(cache / "reference", loaded.identity)
+    with sharded.spread():
+        outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along, kept)
+        if outcome.status == "interrupted":
+            return outcome
+        saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
     facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
     facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
 
     if look and suite and recipe.evaluation:
-        after = loaded.become(combined.combine(causal(model), combination) if combination else model, saved, whole)
+        after = _become(loaded, model, combination, saved, whole)
         again = (replace(model_before, base=str(saved), start=None), None) if whole else (model_before, str(saved))
+        del along, loaded, model
+        after = after or load(again[0], accelerator.device, again[1])
         seen["after"] = look.seen(after, "the model after", str(folder), *again)
-        del after, along, loaded, model  # an attack needs the memory
-        attacks = attacked(suite, seen, accelerator, cache)
-        if accelerator.is_main_process:
-            results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
-            publish(results, suite, seen, folder, folder / run_folder.LOG)
+        del after  # an attack needs the memory
+        _conclude(suite, seen, accelerator, cache, folder, (str(folder), recipe.evaluation.suite), facts)
     if accelerator.is_main_process:
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -132,6 +134,13 @@ def _carry_out(
     return outcome, combination
 
 
+def _become(loaded: Loaded, model: Any, combination: Combination | None, saved: Path, whole: bool) -> Loaded | None:
+    """What is looked at after the training: the model in memory; None where it is sharded, and is to be read again whole."""
+    if is_sharded(model):
+        return None
+    return loaded.become(combined.combine(causal(model), combination) if combination else model, saved, whole)
+
+
 def evaluate(
     suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None]], *, cache: Path, output: Path | None
 ) -> None:
@@ -143,19 +152,33 @@ def evaluate(
     """
     accelerator = start(next(iter(asked.values()))[0])
     seen = Looks(suite, accelerator, cache)(asked)
+    _conclude(suite, seen, accelerator, cache, output, (suite_name, suite_name))
+    accelerator.wait_for_everyone()
+
+
+def _conclude(
+    suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path, folder: Path | None, titles: tuple[str, str],
+    facts: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """The suite's attacks, and all that was found printed and kept.
+
+    Args:
+        titles: of the page, and the suite's name.
+        facts: of the run, if it was one; its log is drawn then.
+    """
     attacks = attacked(suite, seen, accelerator, cache)
     if accelerator.is_main_process:
-        results = results_of(suite, seen, attacks, title=suite_name, suite_name=suite_name, run=None)
-        publish(results, suite, seen, output)
-    accelerator.wait_for_everyone()
+        results = results_of(suite, seen, attacks, title=titles[0], suite_name=titles[1], run=facts)
+        publish(results, suite, seen, folder, folder / run_folder.LOG if folder and facts else None)
 
 
 def start(model: Model) -> Accelerator:
     """The processes that `accelerate launch` started, or this one; bf16 where the hardware computes in it."""
+    sharded.check_launch()
     state = PartialState(cpu=not torch.accelerator.is_available())  # unasked, Accelerate runs every process alone on a CPU
     if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
         raise Refused("the processes that were launched did not find each other; start them with one of the files in launch/.")
-    return Accelerator(mixed_precision="bf16" if dtype_of(model, state.device) == torch.bfloat16 else "no")
+    return sharded.make_accelerator("bf16" if dtype_of(model, state.device) == torch.bfloat16 else "no")
 
 
 def make_job(recipe: Recipe, examples: Examples, key: bytes = b"", where: Callable[[str], str] = str) -> Job:
@@ -203,10 +226,11 @@ def prepare(net: Any, wanted: Model, job: Job, accelerator: Accelerator) -> Any:
 SIDES = ("forget", "retain")
 
 
-def _along(look: Look, loaded: Loaded, model: Any, recipe: Recipe, folder: Path) -> Callable[[int], None]:
-    """Evaluation every so many steps, one line of `evaluations.jsonl` each."""
+def _along(look: Look | None, loaded: Loaded, model: Any, recipe: Recipe, folder: Path) -> Callable[[int], None] | None:
+    """Evaluation every so many steps, one line of `evaluations.jsonl` each; None where none is wanted."""
     every = recipe.evaluation.every if recipe.evaluation else None
-    assert every
+    if not look or not every:
+        return None
 
     def at(step: int) -> None:
         if step % every == 0:
@@ -226,13 +250,14 @@ def save(
 ) -> Path:
     """Write the adapter, with what it is combined to, or the whole model with its tokenizer, into the run folder."""
     final = folder / (run_folder.MODEL if whole else run_folder.ADAPTER)
+    weights = (state_of(model) if whole else snapshot(model)) if is_sharded(model) else None  # of all processes
     if accelerator.is_main_process:
         unfinished = final.with_name(f".{final.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         if fila.begun(model):
             fila.save(model, unfinished)
         else:
-            model.save_pretrained(str(unfinished / ADAPTER if combination else unfinished))
+            model.save_pretrained(str(unfinished / ADAPTER if combination else unfinished), state_dict=weights)
         if combination:
             combined.write(combination, unfinished)
         if whole:

@@ -53,6 +53,9 @@ class Model:
     kernels: Literal["liger"] | None = None
     """liger: norms, rotary positions and gated feed-forward blocks by fused kernels (Liger Kernel, 2410.10989) while the run trains
     and looks at what it made; tried against the model itself first. Needs CUDA and the extra `liger`."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
+    """The kernel of transformers' attention; without it, the architecture's own choice. flash_attention_2 and _3 need their
+    packages and CUDA. Under sdpa and FlashAttention, training needs no padding."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template; without either, a plain question–answer layout is used."""
 
@@ -92,6 +95,8 @@ class Train:
     """Examples of each stream in one optimizer step, over all processes; 16 of a stream that is not named."""
     batch_tokens: PositiveInt = 8192
     """At most so many tokens, padding included, in one forward pass per process. Sets speed and memory, never the result."""
+    micro_batch: Literal["auto"] | None = None
+    """auto: instead of `batch_tokens`, as many tokens as fit into memory, found by a short probe before the first step."""
     optimizer: Literal["adamw", "sgd", "sophia", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """sophia divides by a running mean of squared gradients and clips (second order; SOUL, Jia et al. 2024, 2404.18239). The 8-bit
     ones keep their states in 8 bits, the paged one moves them to the CPU when memory is short; both need CUDA."""

@@ -125,6 +125,13 @@ def exact(folder: Path) -> None:
     forget(Path(wanted.output), ["row3"], cache=folder)
 
 
+def sharded(folder: Path) -> None:
+    from test_sharded import as_launched, train_and_save
+
+    with as_launched():
+        train_and_save(folder, make_llama)
+
+
 def golden(folder: Path) -> None:
     from golden import FILE, measured
 
@@ -154,6 +161,7 @@ KINDS = {
     "certified": certified,
     "exact": exact,
     "golden": golden,
+    "sharded": sharded,
     "before": before,
 }
 

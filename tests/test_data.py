@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from llm_unlearn.data.batch import answer_lengths, cut, lay_out, micro_batches
+from llm_unlearn.data.batch import Layout, answer_lengths, cut, lay_out, micro_batches
 from llm_unlearn.data.examples import PLAIN_TEMPLATE, Example, draw, encode, encode_text, read_examples
 from llm_unlearn.data.schedule import Schedule, build
 from llm_unlearn.data.sources import rows
@@ -705,7 +705,7 @@ def test_the_micro_batches_of_all_ranks_are_the_window(seed: int) -> None:
     example, schedule, budget, ranks = case(seed)
     for step in range(schedule.steps):
         window = schedule.window(step)
-        shares = [micro_batches(window, example, budget, rank, ranks) for rank in range(ranks)]
+        shares = [micro_batches(window, example, Layout(budget), rank, ranks) for rank in range(ranks)]
         assert len({len(share) for share in shares}) == 1
         found = Counter(one for share in shares for batch in share if batch for one in batch.examples)
         assert found == Counter(example(*place) for slot in window for place in slot)
@@ -717,7 +717,7 @@ def test_a_micro_batch_keeps_its_budget_also_where_slots_differ_in_size(seed: in
     checked = 0
     for step in range(schedule.steps):
         for rank in range(ranks):
-            for batch in micro_batches(schedule.window(step), example, budget, rank, ranks):
+            for batch in micro_batches(schedule.window(step), example, Layout(budget), rank, ranks):
                 slots = batch.sequences.get("forget", 0) + batch.sequences.get("retain", 0) if batch else 0
                 assert batch is None or slots == 1 or batch.input_ids.numel() <= budget
                 checked += 1
@@ -731,7 +731,7 @@ def test_an_answer_and_its_alternate_lie_in_one_micro_batch_in_the_same_order(se
         window = schedule.window(step)
         owner = {slot[1][1]: slot[0][1] for slot in window if len(slot) == 2}
         for rank in range(ranks):
-            for batch in micro_batches(window, example, budget, rank, ranks):
+            for batch in micro_batches(window, example, Layout(budget), rank, ranks):
                 members = batch.examples if batch else ()
                 own = [one.id for one in members if one.stream == "forget"]
                 assert own == [owner[one.id] for one in members if one.stream == "forget.alternate"]

@@ -27,6 +27,7 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.training.during import during
 from llm_unlearn.training.loop import Training
 from llm_unlearn.training.offload import Laid, Offload, offloaded
+from llm_unlearn.training.window import Window
 
 PRIVATE = "train.privacy={noise: 1, delta: 0.001, clip: 1}"
 CPU = torch.device("cpu")
@@ -252,7 +253,7 @@ def test_the_adapter_switched_off_is_one_more_case(make_model: Callable[..., Any
         for step in range(3):
             training.optimizer.zero_grad()
             training.progress.step = step
-            training.window = training.window.__class__(wanted, step, training.accelerator, True)
+            training.window = Window(wanted, step, training.accelerator, training.layout)
             slopes.append(training.gradient(wanted.terms))
             counts.append(compilations())
         found.append((slopes, counts))

@@ -524,3 +524,26 @@ def test_every_shipped_suite_loads(path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a hub id was asked for"))
     monkeypatch.chdir(ROOT)
     assert suites.load(path).sets
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.y*ml")), ids=lambda path: path.name)
+def test_every_launch_file_is_read_and_holds_no_hyper_parameter(path: Path) -> None:
+    """Accelerate refuses a key that it does not know; mixed precision is the recipe's (`model.precision`)."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(path))
+    assert found.mixed_precision in (None, "no")
+    config = found.fsdp_config
+    assert not config or {name.removeprefix("fsdp_") for name in config} <= {
+        "version", "auto_wrap_policy", "reshard_after_forward", "state_dict_type", "cpu_ram_efficient_loading",
+        "activation_checkpointing",
+    }  # fmt: skip
+    text = path.read_text(encoding="utf-8")
+    assert f"launch/{path.name}" in text.splitlines()[0] or "launch/slurm.sh" in text.splitlines()[0], "says how it is started"
+    assert not re.search(r"\b(lr|epochs|batch|accumulation|clip)", text), "a recipe says how a model is trained"
+
+
+def test_the_slurm_file_names_files_that_are_there() -> None:
+    text = (ROOT / "launch" / "slurm.sh").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:launch|recipes)/\w+\.(?:yaml|sh)", text))
+    assert {"launch/multi_node.yaml", "launch/fsdp2.yaml"} <= named and all((ROOT / name).is_file() for name in named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +15,16 @@ from test_scores import ARCHITECTURES, SMALL, examples
 from test_window import CASES, Rank, apart, gradients_of, make_adapted, make_job, model_of, weights_of
 from torch import Tensor
 
-from llm_unlearn.data.batch import Packing, cut, lay_out
+from llm_unlearn.data.batch import Layout, Packing, cut, lay_out
 from llm_unlearn.models import packing as packing_module
+from llm_unlearn.models.load import add_adapter, load
 from llm_unlearn.models.packing import NAME
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of, score
 from llm_unlearn.models.trials import can_pack
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.views import TOP
+from llm_unlearn.sections import Adapter, Model
+from llm_unlearn.spec import Refused
 from llm_unlearn.training.loop import Training
 from llm_unlearn.training.privacy import Privacy, mechanism
 from llm_unlearn.training.window import Window
@@ -95,7 +99,9 @@ def test_a_window_has_the_same_gradient(make_model: Callable[..., Any], loss: An
         wanted = make_job(loss, tokens, kept)
         model = make_adapted(small, True)
         assert can_pack(model, 12)
-        Window(wanted, 0, Rank(0, 1), packed).backward(wanted.terms, weights_of(wanted), model_of(wanted, model, None))  # type: ignore[arg-type]
+        Window(wanted, 0, Rank(0, 1), Layout(tokens, packed)).backward(
+            wanted.terms, weights_of(wanted), model_of(wanted, model, None)
+        )  # type: ignore[arg-type]
         found.append(gradients_of(model))
     assert apart(found[1], {name: one.double() for name, one in found[0].items()}) < 1e-5
 
@@ -115,11 +121,11 @@ def test_activations_are_recomputed_end_to_end_too(make_model: Callable[..., Any
 
 def test_training_packs_where_it_can(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A private run does not: its gradients belong to single rows. Nor does a model whose attention mixes sequences."""
-    assert Training(job(), adapted(make_model), Accelerator(cpu=True)).packed
+    assert Training(job(), adapted(make_model), Accelerator(cpu=True)).layout.packed
     private = mechanism(Privacy(noise=1.0, delta=1e-3, clip=1.0), {"forget": 8}, {"forget": 2}, 4, b"k" * 32)
     wanted = job(terms={"forget": job().terms["retain"].__class__(loss=NPO())})
     object.__setattr__(wanted, "private", private)
-    assert not Training(wanted, adapted(make_model), Accelerator(cpu=True)).packed
+    assert not Training(wanted, adapted(make_model), Accelerator(cpu=True)).layout.packed
     real = packing_module._spread
 
     def mixes(one: Tensor, at: Tensor, count: int, longest: int) -> Tensor:
@@ -127,7 +133,7 @@ def test_training_packs_where_it_can(make_model: Callable[..., Any], monkeypatch
 
     monkeypatch.setattr(packing_module, "_spread", mixes)
     model = adapted(make_model)
-    assert not Training(job(), model, Accelerator(cpu=True)).packed
+    assert not Training(job(), model, Accelerator(cpu=True)).layout.packed
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -141,6 +147,31 @@ def test_generation_and_padded_batches_are_as_before(make_model: Callable[..., A
         assert can_pack(model, 12)
         assert torch.equal(score(Scorer(model), head_of(model), batch)["forget"].logps, plain)
     assert torch.equal(model.generate(prompt, attention_mask=mask, max_new_tokens=5, do_sample=False), before)
+
+
+def test_a_layer_below_all_that_is_trained_keeps_nothing_for_the_backward_pass(make_model: Callable[..., Any]) -> None:
+    """An adapter on the last layer only: what autograd keeps does not grow with the layers below it."""
+    kept = {}
+    for layers in (2, 5):
+        model = add_adapter(make_model(num_hidden_layers=layers), Adapter(rank=4, layers=(layers - 1,)), seed=0)
+        assert can_pack(model, 12)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one, sizes=sizes: sizes.append(one.numel()) or one, lambda one: one):
+            score(Scorer(model), head_of(model), lay_out(examples(5, vocabulary=1024), packed=True))
+        kept[layers] = sum(sizes)
+    assert kept[2] == kept[5] > 0
+
+
+@pytest.mark.parametrize("wanted", ["eager", "sdpa", None])
+def test_a_recipe_may_name_the_attention(tiny_base: Path, wanted: Any) -> None:
+    loaded = load(Model(base=str(tiny_base), attention=wanted), torch.device("cpu"))
+    assert loaded.causal.config._attn_implementation == (wanted or "sdpa")
+    assert can_pack(loaded.model, 12) == (wanted != "eager")
+
+
+def test_attention_that_is_not_here_is_refused(tiny_base: Path) -> None:
+    with pytest.raises(Refused, match=r"cannot be loaded .*[Ff]lash"):
+        load(Model(base=str(tiny_base), attention="flash_attention_2"), torch.device("cpu"))
 
 
 def test_the_longest_sequence_sets_the_grid() -> None:

@@ -17,9 +17,10 @@ from llm_unlearn.data.examples import Example
 from llm_unlearn.models import fila
 from llm_unlearn.models import scores as scores_module
 from llm_unlearn.models.depth import blocks_of
+from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import add_adapter, as_it_was, causal, trainable
 from llm_unlearn.models.reference import Asked, Reference, adapter_off, centres, frozen_copy, looked_up, taken, together
-from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of, score, statistics, values
+from llm_unlearn.models.scores import Scorer, Scores, checkpoint_activations, head_of, score, statistics, values
 from llm_unlearn.models.trials import check_depth, check_head, freeze_unreached
 from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Margin, Undial
 from llm_unlearn.objectives.likelihood import IDK, NLL, TNPO, WGA, WTNPO, Ascent, SatImp
@@ -362,6 +363,20 @@ def test_states_and_centres_of_the_model_as_it_was(make_model: Callable[..., Any
     for stream in ("forget", "forget.alternate"):  # over every token of every example, whatever is in the batch
         assert torch.allclose(found[stream].centre(1), every[stream].hidden(1).mean(0), atol=1e-5)
         assert torch.allclose(again(batch)[stream].centre(1), found[stream].centre(1), atol=1e-5)
+
+
+def test_statistics_over_a_large_vocabulary() -> None:
+    """Sums over 128,256 tokens keep their digits."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(5, 128256)
+    head = Head(torch.nn.Identity(), 128256)
+    none = torch.zeros(5, dtype=torch.long)
+    found = statistics(Scores({TOP: logits}, torch.arange(5), none, none, 1, head, 2))
+    logp = logits.double().log_softmax(-1)
+    mean = (logp.exp() * logp).sum(-1)
+    std = (logp.exp() * (logp - mean[:, None]) ** 2).sum(-1).sqrt()
+    for mine, exact in zip((found.logp, found.mean, found.std), (logp.diagonal(), mean, std), strict=True):
+        assert torch.allclose(mine.double(), exact, atol=3e-6, rtol=0)
 
 
 def test_parts_of_scores_are_those_of_their_tokens(make_model: Callable[..., Any]) -> None:

@@ -29,7 +29,7 @@ from llm_unlearn.recipe import Recipe
 from llm_unlearn.run import make_job, prepare, start
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
-from llm_unlearn.training import secret
+from llm_unlearn.training import secret, sharded
 from llm_unlearn.training.loop import check, train
 from llm_unlearn.training.window import Job
 
@@ -63,6 +63,7 @@ def trial(asked: Asked, cache: Path, overwrite: bool) -> bool:
     """
     recipe, folder = asked.recipe, asked.output
     accelerator = start(recipe.model)
+    sharded.check(recipe)
     tokenizer = read_tokenizer(embedded(recipe.model, cache))
     examples = read_examples(recipe.data, tokenizer, recipe.seed)
     plain = make_job(recipe, examples)

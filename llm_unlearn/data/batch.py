@@ -149,21 +149,26 @@ def cut(
     return [batches + [[] for _ in range(most - len(batches))] for batches in dealt]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the examples of one optimizer step become micro-batches."""
+
+    tokens: int
+    """At most so many in one, padding included."""
+    packed: bool = False
+    """End to end, without padding."""
+
+
 def micro_batches(
-    window: Sequence[Slot],
-    example: Callable[[str, int], Example],
-    batch_tokens: int,
-    rank: int = 0,
-    ranks: int = 1,
-    packed: bool = False,
+    window: Sequence[Slot], example: Callable[[str, int], Example], layout: Layout, rank: int = 0, ranks: int = 1
 ) -> list[Batch | None]:
     """This rank's share of one optimizer step; None stands for "nothing here, but take part in the backward pass"."""
     slots = [[example(stream, index) for stream, index in slot] for slot in window]
     lengths = [max(len(one.ids) for one in slot) for slot in slots]
     streams = list(dict.fromkeys(one.stream for slot in slots for one in slot))
     batches: list[Batch | None] = []
-    sizes = [sum(len(one.ids) for one in slot) for slot in slots] if packed else None
-    for chosen in cut(lengths, batch_tokens, ranks, [len(slot) for slot in slots], sizes)[rank]:
+    sizes = [sum(len(one.ids) for one in slot) for slot in slots] if layout.packed else None
+    for chosen in cut(lengths, layout.tokens, ranks, [len(slot) for slot in slots], sizes)[rank]:
         members = [one for i in sorted(chosen) for one in slots[i]]
-        batches.append(lay_out(sorted(members, key=lambda one: streams.index(one.stream)), packed) if members else None)
+        batches.append(lay_out(sorted(members, key=lambda one: streams.index(one.stream)), layout.packed) if members else None)
     return batches

@@ -27,6 +27,7 @@ from llm_unlearn.results import flattened, publish, results_of, run_facts, versi
 from llm_unlearn.run import start
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.training import sharded
 from llm_unlearn.training.guard import Outcome
 
 
@@ -52,6 +53,7 @@ class Session:
         """
         self.recipe, self.method, self.folder, self.cache = recipe, method_of(recipe), Path(recipe.output), cache
         self.accelerator: Accelerator = start(recipe.model)
+        sharded.check(recipe)
         self.model: Model = embedded(recipe.model, cache)
         loaded = load(self.model, self.accelerator.device, train=True)
         self.known = read_known(recipe, self.method, loaded.tokenizer)

@@ -136,7 +136,7 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     try:
         net = AutoModelForCausalLM.from_pretrained(
             folder, config=read_config(model), dtype=weights, device_map={"": device}, use_safetensors=True,
-            quantization_config=_quantization(model, dtype),
+            quantization_config=_quantization(model, dtype), attn_implementation=model.attention,
         )  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
         raise Refused(f"{model.base}: cannot be loaded ({str(error).splitlines()[0]}).") from error

@@ -16,10 +16,12 @@ from llm_unlearn.models.depth import Layers
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import as_it_was, has_adapter
 from llm_unlearn.models.scores import Scorer, Scores, by_stream, head_of, score
+from llm_unlearn.models.sharded import is_sharded, take_part
 from llm_unlearn.objectives.views import TOP
 
-Reference = Callable[[Batch], dict[str, Scores]]
-"""A micro-batch -> the scores of the model as it was, for the streams whose losses read them."""
+Reference = Callable[[Batch | None], dict[str, Scores]]
+"""A micro-batch -> the scores of the model as it was, for the streams whose losses read them; None, to take part in what others ask
+of a sharded model."""
 
 Columns = Mapping[int, Tensor]
 """What is kept of one answer: layer -> (T, D) states; under `LOGPS`, (T,) log-probabilities."""
@@ -74,13 +76,16 @@ def _asking(
     scorer: Scorer, head: Head, needs: Mapping[str, Asked], seed: int, inside: Callable[[], AbstractContextManager[None]]
 ) -> Reference:
     @torch.no_grad()
-    def ask(batch: Batch) -> dict[str, Scores]:
+    def ask(batch: Batch | None) -> dict[str, Scores]:
         found: dict[str, Scores] = {}
-        for layers in {asked.run for asked in needs.values()}:
-            part = batch.only({stream for stream, asked in needs.items() if asked.run == layers})
-            if part:
+        for layers in sorted({asked.run for asked in needs.values()}):
+            part = batch and batch.only({stream for stream, asked in needs.items() if asked.run == layers})
+            if part or is_sharded(scorer):
                 with inside():
-                    found |= score(scorer, head, part, layers, seed)
+                    if part:
+                        found |= score(scorer, head, part, layers, seed)
+                    else:
+                        take_part(scorer, layers, next(scorer.parameters()).device)
         return found
 
     return ask
@@ -114,11 +119,12 @@ def looked_up(
     learns = any(weight.requires_grad for weight in head.layer.parameters())
     then = head.frozen_copy() if learns and any(TOP in asked.layers for asked in needs.values()) else head
 
-    def ask(batch: Batch) -> dict[str, Scores]:
+    def ask(batch: Batch | None) -> dict[str, Scores]:
         found: dict[str, Scores] = {}
-        part = batch.only(needs)
+        part = batch and batch.only(needs)
         for stream, scores in by_stream({}, then, part, seed).items() if part else ():
-            mine = [kept[stream, example] for example in batch.examples if example.stream == stream]
+            assert part
+            mine = [kept[stream, example] for example in part.examples if example.stream == stream]
             columns = {name: torch.cat([one[name] for one in mine]).to(device) for name in needs[stream].columns}
             states = {name: column for name, column in columns.items() if name != LOGPS}
             found[stream] = replace(scores, states=states, given=columns.get(LOGPS))
@@ -151,7 +157,7 @@ def together(asks: Iterable[Reference], means: Mapping[str, Mapping[int, Tensor]
     """Each of several ways for streams of its own, and means besides."""
     asks = list(asks)
 
-    def answer(batch: Batch) -> dict[str, Scores]:
+    def answer(batch: Batch | None) -> dict[str, Scores]:
         found = {stream: scores for ask in asks for stream, scores in ask(batch).items()}
         found = {stream: replace(scores, centres=means.get(stream, {})) for stream, scores in found.items()}
         return {**alone, **found}

@@ -202,13 +202,15 @@ def statistics(scores: Scores) -> Statistics:
     for here in map(scores.rows, parts(scores)):
         few = max(1, CACHED // here.head.vocabulary) if here.targets.device.type == "cpu" else here.chunk
         for logits, targets in zip(torch.split(here.logits, few), torch.split(here.targets, few), strict=True):
-            logp = logits.log_softmax(-1)  # (n, V)
-            target = logp.gather(-1, targets[:, None])[:, 0]
-            first = logp.max(-1).indices  # several times faster than argmax on a CPU, and of equals the first as there
-            p = logp.exp()
-            mean = (p * logp).sum(-1)
-            far = logp.sub_(mean[:, None])  # in place, as what these steps cost is memory
-            std = p.mul_(far).mul_(far).sum(-1).sqrt()
+            most, first = logits.max(-1, keepdim=True)  # several times faster than argmax on a CPU; of equals the first, as there
+            z = logits - most  # (n, V) sums of small numbers: log_softmax loses two digits over 128,000 of them
+            target = z.gather(-1, targets[:, None])[:, 0]
+            p = z.exp()
+            total = p.sum(-1)
+            mean = (p * z).sum(-1) / total
+            far = z.sub_(mean[:, None])  # in place, as what these steps cost is memory
+            std = (p.mul_(far).mul_(far).sum(-1) / total).sqrt()
+            target, mean, first = target - total.log(), mean - total.log(), first[:, 0]
             for column, value in zip(columns, (target, first == targets, mean, std), strict=True):
                 column.append(value.cpu())
     return Statistics(*(torch.cat(column) for column in columns))

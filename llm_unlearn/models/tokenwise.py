@@ -177,8 +177,8 @@ class _Tokenwise(torch.autograd.Function):
                         slopes[part] = slope @ work.weight
                     sums.add(slope, work.states[part] * factor[part, None].to(work.states), factor[part])
         of_states = slopes * factor[:, None].to(slopes) if ctx.needs_input_grad[0] else None
-        of_weight = sums.weight if sums and ctx.needs_input_grad[1] else None
-        of_bias = sums.bias if sums and ctx.needs_input_grad[2] else None
+        of_weight = sums.weight.to(weight.dtype) if sums and ctx.needs_input_grad[1] else None
+        of_bias = sums.bias.to(bias.dtype) if sums and sums.bias is not None and ctx.needs_input_grad[2] else None
         return of_states, of_weight, of_bias, None, None, None, None
 
 
@@ -234,12 +234,13 @@ class _Work:
         return values, slope.to(self.weight.dtype)
 
     def sums(self) -> _Sums:
-        return _Sums(torch.zeros_like(self.trained), None if self.bias is None else torch.zeros_like(self.bias))
+        bias = None if self.bias is None else torch.zeros_like(self.bias, dtype=torch.float32)
+        return _Sums(torch.zeros_like(self.trained, dtype=torch.float32), bias)
 
 
 @dataclass
 class _Sums:
-    """The gradient of the head's weights, summed up part by part in place."""
+    """The gradient of the head's weights, summed up part by part in place, in float32."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)

@@ -1,8 +1,8 @@
-"""A process of a launch that trains something by itself for a while, beside the others, as if it were the only one."""
+"""What Accelerate is told of the other processes for a while: that there are none, or that a model is spread over them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -12,14 +12,21 @@ ALONE = {"distributed_type": DistributedType.NO, "num_processes": 1, "process_in
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Inside, Accelerate waits for nobody and shares nothing: gradients, means and checkpoints are this process's alone."""
+def told(values: Mapping[str, object]) -> Iterator[None]:
+    """Inside, Accelerate goes by these values."""
     states = [vars(PartialState()), vars(AcceleratorState())]
-    kept = [{name: state[name] for name in ALONE} for state in states]
+    kept = [{name: state[name] for name in values} for state in states]
     try:
         for state in states:
-            state.update(ALONE)
+            state.update(values)
         yield
     finally:
-        for state, values in zip(states, kept, strict=True):
-            state.update(values)
+        for state, before in zip(states, kept, strict=True):
+            state.update(before)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, Accelerate waits for nobody and shares nothing: gradients, means and checkpoints are this process's alone."""
+    with told(ALONE):
+        yield

@@ -15,7 +15,7 @@ from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.models.load import load, trainable
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused
-from llm_unlearn.training.secret import check_whole
+from llm_unlearn.training.sharded import check_whole
 from llm_unlearn.training.vectors import Gradient, blend, norm, plus, put
 
 

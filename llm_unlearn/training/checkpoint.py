@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm_unlearn.models.load import trainable
+from llm_unlearn.models.sharded import fill, is_sharded, whole
+from llm_unlearn.training.sharded import load_optimizer, save_optimizer
 
 WEIGHTS = "trainable.safetensors"
 
@@ -38,6 +39,8 @@ class Progress:
     """Looks in a row that were beyond the budget."""
     multipliers: dict[str, float] = field(default_factory=dict)
     """Weights that a budget has found."""
+    batch_tokens: int = 0
+    """Of one micro-batch, where that was found by a probe."""
     memory: dict[str, list[Tensor]] = field(default_factory=dict)
     """What rules keep from step to step."""
 
@@ -51,7 +54,10 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one run; only the newest is kept."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, model: nn.Module, progress: Progress, scheduler: Any) -> None:
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, model: nn.Module, progress: Progress, scheduler: Any,
+        optimizer: Any, wrapped: nn.Module,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.accelerator = accelerator
         self.progress = progress
@@ -60,15 +66,18 @@ class Checkpoints:
         # Accelerate would save the frozen base with every checkpoint; only what is trained is needed.
         def save(models: list[Any], weights: list[Any], where: str) -> None:
             weights.clear()
+            kept = snapshot(model) if accelerator.is_main_process or is_sharded(model) else {}
             if accelerator.is_main_process:
-                save_file(snapshot(model), str(Path(where) / WEIGHTS))
+                save_file(kept, str(Path(where) / WEIGHTS))
+            save_optimizer(accelerator, optimizer, wrapped, Path(where))
 
         def load(models: list[Any], where: str) -> None:
             models.clear()
             restore(model, load_file(str(Path(where) / WEIGHTS)))
+            load_optimizer(accelerator, optimizer, wrapped, Path(where))
 
-        accelerator.register_save_state_pre_hook(save)
-        accelerator.register_load_state_pre_hook(load)
+        self.hooks = (accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load))
+        self.optimizer = optimizer
 
     def save(self) -> None:
         """Write the state after `progress.step` steps, then drop older ones."""
@@ -88,6 +97,12 @@ class Checkpoints:
                     shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
 
+    def close(self) -> None:
+        """No more is saved: let go of the model, and of the optimizer's states, which the accelerator would keep in memory."""
+        for hook in self.hooks:
+            hook.remove()
+        self.optimizer.state.clear()
+
     def load(self) -> bool:
         """Go back to the newest checkpoint; False where there is none."""
         newest = latest(self.folder)
@@ -106,12 +121,11 @@ def latest(folder: Path) -> Path | None:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the trainable weights in CPU memory."""
-    return {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in trainable(model).items()}
+    """A copy of the trainable weights in CPU memory; where they are sharded, every process must ask."""
+    return {name: whole(weight) for name, weight in trainable(model).items()}
 
 
-@torch.no_grad()
 def restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put a snapshot back."""
     for name, weight in trainable(model).items():
-        weight.copy_(weights[name])
+        fill(weight, weights[name])

@@ -16,6 +16,8 @@ from llm_unlearn.data.batch import cut, lay_out
 from llm_unlearn.data.examples import Example
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.scores import Scorer, head_of, score, statistics
+from llm_unlearn.models.sharded import at_rest, take_part
+from llm_unlearn.objectives.views import TOP
 from llm_unlearn.training.checkpoint import Progress, snapshot
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.fisher import some
@@ -47,12 +49,15 @@ def ask(
     total = torch.zeros(3, dtype=torch.float64)  # Σ NLL, hits, tokens
     mine = cut([len(example.ids) for example in examples], batch_tokens, accelerator.num_processes)
     for chosen in mine[accelerator.process_index]:
-        if chosen:
+        with accelerator.autocast():
+            if not chosen:
+                take_part(scorer, (TOP,), accelerator.device)
+                continue
             batch = lay_out([examples[i] for i in chosen]).to(accelerator.device)
-            with accelerator.autocast():
-                for scores in score(scorer, head, batch).values():
-                    found = statistics(scores)
-                    total += torch.stack([-found.logp.double().sum(), found.hit.sum(), torch.tensor(len(found.hit))])
+            for scores in score(scorer, head, batch).values():
+                found = statistics(scores)
+                total += torch.stack([-found.logp.double().sum(), found.hit.sum(), torch.tensor(len(found.hit))])
+    at_rest(scorer)
     nll, hits, tokens = accelerator.reduce(total.to(accelerator.device, torch.float32), "sum").tolist()
     return math.exp(min(700.0, nll / tokens)), hits / tokens
 

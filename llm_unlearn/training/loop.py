@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from llm_unlearn.data.batch import Layout
 from llm_unlearn.models.load import earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of
@@ -30,6 +32,8 @@ from llm_unlearn.training.during import during
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
+from llm_unlearn.training.room import fitting, out_of_memory
+from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
 from llm_unlearn.training.vectors import Gradient
 from llm_unlearn.training.window import Job, Model, Window
@@ -53,8 +57,10 @@ def train(
     """
     training = Training(job, model, accelerator, shelf)
     progress, steps, every = training.progress, job.schedule.steps, job.settings.checkpoint_every
-    checkpoints = Checkpoints(folder / "checkpoints", accelerator, model, progress, training.scheduler)
+    parts = (model, progress, training.scheduler, training.optimizer, training.model.wrapped)
+    checkpoints = Checkpoints(folder / "checkpoints", accelerator, *parts)
     resumed = resume and checkpoints.load()
+    training.settle()
     main, outcome = accelerator.is_main_process, None
     log = Log(folder / "log.jsonl", main, progress.step)
     with tqdm(total=steps, initial=progress.step, desc=title, unit="step", disable=not main) as bar, signals() as asked:
@@ -62,7 +68,10 @@ def train(
             outcome = training.begin()
         while progress.step < steps and outcome is None:
             began = time.perf_counter()
-            row, outcome = training.step(asked.is_set())
+            try:
+                row, outcome = training.step(asked.is_set())
+            except torch.OutOfMemoryError:
+                raise out_of_memory(training.layout, progress.step + 1) from None
             log.write({**row, "seconds": round(time.perf_counter() - began, 4)})
             shown = {
                 name: f"{row[name]:.3g}"
@@ -78,6 +87,7 @@ def train(
     outcome = outcome or ending(training.probe, progress)
     if outcome.status != "interrupted" and outcome.kept != progress.step and progress.good:
         restore(model, progress.good)
+    checkpoints.close()
     model.eval()
     return outcome
 
@@ -113,16 +123,26 @@ class Training:
         self.noisy_steps = job.certified.settings.noisy_steps if job.certified else 0
         self.scheduler = _make_scheduler(settings, optimizer, schedule.steps - self.noisy_steps)
         reference = reference_of(job, scorer, head, accelerator, settings.batch_tokens, shelf)
-        wrapped, self.optimizer = accelerator.prepare(scorer, optimizer)
-        self.packed = not job.private and can_pack(model, job.longest)  # gradients of single rows want a row to each
-        self.model = Model(wrapped, scorer, head, reference, during(settings, model, accelerator, self.packed))
+        packed = not job.private and can_pack(model, job.longest)  # gradients of single rows want a row to each
+        inside = during(settings, model, accelerator, packed)
+        wrapped, self.optimizer = prepare(scorer, optimizer, accelerator)
+        self.model = Model(wrapped, scorer, head, reference, inside)
         self.weights = list(trainable(model).values())
         self.directions = _directions(settings, trainable(model))
         self.forget = {name: term for name, term in job.terms.items() if stream_of(term, name) == "forget"}
         self.others = {name: term for name, term in job.terms.items() if name not in self.forget}
-        self.window = Window(job, 0, accelerator, self.packed)
+        self.layout = Layout(settings.batch_tokens, packed)
+        self.window = Window(job, 0, accelerator, self.layout)
         self.clipped = Clipped.of(job, self.model, accelerator)
         self.row: dict[str, float] = {}
+
+    def settle(self) -> None:
+        """Find how many tokens fit into memory, where that is asked; a resumed run keeps what it found."""
+        if self.job.settings.micro_batch == "auto":
+            found = self.progress.batch_tokens or fitting(self.job, self.model, self.accelerator, self.layout.packed)
+            self.progress.batch_tokens, self.layout = found, replace(self.layout, tokens=found)
+            if self.accelerator.is_main_process:
+                print(f"micro-batches of at most {found:,} tokens")
 
     def begin(self) -> Outcome | None:
         """What is measured once, before the first step: the probe's values, and what rules remember of the start.
@@ -151,7 +171,7 @@ class Training:
             The line of the log, and how the run ended where this step ended it.
         """
         progress, settings, probe = self.progress, self.job.settings, self.probe
-        self.window = Window(self.job, progress.step, self.accelerator, self.packed)
+        self.window = Window(self.job, progress.step, self.accelerator, self.layout)
         self.row = {"step": progress.step + 1, "lr": self.scheduler.get_last_lr()[0]}
         if self.clipped:
             self.row |= self.clipped.backward(self.window, self.job.terms, self.multipliers(self.job.terms), progress.step)

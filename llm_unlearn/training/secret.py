@@ -1,4 +1,4 @@
-"""What a run with noise asks of its processes: whole models, and one key, kept with the checkpoints and deleted with them."""
+"""What a run with noise asks of its processes: one key, kept with the checkpoints and deleted with them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from pathlib import Path
 from secrets import token_bytes
 from typing import Any, Protocol
 
-from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list
 
 from llm_unlearn.folder import CHECKPOINTS, PRIVACY, write
-from llm_unlearn.spec import Refused
 
 NAME = "secret.key"
-WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Every process holds the whole model."""
 
 
 class Noisy(Protocol):
@@ -70,16 +66,3 @@ def spent(noisy: Noisy | None, folder: Path, steps: int, main: bool) -> dict[str
     if main:
         write(folder / PRIVACY, json.dumps(facts, indent=1, ensure_ascii=False))
     return {"privacy": facts}
-
-
-def check_whole(accelerator: Accelerator, place: str) -> None:
-    """Every process must hold the whole model.
-
-    Raises:
-        Refused: it is spread over them.
-    """
-    if accelerator.distributed_type not in WHOLE:
-        raise Refused(
-            f"{place}: the model is spread over processes ({accelerator.distributed_type.value}), so that none has the norm of a "
-            "whole gradient. Launch with one model per process (launch/), or take another way."
-        )

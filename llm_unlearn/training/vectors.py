@@ -14,10 +14,12 @@ Gradient = list["Tensor"]
 
 
 def dot(a: Gradient, b: Gradient) -> float:
-    """⟨a, b⟩"""
+    """⟨a, b⟩, on all processes where the tensors are spread over them"""
     import torch
+    from torch.distributed.tensor import DTensor
 
     parts = [(x * y).sum() for x, y in zip(a, b, strict=True)]
+    parts = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
     return float(torch.stack(parts).double().sum()) if parts else 0.0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -17,13 +17,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from llm_unlearn.data.batch import Batch, answer_lengths, micro_batches
+from llm_unlearn.data.batch import Batch, Layout, answer_lengths, micro_batches
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import Schedule
 from llm_unlearn.models.depth import Layers, Nudge
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.reference import Asked, Reference
 from llm_unlearn.models.scores import Scorer, Scores, score, values
+from llm_unlearn.models.sharded import is_sharded, take_part
 from llm_unlearn.objectives.representation import Lunar
 from llm_unlearn.objectives.terms import Term, count, layers_read, skipped, stream_of, streams_read
 from llm_unlearn.objectives.views import TOP, window_of
@@ -116,8 +117,7 @@ class Model:
     scorer: Scorer
     head: Head
     reference: Reference
-    during: Callable[[], AbstractContextManager[object]] = nullcontext
-    """What holds while a loss and its gradient are made."""
+    during: Callable[[], AbstractContextManager[object]] = nullcontext  # what holds while a loss and its gradient are made
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -135,12 +135,12 @@ class Part:
 class Window:
     """This rank's part of one optimizer step."""
 
-    def __init__(self, job: Job, step: int, accelerator: Accelerator, packed: bool = False) -> None:
+    def __init__(self, job: Job, step: int, accelerator: Accelerator, layout: Layout | None = None) -> None:
         """
         Args:
-            packed: sequences lie end to end in its micro-batches.
+            layout: of its micro-batches; without it, padded, of at most the settings' tokens.
         """
-        self.job, self.accelerator, self.packed = job, accelerator, packed
+        self.job, self.accelerator, self.layout = job, accelerator, layout or Layout(job.settings.batch_tokens)
         self.slots = job.schedule.window(step)
         everything = [job.example(*place) for slot in self.slots for place in slot if place[0] in job.read]
         self.lengths = answer_lengths(everything)  # of all ranks: the schedule knows them without asking
@@ -150,11 +150,11 @@ class Window:
         """Units of a term's loss in the window on all ranks; 0 where the window has none of its stream."""
         return count(term.loss, self.lengths.get(streams_read(term, name)[0], ()))
 
-    def parts(self, terms: Mapping[str, Term], batch_tokens: int | None = None) -> list[Part]:
+    def parts(self, terms: Mapping[str, Term], tokens: int | None = None) -> list[Part]:
         """This rank's forward passes for some terms, those that end early first. All ranks have as many.
 
         Args:
-            batch_tokens: at most so many in one, instead of the settings'; 1 is one slot at a time.
+            tokens: at most so many in one, instead of the layout's; 1 is one slot at a time.
         """
         policy = {stream for name, term in terms.items() for stream in streams_read(term, name)}
         read = policy | {stream for name, term in terms.items() for stream, asked in _asked(term, name).items() if asked.run}
@@ -166,12 +166,18 @@ class Window:
                 union, slots = by_depth.setdefault(_depth(layers), (set(), []))
                 union.update(layers)
                 slots.append(kept)
-        rank, ranks, most = self.accelerator.process_index, self.accelerator.num_processes, batch_tokens
+        rank, ranks, layout = self.accelerator.process_index, self.accelerator.num_processes, self.layout
+        layout = replace(layout, tokens=tokens) if tokens else layout
         return [
             Part(tuple(sorted(layers)), batch)
             for _, (layers, slots) in sorted(by_depth.items())
-            for batch in micro_batches(slots, self.job.example, most or self.job.settings.batch_tokens, rank, ranks, self.packed)
+            for batch in micro_batches(slots, self.job.example, layout, rank, ranks)
         ]
+
+    def largest(self) -> int:
+        """Tokens of its largest micro-batch on this rank, padding included."""
+        batches = [part.batch for part in self.parts(self.job.terms) if part.batch]
+        return max((batch.input_ids.numel() for batch in batches), default=0)
 
     def backward(
         self, terms: Mapping[str, Term], weights: Mapping[str, float], model: Model, latent: Latent | None = None
@@ -187,13 +193,15 @@ class Window:
         sums = torch.zeros(len(terms), device=self.accelerator.device)
         parts = self.parts(terms)
         whole = self._whole(terms, parts, model)
+        spread = is_sharded(model.scorer)  # then all take part in every pass, and gradients are added up where they are kept
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
-            if part.batch is None and not last:
+            if part.batch is None and not last and not spread:
                 continue
-            with nullcontext() if last else self.accelerator.no_sync(model.wrapped), self.accelerator.autocast(), model.during():
+            exchange = nullcontext() if last or spread else self.accelerator.no_sync(model.wrapped)
+            with exchange, self.accelerator.autocast(), model.during():
                 loss = torch.zeros((), device=self.accelerator.device)
-                if part.batch is None or (last and TOP not in part.layers):  # data parallelism waits for every weight
+                if part.batch is None or (last and TOP not in part.layers and not spread):  # copies wait for every weight
                     loss = _nothing(model, part.layers, self.accelerator.device)
                 if part.batch is not None:
                     found = self._values(terms, part, model, whole, latent)
@@ -284,10 +292,13 @@ def _depth(layers: set[int]) -> float:
 
 
 def _nothing(model: Model, layers: Layers, device: torch.device) -> Tensor:
-    """A loss of 0 that touches every weight, so that this rank takes part in the exchange of gradients."""
-    one = torch.zeros((1, 1), dtype=torch.long, device=device)
-    states = model.wrapped(one, one[0], layers)
-    return torch.stack([(values * 0).sum() for values in (*states.values(), *model.weights)]).sum()
+    """A loss of 0, so that this rank takes part in the exchange of gradients: one that touches every weight, or, where they are
+    sharded, all passes that others make."""
+    states = take_part(model.wrapped, layers, device)
+    spread = is_sharded(model.scorer)
+    if spread:
+        model.reference(None)
+    return torch.stack([(values * 0).sum() for values in (*states.values(), *(() if spread else model.weights))]).sum()
 
 
 def disturbance(model: Model, batch: Batch, latent: Latent) -> Nudge:
