@@ -21,8 +21,9 @@ from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer
 from llm_unlearn.sections import Model
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import Training
-from llm_unlearn.training.window import Job, Window
+from llm_unlearn.training.window import Window
 
 if TYPE_CHECKING:
     from benchmarks.rows import Row
@@ -49,6 +50,8 @@ class Task:
     windows: list[dict[str, list[tuple[tuple[int, ...], int]]]]
     """Of each step, the examples of each stream, as tokens and where the answer begins."""
     layers: int
+    recomputed: bool
+    """Activations are, in the backward pass."""
     check: bool
     """Weights are moved away from the reference first, so that no gradient is 0; in float32, without a bound on the gradient."""
 

@@ -183,6 +183,7 @@ def train(turns: Turns, task: Task) -> None:
             bf16=device.dtype() == torch.bfloat16 and not task.check, use_cpu=device.device().type == "cpu",
             save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
             dataloader_pin_memory=device.device().type == "cuda",
+            gradient_checkpointing=task.recomputed, gradient_checkpointing_kwargs={"use_reentrant": False},
         )  # fmt: skip
         pairs = [pair for window in task.windows for pair in zip(window["forget"], window["retain"], strict=True)]
         trainer = Unlearning(

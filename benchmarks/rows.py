@@ -86,7 +86,7 @@ def write_recipe(row: Row, size: Size, model: Path, data: Path, steps: int, *, c
         "objective": objective(row, layers),
         "train": {
             "steps": steps, "window": {"forget": size.window, "retain": size.window}, "batch_tokens": size.batch_tokens,
-            "schedule": "constant", "warmup": 0.0,
+            "schedule": "constant", "warmup": 0.0, "gradient_checkpointing": size.recomputed,
             **({"optimizer": "sgd", "lr": CHECK_RATE, "clip": None} if check else {"lr": 1e-6}),
         },
     }  # fmt: skip

@@ -72,6 +72,7 @@ class Size:
     batch: int = 16  # rows of the plain evaluation's batches
     max_new_tokens: int = 200
     recipe: str | None = None  # for the start; without it, one on this very model
+    recomputed: bool = False  # activations, in the backward pass, on both sides: what fits large models onto one card
     twin: int | None = None  # layers of the model whose gradients are compared; without it, all
 
 
@@ -94,7 +95,7 @@ SIZES = {
     ),
     "8b": Size(
         Shape(4096, 14336, 32, 32, 8, tied=False), window=64, batch_tokens=4096, rounds=3, steps=2,
-        rows=("NPO, LoRA", "NPO, LoRA, nf4"), twin=4,
+        rows=("NPO, LoRA", "NPO, LoRA, nf4"), recomputed=True, twin=4,
     ),
 }  # fmt: skip
 """`1b` and `8b` have the shapes of Llama 3.2 1B and Llama 3.1 8B."""

@@ -93,7 +93,7 @@ def task_of(row: Row, size: Size, place: Place, steps: int, *, check: bool = Fal
     layers = size.twin if check and size.twin else size.shape.layers
     path = write_recipe(row, size, model, place.data, steps, check=check, layers=layers)
     windows = ours.windows_of(ours.job_of(recipes.load(path)))
-    return ours.Task(row, path, model, windows, layers, check)
+    return ours.Task(row, path, model, windows, layers, size.recomputed, check)
 
 
 def compare(name: str, row: Row, size: Size, place: Place, say: Callable[[str], None]) -> float:

@@ -28,7 +28,8 @@ from llm_unlearn.run import make_job
 from llm_unlearn.source import is_recipe
 from llm_unlearn.training.before import choices
 from llm_unlearn.training.dose import Stop
-from llm_unlearn.training.window import Job
+from llm_unlearn.training.job import Job
+from llm_unlearn.training.room import STATES
 from llm_unlearn.tree import locate
 
 GIB = 1 << 30
@@ -164,20 +165,23 @@ def memory(
 
     Weights, gradients and optimizer states follow from counts. Activations are those of a decoder layer with a gated
     feed-forward block, per token: 18 hidden + 4 intermediate vectors kept for the backward pass; one vector a layer with gradient
-    checkpointing; those of the layer that is at work where the others lie on the CPU (`offload`).
+    checkpointing; those of the layer that is at work where the others lie on the CPU (`offload`). Logits are those of the tokens
+    that are at work at once (`models/tokenwise.py`), and what a loss makes of them.
     """
     size = torch.finfo(dtype).bits // 8
     bits = {"nf4": 0.53, "fp4": 0.53, "int8": 1.0, None: float(size)}[recipe.model.quantize]
     frozen = bits * base if recipe.model.adapter else 4.0 * base
-    per_weight = {"adamw": 8, "sgd": 0, "sophia": 8, "adamw_8bit": 2, "paged_adamw_8bit": 0}[recipe.train.optimizer]
-    states = moved * (4 + per_weight) + (4 * moved if recipe.model.adapter else 0)
+    states = moved * (4 + STATES[recipe.train.optimizer]) + (4 * moved if recipe.model.adapter else 0)
     tokens = max(longest, min(recipe.train.batch_tokens, longest * sum(recipe.window.values())))
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden)
     layer = (18 * hidden + 4 * inner) * size
     kept = layers * hidden * size + layer if recipe.train.gradient_checkpointing else layers * layer
     kept = layer if offload else kept
-    logits = min(CHUNK, tokens * int(config.vocab_size)) * 4.0 * (4 if reference else 3)
+    whole = any(term.loss.needs.policy == "logits" for term in recipe.terms.values())
+    logits = 4.0 * (
+        8 * min(CHUNK // 2, tokens * int(config.vocab_size)) if whole else 2 * min(CHUNK, tokens * int(config.vocab_size))
+    )
     snapshot = 4.0 * moved if recipe.train.stop else 0.0
     second = {"second model": float(size * base)} if reference and recipe.train.reference == "copy" else {}
     return {

@@ -43,9 +43,9 @@ from llm_unlearn.training.checkpoint import snapshot
 from llm_unlearn.training.edits import edit
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.guard import Outcome, aim_of
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import check, train
 from llm_unlearn.training.privacy import mechanism
-from llm_unlearn.training.window import Job
 
 
 def run(

@@ -25,8 +25,8 @@ from llm_unlearn.sections import Adapter, Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import gradients
 from llm_unlearn.training.checkpoint import snapshot
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import train
-from llm_unlearn.training.window import Job
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"forget": 8, "retain": 10}

@@ -23,7 +23,8 @@ from llm_unlearn.objectives.preference import DPO, NPO
 from llm_unlearn.objectives.representation import RMU, EmbedMatch
 from llm_unlearn.training import before
 from llm_unlearn.training.before import Shelf, choices, reference_of
-from llm_unlearn.training.window import Job, Model, Window
+from llm_unlearn.training.job import Job
+from llm_unlearn.training.window import Model, Window
 
 CASES = [(NPO(), KL()), (DPO(), KL(direction="reverse")), (RMU(layer=1), EmbedMatch(layers=(1,)))]
 WAYS = ("adapter_off", "kept", "copy")

@@ -34,9 +34,9 @@ from llm_unlearn.sections import Train
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import clipped
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import train
 from llm_unlearn.training.privacy import Privacy, mechanism
-from llm_unlearn.training.window import Job
 
 DELTA = 1e-5
 

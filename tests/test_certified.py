@@ -27,8 +27,8 @@ from llm_unlearn.run import run
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.certified import Certified, certified_by
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import train
-from llm_unlearn.training.window import Job
 
 SETTINGS = NoisyFinetune(reference="x", epsilon=2.0, delta=1e-3, radius=0.5, noisy_steps=4, rate=0.05, clip=1.0, decay=0.1)
 

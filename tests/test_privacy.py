@@ -34,9 +34,10 @@ from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import secret
 from llm_unlearn.training.clipped import Clipped
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.privacy import Mechanism, Privacy, mechanism
 from llm_unlearn.training.secret import new_key
-from llm_unlearn.training.window import Job, Window
+from llm_unlearn.training.window import Window
 
 KEY = b"a key"
 SIZES, RATES = {"forget": 12, "retain": 18}, {"forget": 0.5, "retain": 0.25}

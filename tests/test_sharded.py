@@ -38,8 +38,8 @@ from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import sharded
 from llm_unlearn.training.dose import Harm, Stop
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import Training, train
-from llm_unlearn.training.window import Job
 
 GRAD_DIFF = {"forget": Term(loss=Ascent(), weight=0.7), "retain": Term(loss=NLL(), weight=1.5)}
 SMALL: dict[str, Any] = {"optimizer": "sgd", "lr": 0.01, "clip": None, "batch_tokens": 60}

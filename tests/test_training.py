@@ -26,8 +26,8 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.training import loop
 from llm_unlearn.training.checkpoint import latest
 from llm_unlearn.training.dose import Harm, Stop
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import train
-from llm_unlearn.training.window import Job
 
 
 @pytest.fixture(autouse=True)

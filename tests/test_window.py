@@ -30,8 +30,9 @@ from llm_unlearn.sections import Adapter, Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import window as window_module
 from llm_unlearn.training.before import reference_of
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import Training
-from llm_unlearn.training.window import Job, Model, Window
+from llm_unlearn.training.window import Model, Window
 
 ROOT = Path(__file__).parent.parent
 LOSSES = get_args(get_args(AnyLoss)[0])

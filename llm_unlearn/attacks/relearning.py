@@ -16,7 +16,7 @@ from llm_unlearn.spec import PositiveFloat, PositiveInt, Refused, Share, spec
 if TYPE_CHECKING:
     from llm_unlearn.evaluation.sets import EncodedSet
     from llm_unlearn.models.load import Loaded
-    from llm_unlearn.training.window import Job
+    from llm_unlearn.training.job import Job
 
 GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 """Steps after which the attacker looks; the last step is added."""
@@ -104,7 +104,7 @@ class Relearning:
         from llm_unlearn.data.schedule import build
         from llm_unlearn.objectives.likelihood import NLL
         from llm_unlearn.objectives.terms import Term
-        from llm_unlearn.training.window import Job
+        from llm_unlearn.training.job import Job
 
         stream = mine.examples[0].stream
         schedule = build({stream: len(mine.examples)}, {stream: self.window}, subject.seed, steps=self.steps)

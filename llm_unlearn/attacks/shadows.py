@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llm_unlearn.data.examples import Example
     from llm_unlearn.evaluation.sets import EncodedSet
     from llm_unlearn.models.load import Loaded
-    from llm_unlearn.training.window import Job
+    from llm_unlearn.training.job import Job
 
 CERTAIN = 1e-9  # a probability stays so far away from 0 and from 1: its logit is a number
 GRID = (2, 4, 8, 16, 32, 64, 128)
@@ -186,7 +186,7 @@ def forget_job(recipe: Recipe, forget: Sequence[Example], retain: Sequence[Examp
     them."""
     from llm_unlearn.data.schedule import build
     from llm_unlearn.training.guard import aim_of
-    from llm_unlearn.training.window import Job
+    from llm_unlearn.training.job import Job
 
     rows = {"forget": forget, "retain": retain} if recipe.data.retain else {"forget": forget}
     examples = {name: [replace(one, stream=name) for one in found] for name, found in rows.items()}

@@ -30,8 +30,8 @@ from llm_unlearn.run import make_job, prepare, start
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import secret, sharded
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import check, train
-from llm_unlearn.training.window import Job
 
 CONFIDENCE = 0.95
 DELTA = 1e-5

@@ -180,8 +180,8 @@ def _train_one(name: str, folder: Path) -> None:
     from llm_unlearn.data.schedule import build
     from llm_unlearn.objectives.likelihood import NLL
     from llm_unlearn.objectives.terms import Term
+    from llm_unlearn.training.job import Job
     from llm_unlearn.training.loop import train
-    from llm_unlearn.training.window import Job
 
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()

@@ -32,8 +32,8 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.training.alone import alone
 from llm_unlearn.training.checkpoint import restore, snapshot
 from llm_unlearn.training.guard import Outcome
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import train
-from llm_unlearn.training.window import Job
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from llm_unlearn.models.reference import (
 from llm_unlearn.models.scores import Scorer
 from llm_unlearn.sections import Asking
 from llm_unlearn.spec import fingerprint
-from llm_unlearn.training.window import Job
+from llm_unlearn.training.job import Job
 
 MOST = 8 << 30
 """Bytes that are kept unasked, where the adapter could be switched off instead."""

@@ -18,10 +18,11 @@ from llm_unlearn.data.examples import Example
 from llm_unlearn.models.scores import score
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.spec import Refused
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.privacy import Mechanism
 from llm_unlearn.training.sharded import check_whole
 from llm_unlearn.training.vectors import Gradient
-from llm_unlearn.training.window import Job, Model, Window
+from llm_unlearn.training.window import Model, Window
 
 
 class Clipped:

@@ -29,9 +29,9 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.training.checkpoint import Progress, restore
 from llm_unlearn.training.fisher import fisher, slopes, some
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import Log, train
 from llm_unlearn.training.vectors import Gradient, norm, plus, put
-from llm_unlearn.training.window import Job
 
 Influences = list[dict[str, Any]]
 """One record per row: {stream, row, influence}."""

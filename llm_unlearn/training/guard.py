@@ -23,7 +23,7 @@ from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.fisher import some
 
 if TYPE_CHECKING:
-    from llm_unlearn.training.window import Job
+    from llm_unlearn.training.job import Job
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,12 @@ from llm_unlearn.training.during import during
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
+from llm_unlearn.training.job import Job
 from llm_unlearn.training.room import fitting, out_of_memory
 from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
 from llm_unlearn.training.vectors import Gradient
-from llm_unlearn.training.window import Job, Model, Window
+from llm_unlearn.training.window import Model, Window
 
 
 def train(

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 
 from llm_unlearn.data.batch import Layout
 from llm_unlearn.spec import Refused
-from llm_unlearn.training.window import Job, Model, Window
+from llm_unlearn.training.job import Job
+from llm_unlearn.training.window import Model, Window
 
 MARGIN = 0.85
 """Share of the free memory that is used: allocators leave gaps, and rules keep a gradient or two."""

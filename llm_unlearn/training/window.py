@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -18,95 +17,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from llm_unlearn.data.batch import Batch, Layout, answer_lengths, micro_batches
-from llm_unlearn.data.examples import Example
-from llm_unlearn.data.schedule import Schedule
 from llm_unlearn.models.depth import Layers, Nudge
 from llm_unlearn.models.head import Head
-from llm_unlearn.models.reference import Asked, Reference
+from llm_unlearn.models.reference import Reference
 from llm_unlearn.models.scores import Scorer, Scores, score, values
 from llm_unlearn.models.sharded import is_sharded, take_part
-from llm_unlearn.objectives.representation import Lunar
 from llm_unlearn.objectives.terms import Term, count, layers_read, skipped, stream_of, streams_read
 from llm_unlearn.objectives.views import TOP, window_of
-from llm_unlearn.sections import Train
-from llm_unlearn.training.certified import Certified
 from llm_unlearn.training.gradients import Latent
-from llm_unlearn.training.privacy import Mechanism
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be trained on what. `examples` are those of every stream, in the order that the schedule's indices mean."""
-
-    terms: Mapping[str, Term]
-    examples: Mapping[str, list[Example]]
-    schedule: Schedule
-    settings: Train
-    seed: int = 0
-    aim: float | None = None
-    """The perplexity of the forget set at which the run is to end, where that is known beforehand."""
-    private: Mechanism | None = None
-    """What is drawn and added where the settings ask for privacy."""
-    certified: Certified | None = None
-    """The noisy steps that come first, where the method is certified."""
-
-    @property
-    def noisy(self) -> Mechanism | Certified | None:
-        """What the run's guarantee comes from, where it has one."""
-        return self.private or self.certified
-
-    def example(self, stream: str, index: int) -> Example:
-        return self.examples[stream][index]
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest example that the run sees."""
-        streams = {name for name in self.read if name in self.schedule.streams}
-        return max((len(self.examples[name][i].ids) for name in streams for i in self.schedule.seen(name)), default=1)
-
-    @cached_property
-    def every_term(self) -> dict[str, Term]:
-        """The objective's terms, and those that rules bring along."""
-        return {**self.terms, **{name: term for rule in self.settings.rules for name, term in rule.extra.items()}}
-
-    @cached_property
-    def needs(self) -> dict[str, Asked]:
-        """Stream -> what its losses read of the reference."""
-        found: dict[str, Asked] = {}
-        for name, term in self.every_term.items():
-            for stream, asked in _asked(term, name).items():
-                found[stream] = found.get(stream, Asked()) | asked
-        return found
-
-    @cached_property
-    def layers(self) -> dict[str, Layers]:
-        """Stream -> the layers that its losses read of the policy."""
-        found: dict[str, set[int]] = {}
-        for name, term in self.every_term.items():
-            for stream in streams_read(term, name):
-                found.setdefault(stream, set()).update(layers_read(term.loss))
-        return {stream: tuple(sorted(layers)) for stream, layers in found.items()}
-
-    @property
-    def read(self) -> set[str]:
-        """The streams that go through the model, as it is or as it was."""
-        return {*self.layers, *(stream for stream, asked in self.needs.items() if asked.run)}
-
-
-def _asked(term: Term, name: str) -> dict[str, Asked]:
-    """Stream -> what one term's loss reads of the reference."""
-    loss, own = term.loss, stream_of(term, name)
-    if isinstance(loss, Lunar):
-        (other,) = streams_read(term, name, loss.needs.contrasts)
-        return {own: Asked((loss.layer,), centres=(loss.layer,)), other: Asked(centres=(loss.layer,))}
-    asked = {
-        "none": Asked(),
-        "logps": Asked(logps=True),
-        "logits": Asked((TOP,)),
-        "hidden": Asked(layers_read(loss)),
-    }[loss.needs.reference]
-    streams = streams_read(term, name, (*loss.needs.reads, *loss.needs.contrasts))
-    return {stream: asked for stream in streams if asked.run}
+from llm_unlearn.training.job import Job, asked_by
 
 
 @dataclass(frozen=True)
@@ -157,7 +76,7 @@ class Window:
             tokens: at most so many in one, instead of the layout's; 1 is one slot at a time.
         """
         policy = {stream for name, term in terms.items() for stream in streams_read(term, name)}
-        read = policy | {stream for name, term in terms.items() for stream, asked in _asked(term, name).items() if asked.run}
+        read = policy | {stream for name, term in terms.items() for stream, asked in asked_by(term, name).items() if asked.run}
         by_depth: dict[float, tuple[set[int], list[tuple[tuple[str, int], ...]]]] = {}
         for slot in self.slots:
             kept = tuple(place for place in slot if place[0] in read)
