@@ -110,7 +110,8 @@ def main() -> None:
     options = arguments()
     if options.write:
         table.around(options.write, options.size)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for asked in (signal.SIGTERM, signal.SIGINT):  # the latter is ignored in the background of a shell, unless one asks
+        signal.signal(asked, _interrupt)
     found: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:

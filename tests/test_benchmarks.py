@@ -129,8 +129,11 @@ def test_all_of_it_at_the_smallest_size(tmp_path: Path) -> None:
 
 
 WORKING = """
+import signal
 import time
 from benchmarks import sides
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been told to ignore it
 
 def work(turns):
     turns.next()

@@ -88,7 +88,7 @@ def test_states_and_gradients_are_those_of_padded_sequences(name: str) -> None:
     assert (whole - packed_whole).norm() <= 1e-5 * whole.norm()
 
 
-@pytest.mark.parametrize("tokens", [30, 90, 10**6])
+@pytest.mark.parametrize("tokens", [30, 10**6])
 @pytest.mark.parametrize(("loss", "kept"), CASES, ids=lambda loss: str(loss).replace("name=", ""))
 def test_a_window_has_the_same_gradient(make_model: Callable[..., Any], loss: Any, kept: Any, tokens: int) -> None:
     def small() -> Any:

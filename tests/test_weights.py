@@ -69,13 +69,14 @@ def test_a_run_of_one_step_uses_the_start(make_model: Callable[..., Any], tmp_pa
 
 
 def test_a_term_may_fade_in_from_nothing(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    """What holds the model where it is has no gradient at first: a first step without any is then no mistake of the recipe's."""
+    """What holds the model where it is has no gradient at first, but for rounding where what it is compared with was taken before:
+    a first step without any is then no mistake of the recipe's."""
     still = Term(loss=EmbedMatch(layers=(1,)))
     terms = {"forget": Term(loss=Ascent(), weight=Ramp(start=0.0, end=1.0)), "retain": still}
     assert moved_by(job(steps=3, terms=terms), adapted(make_model), tmp_path).norm() > 1e-3
-    assert log(tmp_path)[0]["grad_norm"] == 0 < log(tmp_path)[1]["grad_norm"]
+    assert log(tmp_path)[0]["grad_norm"] < 1e-5 < 1e-2 < log(tmp_path)[1]["grad_norm"]
     with pytest.raises(Refused, match="not one trainable weight received a gradient"):
-        train(job(terms={"retain": still}), adapted(make_model), Accelerator(cpu=True), tmp_path / "x")
+        train(job(terms={"retain": still}, reference="adapter_off"), adapted(make_model), Accelerator(cpu=True), tmp_path / "x")
 
 
 # ---------------------------------------------------------------------------------------------------------------- budgets
