@@ -26,6 +26,7 @@ from benchmarks import table
 from benchmarks.rows import ROWS
 from benchmarks.shapes import SIZES
 from benchmarks.sides import Failed, begin
+from llm_unlearn.cli import wait_briefly
 
 PARTS = ("training", "evaluation", "start")
 
@@ -63,6 +64,7 @@ def command(options: argparse.Namespace) -> str:
 
 def measure(options: argparse.Namespace, folder: Path, found: dict[str, Any]) -> None:
     """Everything that was asked for, put into `found` as soon as it is there."""
+    wait_briefly()  # both ways, as the command line has it
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one is measured; a trainer would spread over all
     say("importing")
     begin()

@@ -29,8 +29,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if more:  # settings may stand before and after options
         options.overrides = [*options.overrides, *more]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels whenever peft imports it
-    # Threads that wait for each other spin by default: beside any other load, a small model then runs many times slower on a CPU.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     options.words = list(sys.argv[1:] if words is None else words)
     options.cache, options.config, options.environment = cache_folder(), config_folder(), os.environ
     from llm_unlearn.spec import Refused  # from here on something is done: settings may be read
@@ -53,6 +52,14 @@ def launch(file: str) -> None:
     """What the last line of a recipe calls when `accelerate launch` runs the recipe as a program."""
     if multiprocessing.parent_process() is None:  # a data worker that imports the main file again must not start a second run
         sys.exit(main(["run", file, *sys.argv[1:]]))
+
+
+def wait_briefly() -> None:
+    """Threads of PyTorch on a CPU that wait for each other spin for milliseconds: beside any other load, a small model then runs
+    many times slower. Where they sleep at once, waking them takes longer than the work of a small model. So they spin briefly."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def cache_folder() -> Path:
