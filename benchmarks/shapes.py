@@ -82,7 +82,7 @@ MORE = ("NPO, full", "KL, LoRA", "RMU, LoRA")
 SIZES = {
     "tiny": Size(
         Shape(32, 64, 4, 2, 2, vocabulary=512), window=4, batch_tokens=2048, rounds=2, steps=1,
-        rows=("GradDiff, full", "NPO, LoRA", "KL, full", "RMU, few layers"),
+        rows=("KL, full", "RMU, few layers"),
         evaluation=dict(zip(SETS, (4, 4, 4, 3, 3), strict=True)), batch=4, max_new_tokens=24,
     ),
     "cpu": Size(
