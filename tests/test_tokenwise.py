@@ -125,6 +125,23 @@ def test_in_bf16_as_autocast_has_it(trains: bool) -> None:
         assert one is None or other is None or (one - other).norm() <= 2e-2 * other.norm()
 
 
+def test_logits_of_one_part_are_written_over_those_of_the_last() -> None:
+    """Where one product in float32 makes them; the numbers are those of a head that is called."""
+    head, states = head_and_states(trains=False)
+    room = head.room(4)
+    assert room is not None and room.shape == (4, V) and not room.requires_grad
+    with torch.no_grad():
+        first, second = head(states[:4], room).clone(), head(states[4:7], room)
+        assert torch.equal(first, head(states[:4])) and torch.equal(second, head(states[4:7]))
+    assert second.data_ptr() == room.data_ptr()
+    assert head_and_states(bias=True)[0].room(4) is None
+    assert Head(nn.Linear(D, V, bias=False).to(torch.bfloat16), V).room(4) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head.room(4) is None
+    head.layer.register_forward_hook(lambda layer, given, output: None)
+    assert head.room(4) is None
+
+
 def test_a_head_that_somebody_watches_is_called() -> None:
     """As for gradients of single examples, which are taken where a layer is called."""
     for rows in (3, 100):

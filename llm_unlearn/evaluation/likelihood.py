@@ -24,7 +24,7 @@ from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Likelihood, Sampler
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.readings import distances, gradient_norm, head_from, renormalised, swaps, top_states
-from llm_unlearn.models.scores import Scorer, Scores, head_of, parts, score, statistics
+from llm_unlearn.models.scores import Scorer, Scores, head_of, in_parts, score, statistics
 
 Found = TypeVar("Found")
 
@@ -88,8 +88,7 @@ def likelihood_pass(
             states = np.concatenate([control.states[ends[answers[i]] : ends[answers[i] + 1]] for i in members])
             theirs = torch.from_numpy(states).to(accelerator.device)
         columns: dict[str, list[Tensor]] = {}
-        for part in parts(scores):
-            here = scores.rows(part)  # its logits are computed once for all that is read off them
+        for part, here in in_parts(scores):  # its logits are computed once for all that is read off them
             found: dict[str, Tensor] = {**vars(statistics(here))}
             if is_answer:
                 for k, sampler in enumerate(samplers):

@@ -25,9 +25,25 @@ class Head:
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         return Head(layer, int(config.vocab_size), scale, getattr(config, "final_logit_softcapping", None))
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """(N, D) -> (N, V) float32"""
-        return self.finish(self.layer(states).float())
+    def __call__(self, states: Tensor, room: Tensor | None = None) -> Tensor:
+        """(N, D) -> (N, V) float32
+
+        Args:
+            room: of `room`, written over; without gradient only.
+        """
+        if room is None:
+            return self.finish(self.layer(states).float())
+        assert isinstance(self.layer, nn.Linear)
+        return self.finish(torch.mm(states, self.layer.weight.T, out=room[: len(states)]))
+
+    def room(self, rows: int) -> Tensor | None:
+        """Memory for the logits of so many rows, to be used again and again: on a CPU, taking it anew costs as much as filling it.
+        None where the head makes its logits otherwise than by one product in float32."""
+        layer = self.layer
+        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer.bias is not None:
+            return None
+        plain = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return layer.weight.new_empty((rows, layer.out_features), requires_grad=False) if plain else None
 
     def finish(self, logits: Tensor) -> Tensor:
         """What the layer gives, scaled and capped."""

@@ -179,6 +179,18 @@ def values(loss: AnyLoss, now: Mapping[str, Scores], ref: Mapping[str, Scores], 
     return tokenwise(mine.head, mine.states[TOP], OfDistribution(of, max(1, mine.chunk // 2)), one_factor=True)
 
 
+@torch.no_grad()
+def in_parts(scores: Scores) -> Iterator[tuple[slice, Scores]]:
+    """The tokens whose logits are held at once, part by part, and their scores; those of the next are written over these logits."""
+    room = None
+    for part in parts(scores):
+        here = scores.rows(part)
+        if here.made is None and here is not scores:
+            room = scores.head.room(scores.chunk) if room is None else room
+            here = replace(here, made=scores.head(here.states[TOP], room))
+        yield part, here
+
+
 def parts(scores: Scores) -> Iterator[slice]:
     """The tokens whose logits are held at once, part by part."""
     for start in range(0, len(scores.targets), scores.chunk):
@@ -199,7 +211,7 @@ class Statistics:
 def statistics(scores: Scores) -> Statistics:
     """Log p of the targets, whether each is the first choice, and the first two moments of log p under the model's distribution."""
     columns: list[list[Tensor]] = [[], [], [], []]
-    for here in map(scores.rows, parts(scores)):
+    for _, here in in_parts(scores):
         few = max(1, CACHED // here.head.vocabulary) if here.targets.device.type == "cpu" else here.chunk
         for logits, targets in zip(torch.split(here.logits, few), torch.split(here.targets, few), strict=True):
             most, first = logits.max(-1, keepdim=True)  # several times faster than argmax on a CPU; of equals the first, as there

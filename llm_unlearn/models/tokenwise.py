@@ -144,7 +144,7 @@ class _Tokenwise(torch.autograd.Function):
         read = ctx.read
         values, slopes, sums = [], None, None
         with torch.autocast(states.device.type, enabled=False):
-            work = _Work(states, weight, bias, head, dtype)
+            work = _Work(states, weight, bias, head, dtype, read.rows)
             if trains and not one_factor:
                 values = [read.values(work.logits(part), part) for part in _parts(len(states), read.rows)]
             else:
@@ -169,7 +169,7 @@ class _Tokenwise(torch.autograd.Function):
             sums.scale(factor[0])
         elif ctx.trains:
             with torch.autocast(states.device.type, enabled=False):
-                work = _Work(states, weight, bias, ctx.head, ctx.dtype)
+                work = _Work(states, weight, bias, ctx.head, ctx.dtype, ctx.read.rows)
                 sums, slopes = work.sums(), torch.empty_like(states) if slopes is None else slopes
                 for part in _parts(len(states), ctx.read.rows):
                     _, slope = work.slopes(ctx.read, part)
@@ -212,12 +212,16 @@ class _AsOutside:
 class _Work:
     """The head's own arithmetic."""
 
-    def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, head: Head, dtype: torch.dtype) -> None:
+    def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, head: Head, dtype: torch.dtype, rows: int) -> None:
         self.head, self.trained, self.bias = head, weight, bias
         self.states, self.weight = states.detach().to(dtype), weight.detach().to(dtype)
+        self.room = head.room(min(rows, len(states))) if dtype == torch.float32 else None
 
     def linear(self, part: slice) -> Tensor:
         """(n, V) float32, what the layer gives."""
+        if self.room is not None:
+            states = self.states[part]
+            return torch.mm(states, self.weight.T, out=self.room[: len(states)])
         bias = None if self.bias is None else self.bias.detach().to(self.weight)
         return F.linear(self.states[part], self.weight, bias).float()
 
