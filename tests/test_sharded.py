@@ -144,20 +144,20 @@ RUNS = {"lora": ("base", "{rank: 4}"), "whole": ("base", "null"), "tied": ("tied
 
 
 def write_base(folder: Path, make: Make) -> None:
-    """Two models and a suite."""
+    """Two models, a suite and the recipes; by one process, as another might read a file while it is written."""
     for base, tied in (("base", False), ("tied", True)):
         make(hidden_size=64, tie_word_embeddings=tied).save_pretrained(folder / base)
         make_tokenizer().save_pretrained(folder / base)
     (folder / "suite.yaml").write_text(SUITE)
+    for name, (base, adapter) in RUNS.items():
+        (folder / f"{name}.yaml").write_text(RUN.format(folder=folder, name=name, base=base, adapter=adapter))
 
 
 def carry_out(folder: Path) -> None:
     """Whole runs; two of them with what is measured before and after."""
-    for name, (base, adapter) in RUNS.items():
-        file = folder / f"{name}.yaml"
-        file.write_text(RUN.format(folder=folder, name=name, base=base, adapter=adapter))
+    for name in RUNS:
         measured = name != "tied"
-        wanted = recipe.load(file, [f"evaluation.suite={folder / 'suite.yaml'}"] if measured else [])
+        wanted = recipe.load(folder / f"{name}.yaml", [f"evaluation.suite={folder / 'suite.yaml'}"] if measured else [])
         run(wanted, suites.load(folder / "suite.yaml") if measured else None, cache=folder)
 
 
