@@ -152,6 +152,7 @@ class _Taking:
         found = self._take()
         if path and self.accelerator.is_local_main_process:
             self._write(found, path)
+        self.accelerator.wait_for_everyone()  # who asks next finds the file, or none does
         return found
 
     def _key(self, shelf: Shelf) -> str:
