@@ -179,9 +179,8 @@ def memory(
     kept = layers * hidden * size + layer if recipe.train.gradient_checkpointing else layers * layer
     kept = layer if offload else kept
     whole = any(term.loss.needs.policy == "logits" for term in recipe.terms.values())
-    logits = 4.0 * (
-        8 * min(CHUNK // 2, tokens * int(config.vocab_size)) if whole else 2 * min(CHUNK, tokens * int(config.vocab_size))
-    )
+    every = tokens * int(config.vocab_size)
+    logits = 4.0 * (8 * min(CHUNK // 2, every) if whole else 2 * min(CHUNK, every))
     snapshot = 4.0 * moved if recipe.train.stop else 0.0
     second = {"second model": float(size * base)} if reference and recipe.train.reference == "copy" else {}
     return {

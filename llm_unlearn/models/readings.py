@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llm_unlearn.data.batch import Batch
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
-from llm_unlearn.models.scores import Scorer, Scores, head_of, parts, score
+from llm_unlearn.models.scores import Scorer, Scores, head_of, score
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.spec import Refused
 
@@ -28,7 +28,7 @@ def renormalised(scores: Scores, temperature: float, top_k: int | None, top_p: f
     the fewest of them that hold `top_p`; −inf where the target is never drawn. The order of the cuts, and that tokens as likely as
     the last one of the top k stay, is transformers'."""
     found = []
-    for here in map(scores.rows, parts(scores)):
+    for here in map(scores.rows, scores.parts()):
         logits = here.logits / temperature  # (n, V)
         if top_k is not None and top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -47,8 +47,7 @@ def swaps(scores: Scores, n: int) -> tuple[Tensor, Tensor]:
     """(N, n) twice: the log of p(w) / (1 − p(target)) for the n likeliest tokens w other than the target, −inf where there are no
     more, and these tokens."""
     odds, tokens = [], []
-    for start in range(0, len(scores.targets), scores.chunk):
-        here = scores.rows(slice(start, start + scores.chunk))
+    for here in map(scores.rows, scores.parts()):
         logp = here.logits.double().log_softmax(-1).scatter(-1, here.targets[:, None], -torch.inf)  # (n, V), the target never
         found = logp.topk(min(n, logp.shape[-1]), dim=-1)
         odds.append((found.values - logp.logsumexp(-1, keepdim=True)).cpu())  # 1 − p(target) without its rounding
@@ -64,8 +63,7 @@ def alternatives(scores: Scores, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens: (N, K)
     """
     logps, first = [], []
-    for start in range(0, len(scores.targets), scores.chunk):
-        part = slice(start, start + scores.chunk)
+    for part in scores.parts():
         logits = scores.rows(part).logits  # (n, V)
         logps.append(logits.log_softmax(-1).gather(-1, tokens[part]).cpu())
         first.append(logits.argmax(-1).cpu())
@@ -81,7 +79,7 @@ def distances(scores: Scores, other: Tensor, head: Head) -> tuple[Tensor, Tensor
         head: the other model's.
     """
     kl, js = [], []
-    for part in parts(scores):
+    for part in scores.parts():
         mine = scores.rows(part).logits.double().log_softmax(-1)  # (n, V)
         theirs = head(other[part]).double().log_softmax(-1)
         middle = torch.logaddexp(mine, theirs) - np.log(2)

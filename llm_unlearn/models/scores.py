@@ -21,7 +21,7 @@ from llm_unlearn.models.depth import Layers, Nudge, watched
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
 from llm_unlearn.models.packing import arguments
-from llm_unlearn.models.tokenwise import CACHED, OfDistribution, OfLikelihood, tokenwise
+from llm_unlearn.models.tokenwise import CACHED, OfDistribution, OfLikelihood, parts, tokenwise
 from llm_unlearn.objectives.terms import AnyLoss, skipped
 from llm_unlearn.objectives.views import TOP, beside
 
@@ -122,6 +122,10 @@ class Scores:
         """(N,) -> (S,) sums over the tokens of each sequence."""
         return values.new_zeros(self.sequences).index_add(0, self.owner, values)
 
+    def parts(self) -> Iterator[slice]:
+        """The tokens whose logits are held at once, part by part."""
+        return parts(len(self.targets), self.chunk)
+
     def rows(self, part: slice | Tensor) -> Scores:
         """Some of the tokens; all of them are the scores themselves, with the logits that were computed already."""
         if isinstance(part, slice) and part.indices(len(self.targets)) == (0, len(self.targets), 1):
@@ -183,18 +187,12 @@ def values(loss: AnyLoss, now: Mapping[str, Scores], ref: Mapping[str, Scores], 
 def in_parts(scores: Scores) -> Iterator[tuple[slice, Scores]]:
     """The tokens whose logits are held at once, part by part, and their scores; those of the next are written over these logits."""
     room = None
-    for part in parts(scores):
+    for part in scores.parts():
         here = scores.rows(part)
         if here.made is None and here is not scores:
             room = scores.head.room(scores.chunk) if room is None else room
             here = replace(here, made=scores.head(here.states[TOP], room))
         yield part, here
-
-
-def parts(scores: Scores) -> Iterator[slice]:
-    """The tokens whose logits are held at once, part by part."""
-    for start in range(0, len(scores.targets), scores.chunk):
-        yield slice(start, start + scores.chunk)
 
 
 @dataclass(frozen=True)

@@ -107,14 +107,14 @@ def tokenwise(head: Head, states: Tensor, read: Read, one_factor: bool = False) 
     if not len(states):
         return read.values(head(states), slice(0, 0))
     if not torch.is_grad_enabled() or not learns:
-        return torch.cat([read.values(head(states[part]), part) for part in _parts(len(states), read.rows)])
+        return torch.cat([read.values(head(states[part]), part) for part in parts(len(states), read.rows)])
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:  # somebody wants to see it called
         whole = len(states) <= read.rows
         found = [
             read.values(head(states), slice(None))
             if whole
             else checkpoint(_called, head, states[part], read, part, use_reentrant=False)
-            for part in _parts(len(states), read.rows)
+            for part in parts(len(states), read.rows)
         ]
         return torch.cat(found)
     kind = states.device.type
@@ -127,7 +127,8 @@ def _called(head: Head, states: Tensor, read: Read, part: slice) -> Tensor:
     return read.values(head(states), part)
 
 
-def _parts(count: int, rows: int) -> Iterator[slice]:
+def parts(count: int, rows: int) -> Iterator[slice]:
+    """The tokens whose logits are held at once, part by part."""
     for start in range(0, count, rows):
         yield slice(start, min(count, start + rows))
 
@@ -146,11 +147,11 @@ class _Tokenwise(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             work = _Work(states, weight, bias, head, dtype, read.rows)
             if trains and not one_factor:
-                values = [read.values(work.logits(part), part) for part in _parts(len(states), read.rows)]
+                values = [read.values(work.logits(part), part) for part in parts(len(states), read.rows)]
             else:
                 slopes = torch.empty_like(states)
                 sums = work.sums() if trains else None
-                for part in _parts(len(states), read.rows):
+                for part in parts(len(states), read.rows):
                     found, slope = work.slopes(read, part)
                     values.append(found)
                     slopes[part] = slope @ work.weight
@@ -171,7 +172,7 @@ class _Tokenwise(torch.autograd.Function):
             with torch.autocast(states.device.type, enabled=False):
                 work = _Work(states, weight, bias, ctx.head, ctx.dtype, ctx.read.rows)
                 sums, slopes = work.sums(), torch.empty_like(states) if slopes is None else slopes
-                for part in _parts(len(states), ctx.read.rows):
+                for part in parts(len(states), ctx.read.rows):
                     _, slope = work.slopes(ctx.read, part)
                     if found is None:
                         slopes[part] = slope @ work.weight
