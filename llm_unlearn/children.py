@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_unlearn.bars import Bar
 from llm_unlearn.training.signals import signals
 
 
@@ -32,18 +33,16 @@ def carry_out(children: Sequence[Child], jobs: int, environment: Mapping[str, st
     Returns:
         The names of those that failed -> how; None if Ctrl-C or SIGTERM ended those under way.
     """
-    from tqdm.auto import tqdm
-
     env, waiting, made = environment_of_a_child(environment, jobs), list(children), done > 0
     running: dict[subprocess.Popen[bytes], Child] = {}
     failures: dict[str, str] = {}
-    with tqdm(total=done + len(waiting), initial=done, desc="bench", unit="run") as bar, signals() as asked:
+    with Bar("bench", done + len(waiting), "run", done=done, stays=True) as bar, signals() as asked:
         try:
             while (waiting or running) and not asked.is_set():
                 while waiting and len(running) < (jobs if made else 1):
                     child = waiting.pop(0)
                     running[_start(child, env)] = child
-                    bar.set_postfix_str(", ".join(one.name for one in running.values()))
+                    bar.update(0, {"running": ", ".join(one.name for one in running.values())})
                 asked.wait(0.1)
                 ended = [process for process in running if process.poll() is not None]
                 for process in ended if not asked.is_set() else []:  # Ctrl-C in a terminal reaches the children too
@@ -51,7 +50,7 @@ def carry_out(children: Sequence[Child], jobs: int, environment: Mapping[str, st
                     bar.update()
                     if process.returncode:
                         failures[child.name] = f"{_ended(process.returncode)}: {last_words(child.log)}"
-                        bar.write(f"{child.name} failed, {failures[child.name]}", file=sys.stderr)
+                        print(f"{child.name} failed, {failures[child.name]}", file=sys.stderr)
                     made = made or not process.returncode
         finally:
             _end(running)

@@ -18,6 +18,7 @@ ROOMS = (
     "options",  # the words of the command line: imports nothing
     "reply",  # what a verb answers
     "spec",
+    "bars",  # what long work shows of itself
     "tree",
     "objectives",
     "embedded.population",
@@ -273,6 +274,7 @@ LIGHT = {
     "alternates/usage.py",
     "alternates/writing.py",
     "spec.py",
+    "bars.py",
     "recipe.py",
     "folder.py",
     "catalogue.py",

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
 
+from llm_unlearn.bars import walk
 from llm_unlearn.data.batch import cut, lay_out
 from llm_unlearn.data.examples import Example, draw
 from llm_unlearn.methods.combination import Combination
@@ -210,7 +210,7 @@ class Editing:
 
     def bar(self, items: Sequence[Any], title: str, unit: str) -> Iterator[Any]:
         """The items, with a progress bar on the first process."""
-        yield from tqdm(items, desc=title, unit=unit, disable=not self.accelerator.is_main_process, leave=False)
+        yield from walk(items, title, unit, quiet=not self.accelerator.is_main_process)
 
     def _some(self, stream: str, rows: int) -> list[Example]:
         return some(self.job.examples[stream], rows, self.job.seed, "importance")
