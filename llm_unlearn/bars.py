@@ -20,7 +20,7 @@ SECONDS = 3.0
 """And between two of them passes at least this long."""
 SILENT = 1.0
 """Work that leaves nothing in a terminal says nothing without one, if it is done within this time."""
-REFRESH = 4
+REFRESH = 2
 """Times a second that a terminal is drawn anew."""
 
 

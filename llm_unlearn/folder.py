@@ -9,6 +9,8 @@ runs/forget_lora/
     evaluation.parquet the values of every row that these numbers are made of
     report.html        the same for people
     privacy.json       of a private run: what was spent, and what the guarantee rests on
+    trackers/          files of experiment trackers, where the recipe names some
+    process.json       who is at work here, or how it ended before the run's end; not in a finished run
     checkpoints/       while the run is under way; with the key that a private run draws from
 """
 
@@ -26,6 +28,7 @@ from llm_unlearn.spec import Refused
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
 RESULTS, REPORT, CHECKPOINTS, ALONG = "evaluation.json", "report.html", "checkpoints", "evaluations.jsonl"
 ROWS, INFLUENCES, PRIVACY = "evaluation.parquet", "influence.parquet", "privacy.json"
+TRACKERS, PROCESS = "trackers", "process.json"
 KEYS = {"title", "suite", "suite_hash", "models", "numbers", "curves", "answers"}
 """What an `evaluation.json` cannot be without."""
 

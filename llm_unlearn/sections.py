@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import Literal
+from importlib.util import find_spec
+from typing import Annotated, Literal
+
+import pydantic
 
 from llm_unlearn.source import Source
 from llm_unlearn.spec import NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Share, spec
@@ -139,6 +142,33 @@ class Evaluation:
     """The model that never saw the forget set, or a recipe that makes it (kept in the cache); without it, what the suite names."""
     every: PositiveInt | None = None
     """Also run the suite every so many optimizer steps."""
+
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "aim", "dvclive", "swanlab"]
+PACKAGES = {name: f"llm-unlearn[{name}]" for name in ("tensorboard", "wandb", "mlflow", "trackio")} | {"comet_ml": "comet-ml"}
+"""Tracker -> what pip installs, where it goes by another name."""
+
+
+@spec
+class Track:
+    """Experiment trackers that are told what `log.jsonl` says, the recipe and the evaluation's numbers; they decide no outcome."""
+
+    to: Annotated[tuple[TrackerName, ...], pydantic.Field(min_length=1)]
+    """One or several; each is a package of its own. Their files lie in the run folder."""
+    project: str = "llm_unlearn"
+    """What the runs of many recipes are gathered under."""
+    name: str | None = None
+    """Of the run; without it, its folder's."""
+    every: PositiveInt = 1
+    """Optimizer steps between two that are told; looks at the dose are told whenever they are made."""
+
+
+def missing_tracker(track: Track) -> str:
+    """How to get the first tracker whose package is not there; "" where all are."""
+    for name in track.to:
+        if find_spec(name) is None:
+            return f"{name} is not installed; install it with: pip install '{PACKAGES.get(name, name)}', or take it out."
+    return ""
 
 
 Problems = Iterable[tuple[str, ...]]

@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> Reply:
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return Reply(facts={"output": wanted.output, **_measured(wanted, options)})
     named = (wanted.evaluation.retrained if wanted.evaluation else None) or (suite.retrained if suite else None)
+    if wanted.track:  # the one tracker whose place only its environment says
+        options.environment.setdefault("TRACKIO_DIR", str((Path(wanted.output) / folder.TRACKERS / "trackio").absolute()))
     outcome = command.engine(wanted)(
         wanted, suite, cache=options.cache, resume=options.resume, overwrite=options.overwrite,
         retrained=_made(named, options.cache) if named else None,

@@ -31,6 +31,7 @@ ROOMS = (
     "methods",  # settings and equations: what is heavy is asked of a protocol
     "recipe",
     "folder",
+    "at_work",
     "catalogue",
     "data",
     "models",
@@ -277,6 +278,7 @@ LIGHT = {
     "bars.py",
     "recipe.py",
     "folder.py",
+    "at_work.py",
     "catalogue.py",
     "compare.py",
     "candidates.py",

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
+from llm_unlearn.at_work import at_work
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.exact.manifest import BEFORE, BEGUN, FILE, Manifest, State, new_manifest, read, save, settings_of
@@ -29,6 +30,7 @@ from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.training import sharded
 from llm_unlearn.training.guard import Outcome
+from llm_unlearn.training.tracking import tell_numbers, tracked
 
 
 def method_of(recipe: Recipe) -> Exact:
@@ -179,6 +181,16 @@ def run(
         retrained: the model that never saw the forget set: a folder, a hub id or embedded:….
     """
     began, session = time.perf_counter(), Session(recipe, cache, overwrite)
+    with at_work(session.folder, 0, session.main) as ended, tracked(recipe, session.accelerator):
+        outcome = _carry_out(session, suite, began, retrained)
+        if outcome.status == "interrupted":
+            ended.append("interrupted")
+    return outcome
+
+
+def _carry_out(session: Session, suite: Suite | None, began: float, retrained: str | None) -> Outcome:
+    """What is not done yet of training, deleting and measuring."""
+    recipe = session.recipe
     outcome = Outcome("finished", 0, 0)
     if session.manifest.state in BEGUN:
         manifest, outcome = session.train()
@@ -200,12 +212,13 @@ def run(
         asked["after"] = (model, str(folder / run_folder.ADAPTER))
         if retrained:
             asked["retrained"] = (replace(model, base=retrained, start=None), None)
-        seen = Looks(suite, accelerator, cache)(asked, str(folder))
-        attacks = attacked(suite, seen, accelerator, cache)
+        seen = Looks(suite, accelerator, session.cache)(asked, str(folder))
+        attacks = attacked(suite, seen, accelerator, session.cache)
         if session.main:
             results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
             shutil.rmtree(folder / BEFORE, ignore_errors=True)  # before anything says that the run is finished
             publish(results, suite, seen, folder)
+            tell_numbers(accelerator, results["numbers"])
     elif session.main:
         shutil.rmtree(folder / BEFORE, ignore_errors=True)
     accelerator.wait_for_everyone()

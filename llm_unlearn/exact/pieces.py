@@ -34,6 +34,7 @@ from llm_unlearn.training.checkpoint import restore, snapshot
 from llm_unlearn.training.guard import Outcome
 from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import train
+from llm_unlearn.training.tracking import share
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ class Workshop:
             weight.requires_grad_(name in mine)
         try:
             title = f"{one.line.name} {one.stage.name}"
-            outcome = train(job, self.model, start(self.recipe.model), scratch, resume=True, title=title)
+            own = start(self.recipe.model)
+            share(self.accelerator, own, title)
+            outcome = train(job, self.model, own, scratch, resume=True, title=title)
         finally:
             for weight in weights.values():
                 weight.requires_grad_()

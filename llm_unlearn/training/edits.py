@@ -31,6 +31,7 @@ from llm_unlearn.training.fisher import fisher, slopes, some
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
 from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import Log, train
+from llm_unlearn.training.tracking import tell_step
 from llm_unlearn.training.vectors import Gradient, norm, plus, put
 
 Influences = list[dict[str, Any]]
@@ -77,7 +78,9 @@ def edit(
         elif not probe:
             outcome = Outcome("stopped", situation.trained + 1, 0, f"{method.knob} {strength:g}: weights are not finite", True)
         row = {"step": situation.trained + progress.step, method.knob: strength, "distance": distance}
-        log.write({**row, **situation.noted(), **seen})
+        row |= {**situation.noted(), **seen}
+        log.write(row)
+        tell_step(accelerator, row)
     if probe:
         restore(model, progress.good)
         outcome = _chosen(method, probe, progress, situation.trained)

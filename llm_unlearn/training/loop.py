@@ -37,6 +37,7 @@ from llm_unlearn.training.progress import Said
 from llm_unlearn.training.room import fitting, out_of_memory
 from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
+from llm_unlearn.training.tracking import tell_step
 from llm_unlearn.training.vectors import Gradient
 from llm_unlearn.training.window import Model, Window
 
@@ -76,6 +77,7 @@ def train(
                 raise out_of_memory(training.layout, progress.step + 1) from None
             row["seconds"] = round(time.perf_counter() - began, 4)
             log.write(row)
+            tell_step(accelerator, row)
             bar.update(progress.step - bar.n, said(row))
             if (progress.step % every == 0 and outcome is None) or (outcome and outcome.status == "interrupted"):
                 checkpoints.save()
