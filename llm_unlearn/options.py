@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--output", type=Path, help="folder for comparison.json and comparison.html")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
     one.add_argument("--common", action="store_true", help="of runs measured by different suites, compare what is the same")
+    _show(verb)
     _many(verb)
     _alternates(verb)
     _requests(verb("requests", "", "deletion requests: add, list, run, verify, export"))
@@ -66,6 +67,12 @@ def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
         return added
 
     return verb
+
+
+def _show(verb: Verb) -> None:
+    one = verb("show", "following.command:show", "say what a run is and where it stands, finished or under way")
+    one.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run, a store, an audit, a bench or an evaluation")
+    one.add_argument("--follow", action="store_true", help="show it again and again until the run ends; Ctrl-C leaves it alone")
 
 
 def _exact(verb: Verb) -> None:

@@ -56,6 +56,7 @@ ROOMS = (
     "many",
     "children",
     "bench",
+    "following",
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
     "verbs",
     "cli",
@@ -315,6 +316,8 @@ LIGHT = {
     "methods/exact.py",
     "methods/registry.py",
     "exact/command.py",
+    "following/command.py",
+    "following/standing.py",
     "auditing/request.py",
 }
 
