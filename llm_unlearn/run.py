@@ -83,15 +83,8 @@ def run(
     loaded = load(model_before := embedded(recipe.model, cache), accelerator.device, train=True)
     check(job, loaded.model)
     look = Look(suite, loaded, accelerator, cache, controls, encoded=encoded) if suite else None
-    if accelerator.is_main_process:
-        if overwrite:
-            run_folder.clear(folder)
-        run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
-        secret.begin(job.noisy, folder)
-        _say_what_was_read(examples)
-    accelerator.wait_for_everyone()
-    main, steps = accelerator.is_main_process, job.schedule.steps
-    with at_work(folder, steps, main) as ended, tracked(recipe, accelerator):
+    _begin(recipe, job, examples, accelerator, overwrite)
+    with at_work(folder, job.schedule.steps, accelerator.is_main_process) as ended, tracked(recipe, accelerator):
         if look:
             seen["before"] = look.seen(loaded, "the model before", recipe.model.base, model_before)
 
@@ -118,6 +111,18 @@ def run(
             shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
         accelerator.wait_for_everyone()
         return outcome
+
+
+def _begin(recipe: Recipe, job: Job, examples: Examples, accelerator: Accelerator, overwrite: bool) -> None:
+    """The run folder, from which on there is a run; one process makes it and says what was read."""
+    folder = Path(recipe.output)
+    if accelerator.is_main_process:
+        if overwrite:
+            run_folder.clear(folder)
+        run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
+        secret.begin(job.noisy, folder)
+        _say_what_was_read(examples)
+    accelerator.wait_for_everyone()
 
 
 def _carry_out(

@@ -7,10 +7,8 @@ from dataclasses import field
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
-import pydantic
-
 from llm_unlearn.source import Source
-from llm_unlearn.spec import NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Share, spec
+from llm_unlearn.spec import NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Share, at_least_one, spec
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.gradients import AnyRule
 from llm_unlearn.training.privacy import Privacy
@@ -153,7 +151,7 @@ PACKAGES = {name: f"llm-unlearn[{name}]" for name in ("tensorboard", "wandb", "m
 class Track:
     """Experiment trackers that are told what `log.jsonl` says, the recipe and the evaluation's numbers; they decide no outcome."""
 
-    to: Annotated[tuple[TrackerName, ...], pydantic.Field(min_length=1)]
+    to: Annotated[tuple[TrackerName, ...], at_least_one]
     """One or several; each is a package of its own. Their files lie in the run folder."""
     project: str = "llm_unlearn"
     """What the runs of many recipes are gathered under."""

@@ -30,8 +30,8 @@ def engine(wanted: Recipe) -> Callable[..., Outcome]:
 def forget(options: argparse.Namespace) -> Reply:
     """Delete rows, measure again where the run was measured, and print what it cost."""
     from llm_unlearn.exact import measuring
+    from llm_unlearn.exact.foreseen import said
     from llm_unlearn.exact.forgetting import forget as delete
-    from llm_unlearn.exact.forgetting import said
 
     run, where = options.run, dict(options.where)
     measured = (run / RESULTS).is_file() and not options.no_evaluation

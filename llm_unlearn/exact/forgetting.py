@@ -17,6 +17,7 @@ from llm_unlearn import recipe as recipes
 from llm_unlearn.at_work import at_work
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.exact.foreseen import said
 from llm_unlearn.exact.manifest import BEFORE, BEGUN, FILE, Manifest, State, new_manifest, read, save, settings_of
 from llm_unlearn.exact.pieces import Wanted, Workshop, wanted
 from llm_unlearn.exact.rows import Known, find, read_known
@@ -312,16 +313,3 @@ def forget(
         without_texts(folder)
     manifest, outcome = session.delete(asked)
     return ({} if outcome.status == "interrupted" or not session.main else manifest.deletions[-1]), outcome
-
-
-def said(facts: Mapping[str, Any]) -> str:
-    """A deletion's cost in words."""
-    if "note" in facts:
-        return str(facts["note"])
-    return (
-        f"deleted {facts['rows']} rows: {facts['retrained']} of {facts['serving']} pieces retrained"
-        + (f", {facts['dropped']} dropped" if facts["dropped"] > 0 else "")
-        + f"; {facts['steps']} of {facts['full_steps']} steps, {facts['examples']} of {facts['full_examples']} examples "
-        f"({100 * facts['share']:.1f} % of a full retrain; the formula expects {100 * facts['expected_share']:.1f} %), "
-        f"{facts['seconds']:g} s"
-    )

@@ -161,12 +161,12 @@ def configuration(recipe: Recipe) -> dict[str, Value]:
     """Every setting of a recipe under its dotted key. Of what chooses rows, only the columns: its values may be words of a row."""
     found: dict[str, Value] = {"hash": recipe.hash}
     for path, value in parts_of(recipe):
-        hidden = len(path) > 2 and path[0] == "data" and next((i for i, key in enumerate(path) if key in ROWS), None)
-        if hidden:
-            if len(path) == hidden + 1 and isinstance(value, Mapping):
-                found[".".join(map(str, path))] = ", ".join(value)
-        elif value is None or isinstance(value, (str, int, float, bool)):
-            found[".".join(map(str, path))] = "null" if value is None else value
+        at = next((i for i, key in enumerate(path) if path[0] == "data" and key in ROWS), None)
+        name = ".".join(map(str, path))
+        if value is None or (at is None and isinstance(value, (str, int, float, bool))):
+            found[name] = "null" if value is None else value
+        elif at == len(path) - 1 and isinstance(value, Mapping):
+            found[name] = ", ".join(value)
     return found
 
 
