@@ -216,7 +216,7 @@ def _carry_out(session: Session, suite: Suite | None, began: float, retrained: s
         seen = Looks(suite, accelerator, session.cache)(asked, str(folder))
         attacks = attacked(suite, seen, accelerator, session.cache)
         if session.main:
-            results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
+            results = results_of(suite, seen, attacks, title=str(folder), named=recipe.evaluation, run=facts)
             shutil.rmtree(folder / BEFORE, ignore_errors=True)  # before anything says that the run is finished
             publish(results, suite, seen, folder)
             tell_numbers(accelerator, results["numbers"])
