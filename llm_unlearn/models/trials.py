@@ -166,7 +166,7 @@ def _few_tokens(net: Any) -> tuple[Tensor, Tensor]:
 
 
 def error_of_four_bits(device: torch.device) -> float:
-    """How far a matrix of normal numbers is from itself after nf4 and back: mean |x − x'| / mean |x|, about .1.
+    """How far a matrix of normal numbers is from itself after nf4 and back: ‖x − x'‖ / ‖x‖, about .1.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -176,4 +176,5 @@ def error_of_four_bits(device: torch.device) -> float:
     draw = torch.Generator().manual_seed(0)
     matrix = torch.randn(64, 64, generator=draw).to(device)
     bits, state = functional.quantize_4bit(matrix, quant_type="nf4")
-    return float((functional.dequantize_4bit(bits, state) - matrix).abs().mean() / matrix.abs().mean())
+    norm = torch.linalg.vector_norm
+    return float(norm(functional.dequantize_4bit(bits, state) - matrix) / norm(matrix))
