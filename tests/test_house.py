@@ -30,6 +30,7 @@ ROOMS = (
     "recipe",
     "folder",
     "catalogue",
+    "hub.fetching",  # hub ids, which models are loaded by
     "data",
     "models",
     "training",
@@ -53,7 +54,9 @@ ROOMS = (
     "many",
     "children",
     "bench",
+    "reply",
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
+    "hub",  # reads what a run left, and merges as `requests` releases
     "verbs",
     "cli",
 )
@@ -310,6 +313,14 @@ LIGHT = {
     "methods/registry.py",
     "exact/command.py",
     "auditing/request.py",
+    "reply.py",
+    "hub/fetching.py",
+    "hub/describing.py",
+    "hub/contents.py",
+    "hub/limits.py",
+    "hub/card.py",
+    "hub/pushing.py",
+    "hub/command.py",
 }
 
 
@@ -349,6 +360,8 @@ LIBRARIES = {  # rule 5: who may import what
     "kronfluence": r"training/ekfac\.py",  # an extra: edits.py imports that file late
     "pyarrow": r"report/columns\.py",
     "opacus": r"training/privacy\.py",  # an extra, imported late
+    "huggingface_hub": r"hub/\w+\.py|models/load\.py",  # imported late
+    "httpx2": r"hub/pushing\.py",  # the errors of huggingface_hub's own client
     "sqlite3": r"requests/(records|ledger|chain)\.py",
     "rapidfuzz": r"requests/matching\.py",
     "cryptography": r"requests/(certificate|serving)\.py",  # serving.py: the type only
