@@ -55,7 +55,6 @@ ROOMS = (
     "many",
     "children",
     "bench",
-    "reply",
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
     "hub",  # reads what a run left, and merges as `requests` releases
     "verbs",
@@ -315,7 +314,6 @@ LIGHT = {
     "methods/registry.py",
     "exact/command.py",
     "auditing/request.py",
-    "reply.py",
     "hub/fetching.py",
     "hub/describing.py",
     "hub/contents.py",

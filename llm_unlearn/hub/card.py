@@ -50,7 +50,7 @@ def body(facts: Facts) -> str:
         "## Limits", listed(limits.of(facts)),
         "## How to load it", _loading(facts),
         "## Measure it again", _again(facts),
-        "## What exactly this is", _exactly(facts),
+        "## Versions and hashes", _exactly(facts),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -70,7 +70,8 @@ def _opening(facts: Facts) -> str:
         "merged": "A whole model, made of",
     }[facts.kind]
     merged = " with its adapter merged" if facts.kind == "merged" else ""
-    start = f"{what} {code(facts.base)}{merged}, which was made to forget given rows of data with [llm-unlearn](#measure-it-again)."
+    at = f" at revision {code(facts.base_revision)}" if facts.base_revision else ""
+    start = f"{what} {code(facts.base)}{at}{merged}, which was made to forget given rows of data with llm-unlearn."
     return start + (f"\n\n**{marked(headline(facts.results))}**" if facts.results else "")
 
 
@@ -159,7 +160,7 @@ def _numbers(results: Mapping[str, Any] | None) -> str:
         for found in one["values"].values()
         if found.get("value") is None and found.get("missing")
     )
-    reasons = "".join(f"\n\n— {marked(one)}" for one in missing)
+    reasons = "".join(f"\n\nWhere there is none (—): {marked(one)}." for one in missing)
     return f"{counted}\n\n{table(rows)}{reasons}"
 
 
@@ -201,7 +202,6 @@ def _attacks(results: Mapping[str, Any] | None) -> str:
 
 
 def _loading(facts: Facts) -> str:
-    revision = facts.recipe["model"].get("revision")
     if not facts.adapts:
         return fenced(
             "python",
@@ -213,7 +213,7 @@ def _loading(facts: Facts) -> str:
         return "Its logits are made of several adapters' (`combination.json`), which peft by itself does not do. " + _by_us(facts)
     if not facts.base_on_hub:
         return "Its base is not on the hub under a name. " + _by_us(facts)
-    at = f", revision={quoted(revision)}" if revision else ""
+    at = f", revision={quoted(facts.base_revision)}" if facts.base_revision else ""
     return fenced(
         "python",
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -255,9 +255,11 @@ def _exactly(facts: Facts) -> str:
     lines = [f"recipe {code(facts.recipe_hash)}, of the whole recipe; what is withheld in [recipe.yaml](recipe.yaml) is part of it"]
     if facts.results:
         lines.append(f"suite {code(facts.results['suite'])}, {code(facts.results['suite_hash'])}")
-        lines += [f"{marked(column)}: {code(one['identity'])}" for column, one in facts.results["models"].items()]
+        known = ", ".join(f"{marked(column)} {code(one['identity'])}" for column, one in facts.results["models"].items())
+        lines.append(f"weights, chat template and precision of the models that were measured, each as one fingerprint: {known}")
     if run.get("versions"):
-        lines.append(", ".join(f"{marked(name)} {marked(number)}" for name, number in run["versions"].items()))
-        lines.append(f"computed in {run['precision']} on {marked(run['device'])}, {run['processes']} process(es)")
+        lines.append(", ".join(f"{marked(name)} {code(number)}" for name, number in run["versions"].items()))
+        processes = f"{run['processes']} process{'' if run['processes'] == 1 else 'es'}"
+        lines.append(f"computed in {run['precision']} on {marked(run['device'])}, {processes}")
     rows = [["file", "bytes", "SHA-256"], *([code(path), f"{size:,}", code(sha)] for path, size, sha in facts.files)]
     return listed(lines) + (f"\n\n{table(rows)}" if facts.files else "")

@@ -79,7 +79,7 @@ def _tried(run: Run, pieces: list[contents.Piece], failed: list[str], facts: dic
 def _pushed(options: argparse.Namespace, pieces: list[contents.Piece], facts: dict[str, Any]) -> Reply:
     """Push, and say what is there now."""
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils.tqdm import enable_progress_bars
 
     from llm_unlearn.hub import pushing
 
@@ -153,7 +153,8 @@ def merged(run: Run, cache: Path, dry: bool) -> Iterator[Run]:
 def made(run: Run, repo_id: str, failed: list[str], places: list[Path]) -> tuple[list[contents.Piece], list[str]]:
     """Every file that is pushed, and the names of what stays here."""
     lies_in = run.place if run.weights.is_relative_to(run.place) else run.weights
-    weights, left = contents.pieces_of(run.weights, lies_in, run.base, run.wanted.model.revision)
+    revision = contents.commit_of(run.place) or run.wanted.model.revision
+    weights, left = contents.pieces_of(run.weights, lies_in, run.base, revision)
     if run.kind == "merged" and run.weights.name == folder.ADAPTER:  # a dry run
         weights = []
     settings = told_recipe(run, places)
@@ -161,6 +162,7 @@ def made(run: Run, repo_id: str, failed: list[str], places: list[Path]) -> tuple
     facts = Facts(
         repo_id=repo_id, kind=run.kind, recipe=settings, recipe_hash=run.wanted.hash, results=results,
         papers=papers_of(run.wanted), suite=suite_of(run.wanted), base_on_hub=is_hub_id(run.wanted.model.base),
+        base_revision=revision,
         data_on_hub=frozenset(one.source for one in sources_of(run) if is_hub_id(one.source)), failed=failed,
         files=[(one.path, one.size, one.sha256) for one in weights if one.is_weights],
     )  # fmt: skip

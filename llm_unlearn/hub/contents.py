@@ -84,6 +84,15 @@ def weights_of(run: Path) -> Path:
     raise Refused(f"{run}: nothing to publish; the run is not finished. Run: llm-unlearn run {run / folder.RECIPE} --resume")
 
 
+def commit_of(place: Path) -> str | None:
+    """The commit of a base from the hub, of which the adapter that was trained on it remembers the folder."""
+    for file in sorted(place.rglob(ADAPTER_FILE)):
+        path = PurePath(str(json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")))
+        if path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name):
+            return path.name
+    return None
+
+
 def inside(path: Path, run: Path) -> Path:
     """A path that does not lead out of the run folder.
 

@@ -37,6 +37,8 @@ class Facts:
     """How the suite is named on a command line, where anybody has it; else \"\"."""
     base_on_hub: bool
     """Whether anybody can have the base by its name. (A local folder has been reduced to its last part.)"""
+    base_revision: str | None = None
+    """The commit of the base that was read, or what the recipe says of it."""
     data_on_hub: frozenset[str] = frozenset()
     """The sources that are data sets on the hub."""
     failed: Sequence[str] = ()

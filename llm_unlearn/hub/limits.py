@@ -30,8 +30,6 @@ def _of_the_measuring(results: Mapping[str, Any] | None) -> Iterator[str]:
         )
     if "before" not in columns:
         yield "It was not measured before: what it lost besides is not known."
-    if not results.get("thresholds"):
-        yield "Nobody said beforehand which numbers would do (`evaluation.thresholds`)."
     yield "What holds for these rows and these questions need not hold for the same facts in other words or in another language."
 
 
@@ -62,8 +60,8 @@ def _of_the_weights(told: Facts) -> Iterator[str]:
         yield "Its logits are made of those of several adapters. Plain peft loads one of them, which is another model."
     if told.kind == "merged":
         yield (
-            "The numbers were taken with the adapter on its base. Merged weights compute the same up to rounding, and were not measured "
-            "by themselves."
+            "The numbers were taken with the adapter on its base. Merged weights compute the same up to rounding, and were not "
+            "measured by themselves."
         )
     if bits := model.get("quantize"):
         other = "; on a base in full precision" if told.kind == "adapter" else ". These weights are in full precision, and so"

@@ -38,10 +38,12 @@ def evaluations(facts: Facts) -> list[Any]:
         if value is None:
             continue
         source = (facts.results or {}).get("suite_settings", {}).get("sets", {}).get(number["set"]) or {}
-        on_hub = source.get("source") if source.get("source") in facts.data_on_hub else None
+        name = str(source.get("source", ""))
+        on_hub = name in facts.data_on_hub
+        kind = name if on_hub else "embedded" if name.startswith("embedded:") else "private"
         found.append(
             EvalResult(
-                task_type=TASK, dataset_type=on_hub or "private", dataset_name=str(number["set"]),
+                task_type=TASK, dataset_type=kind, dataset_name=str(number["set"]),
                 dataset_config=source.get("config") if on_hub else None, dataset_split=str(number["set"]),
                 metric_type=str(number["measure"]), metric_name=str(number["title"]), metric_value=value,
             )

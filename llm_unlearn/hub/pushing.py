@@ -167,6 +167,8 @@ def _additions(wanted: Wanted, hashes: dict[str, bytes]) -> list[CommitOperation
 def _commit(api: HfApi, wanted: Wanted, head: _Head, additions: list[CommitOperationAdd]) -> Pushed:
     from huggingface_hub import CommitOperationDelete
 
+    if ignored := [one.path_in_repo for one in additions if one._should_ignore]:
+        raise Refused(f"{wanted.repo_id}: its .gitignore leaves out {', '.join(ignored)}. Nothing was pushed; change it there.")
     gone = stale(head.files, wanted.pieces)
     made = api.create_commit(
         wanted.repo_id, [*additions, *(CommitOperationDelete(name) for name in gone)], commit_message=wanted.message,
