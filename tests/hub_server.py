@@ -112,6 +112,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     state: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize, disable_nagle_algorithm = -1, True  # else each answer waits 40 ms for an acknowledgement of its first half
 
     def log_message(self, *_: Any) -> None:
         pass

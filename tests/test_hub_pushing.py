@@ -3,7 +3,10 @@ nothing of it."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import re
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,14 +148,17 @@ PASSING = {
     "cut in the commit": [Fault("commit/main", cut="half")],
     "503 at the commit": [Fault("commit/main", status=503, times=2)],
     "the whole day": [
-        Fault("GET /api/models", status=502), Fault("preupload", status=429), Fault("PUT", cut="half"), Fault("commit", cut="before"),
+        Fault("GET /api/models", status=502),
+        Fault("preupload", status=429),
+        Fault("PUT", cut="half"),
+        Fault("commit", cut="before"),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", PASSING)
 def test_failures_that_pass_are_passed_over(hub: Hub, pushed: Callable[..., Pushed], tmp_path: Path, case: str) -> None:
-    hub.faults += PASSING[case]
+    hub.faults += copy.deepcopy(PASSING[case])
     found = pushed("first")
     assert shows(hub, "first", tmp_path) and len(hub.repos[REPO].commits) == 2 and found.private
     assert not any(one.times for one in hub.faults), "every failure was met"
@@ -203,8 +209,6 @@ def test_what_does_not_pass_leaves_the_branch_whole_and_the_same_command_goes_on
     pushed("first")
     fault = STAYING[case]
     if case == "one of two uploads":
-        import hashlib
-
         second = content(pieces(tmp_path, "second"))["more.safetensors"]
         oid = hashlib.sha256(second).hexdigest()
         fault = Fault(f"PUT /lfs/{oid}", cut="half", times=99)
@@ -326,8 +330,6 @@ def test_whoever_is_overtaken_again_and_again_says_so(hub: Hub, pushed: Callable
 
 
 def test_two_at_once_leave_the_whole_of_one(hub: Hub, tmp_path: Path) -> None:
-    import threading
-
     hub.make(REPO)
     results: list[Pushed] = []
     sides = [
