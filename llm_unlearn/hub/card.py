@@ -99,13 +99,9 @@ def _source(source: Mapping[str, Any], on_hub: frozenset[str]) -> str:
         where = f"rows of a local {kind} file" if kind in ("json", "jsonl", "csv", "parquet", "txt") else "rows of local files"
     columns = [str(source[key]) for key in ("prompt", "answer", "messages", "text") if source.get(key)]
     parts = [where, f"column{'s' if len(columns) > 1 else ''} {' and '.join(map(code, columns))}"]
-    for key, words in (
-        ("where", "chosen by the value of"),
-        ("without", "left out by the value of"),
-        ("like", "chosen by the like of"),
-    ):
+    for key, words in (("where", "chosen"), ("without", "left out"), ("like", "chosen")):
         if source.get(key):
-            parts.append(f"{words} {', '.join(map(code, source[key]))}")
+            parts.append(f"{words} by the value of {', '.join(map(code, source[key]))}")
     if source.get("limit"):
         parts.append(f"the first {source['limit']:,}")
     return ", ".join(parts)
@@ -147,7 +143,7 @@ def _numbers(results: Mapping[str, Any] | None) -> str:
     if not results:
         return "It was not measured."
     columns = columns_of(results)
-    rows = [["measure", *columns, "judgement"]]
+    rows = [["measure", *map(marked, columns), "judgement"]]
     for name, numbers in by_set(results).items():
         rows.append([f"**{marked(name)}**", *("" for _ in columns), ""])
         rows += [[marked(one["title"]), *(_cell(one, column) for column in columns), judge(one)] for one in numbers]
@@ -187,7 +183,7 @@ def _attacks(results: Mapping[str, Any] | None) -> str:
     if not attacks or not results:
         return "None were tried."
     columns = columns_of(results)
-    rows = [["attack", "settings", *columns, "came back"]]
+    rows = [["attack", "settings", *map(marked, columns), "came back"]]
     for one in attacks:
         values = [shown(float(found["value"])) if (found := gained(one, column)) else "—" for column in columns]
         share = one["gap"]["came_back"]

@@ -225,7 +225,7 @@ class Rows:
                 text, where = flat(raw), f"text {number + 1} of {name!r}"
                 if len(text) >= LEAST:
                     self.whole.setdefault(text[:LEAST], []).append((text, where))
-                for start in range(0, len(text) - QUOTE, BLOCK):  # any quote of so many characters holds one block whole
+                for start in range(0, len(text) - BLOCK + 1, BLOCK):  # any quote of so many characters holds one block whole
                     self.parts.setdefault(text[start : start + BLOCK], []).append((text, where, start))
 
     def quoted(self, raw: str) -> str:
@@ -254,4 +254,4 @@ def _run(said: str, at: int, text: str, start: int) -> int:
 def flat(text: str) -> str:
     """Text as it is compared: without case, markup's and JSON's escapes, and the kind of its spaces."""
     plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), html.unescape(text))
-    return re.sub(r"[\s\\]+", " ", re.sub(r"\\([^\w\s])", r"\1", re.sub(r"\\[nrt]", " ", plain))).casefold().strip()
+    return " ".join(re.sub(r"\\[nrt]", " ", plain).replace("\\", "").split()).casefold()

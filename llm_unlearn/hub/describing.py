@@ -13,9 +13,7 @@ from llm_unlearn.source import missing
 
 FILTERS = ("where", "without", "like")
 WITHHELD = "withheld"
-NAMES = (
-    "source", "base", "start", "adapters", "output", "suite", "retrained", "include", "recipe", "name", "title", "folder", "model",
-)  # fmt: skip
+NAMES = ("source", "base", "start", "adapters", "output", "suite", "retrained", "include", "recipe")
 """Keys under which a file or folder may stand."""
 OF_THE_RUN = (
     "recipe_hash", "seed", "status", "reason", "broken", "steps", "kept_step", "seconds", "trainable", "device", "processes",
@@ -88,9 +86,9 @@ def told_of(results: Mapping[str, Any], title: str, places: Iterable[Path] = ())
         for curve in attack["curves"].values():
             curve.pop("rows", None)
     found["title"] = title
-    for column in ("after", "model"):
-        if column in found.get("models", {}):
-            found["models"][column]["name"] = title
+    for column, model in found["models"].items():
+        name = str(results["models"][column]["name"])
+        model["name"] = title if column in ("after", "model") else local_name(name) if is_local(name) else name
     return found | {"answers": {}}
 
 

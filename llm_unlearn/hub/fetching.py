@@ -11,7 +11,7 @@ from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused
 
 ADAPTER_FILE, COMBINATION_FILE = "adapter_config.json", "combination.json"
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+FILES = ("*.safetensors", ADAPTER_FILE, f"*/{ADAPTER_FILE}", COMBINATION_FILE)
 HUB_ID = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
