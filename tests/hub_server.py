@@ -9,12 +9,15 @@ import hashlib
 import json
 import re
 import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
 
 Files = dict[str, bytes]
@@ -340,3 +343,20 @@ class _Handler(BaseHTTPRequestHandler):
 def git_hash(raw: bytes) -> str:
     """The name that git gives to a file's content."""
     return hashlib.sha1(f"blob {len(raw)}\0".encode() + raw).hexdigest()
+
+
+def as_the_hub(made: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waited: list[float]) -> Hub:
+    """Make huggingface_hub, in this process, take a hub for the hub; what it would wait is kept instead."""
+    import huggingface_hub.utils._http as http
+    from huggingface_hub import constants
+
+    changes = {
+        "ENDPOINT": made.url, "HUGGINGFACE_CO_URL_TEMPLATE": made.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "no_token"), "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }  # fmt: skip
+    for name, value in changes.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", made.token)
+    monkeypatch.setattr(http, "time", types.SimpleNamespace(sleep=waited.append))
+    return made

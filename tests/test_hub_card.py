@@ -225,6 +225,7 @@ def test_whole_weights_are_loaded_by_transformers_alone(tmp_path: Path) -> None:
         and "peft import" not in text
         and "can be removed" not in text
     )
+    assert "llm-unlearn evaluate eval/quick.yaml --model me/forgetful --before org/base" in text
     assert ModelCard(text).data.library_name == "transformers" and "lora" not in ModelCard(text).data.tags
     assert {"model.safetensors", "config.json"} <= set(made.pieces())
 

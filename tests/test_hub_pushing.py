@@ -7,13 +7,12 @@ import copy
 import hashlib
 import re
 import threading
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Fault, Files, Hub
+from hub_server import Fault, Files, Hub, as_the_hub
 
 from llm_unlearn.hub.contents import Piece
 from llm_unlearn.hub.pushing import OTHERS, WAITS, Overtaken, Pushed, Unreachable, Wanted, push
@@ -34,22 +33,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waited: list[float]) ->
     """A hub that huggingface_hub takes for the hub, and nobody waits for."""
     with Hub().running() as made:
         yield as_the_hub(made, monkeypatch, tmp_path, waited)
-
-
-def as_the_hub(made: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waited: list[float]) -> Hub:
-    import huggingface_hub.utils._http as http
-    from huggingface_hub import constants
-
-    changes = {
-        "ENDPOINT": made.url, "HUGGINGFACE_CO_URL_TEMPLATE": made.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
-        "HF_TOKEN_PATH": str(tmp_path / "no_token"), "HF_HUB_DISABLE_PROGRESS_BARS": True,
-    }  # fmt: skip
-    for name, value in changes.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", made.token)
-    monkeypatch.setattr(http, "time", types.SimpleNamespace(sleep=waited.append))
-    return made
 
 
 def pieces(tmp_path: Path, mark: str, size: int = 50_000) -> list[Piece]:

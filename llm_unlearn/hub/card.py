@@ -231,6 +231,9 @@ def _again(facts: Facts) -> str:
     place = f"--model {shlex.quote(facts.repo_id)}"
     if facts.adapts and not facts.base_on_hub and not facts.base.startswith("embedded:"):
         place = f"--model FOLDER_OF_THE_BASE --adapter {shlex.quote(facts.repo_id)}"
+    elif not facts.adapts and not facts.recipe["model"].get("start"):  # an adapter names its base itself
+        base = facts.base if facts.base_on_hub or facts.base.startswith("embedded:") else "FOLDER_OF_THE_BASE"
+        place += f" --before {shlex.quote(base)}"
     bits = facts.recipe["model"].get("quantize")
     words = f"llm-unlearn evaluate {shlex.quote(facts.suite) if facts.suite else 'SUITE.yaml'} {place}"
     if bits and facts.adapts:

@@ -11,7 +11,9 @@ from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused
 
 ADAPTER_FILE, COMBINATION_FILE = "adapter_config.json", "combination.json"
-FILES = ("*.safetensors", ADAPTER_FILE, f"*/{ADAPTER_FILE}", COMBINATION_FILE)
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+MODEL_FILES = ("*.safetensors", *SMALL_FILES)
+"""What is fetched of a model or adapter."""
 HUB_ID = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
@@ -45,7 +47,7 @@ def adapter_on_hub(name: str) -> Path | None:
         except (HfHubHTTPError, HFValidationError, OSError):
             continue  # no such file or repository: whoever loads the model says which
         try:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
         except Exception as error:
             raise Refused(f"{name}: an adapter on the hub, and its files cannot be read ({str(error).splitlines()[0]}).") from error
     return None
