@@ -332,6 +332,14 @@ def test_random_rows_are_found_wherever_they_are_quoted() -> None:
         assert rows.quoted(other) == ""
 
 
+def test_the_last_look_finds_the_value_of_a_filter(tmp_path: Path) -> None:
+    made = Made(tmp_path / "run")
+    held = (made.place / "recipe.yaml").read_text().replace("people.jsonl", f"{PERSON.lower()}.jsonl")
+    (made.place / "recipe.yaml").write_text(held)
+    with pytest.raises(Refused, match=r"^recipe\.yaml: repeats words of text \d of 'filters'"):
+        made.push(anyway=True)
+
+
 @pytest.mark.parametrize("where", ["suite", "threshold", "title"])
 def test_the_last_look_refuses_what_repeats_a_row(made: Made, where: str) -> None:
     row = made.results["answers"]["forget"][3]["prompt"]
@@ -441,6 +449,10 @@ def failing(made: Made, how: str) -> str:
         case "broken":
             results["run"]["broken"] = True
             return "The run broke: a loss was not finite."
+        case "deleted":
+            manifest = {"salt": "", "settings": "", "base": "", "threads": 1, "versions": {}, "rows": [], "pieces": [], "format": 1}
+            (made.place / "manifest.json").write_text(json.dumps(manifest | {"deletions": [{"rows": 3}]}))
+            return "Rows were deleted after it was measured"
         case "another":
             results["run"]["recipe_hash"] = "0" * 16
             return "The evaluation is not of this run"
@@ -449,7 +461,7 @@ def failing(made: Made, how: str) -> str:
             return "It was not evaluated"
 
 
-FAILURES = ("threshold", "collapsed", "broken", "another", "no evaluation")
+FAILURES = ("threshold", "collapsed", "broken", "another", "deleted", "no evaluation")
 
 
 @pytest.mark.parametrize("how", FAILURES)

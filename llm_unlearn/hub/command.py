@@ -50,7 +50,7 @@ def push(options: argparse.Namespace) -> Reply:
     if not REPO_ID.fullmatch(options.repo_id):
         raise Refused(f"--repo-id: found {options.repo_id!r}; expected USER/NAME.")
     run = read(options.run, options.merge)
-    failed = shortcomings(run.results, run.wanted.hash)
+    failed = [*shortcomings(run.results, run.wanted.hash), *deleted_since(run)]
     if failed and not options.anyway and not options.dry_run:
         lines = "\n".join(f"{options.run}: {one}" for one in failed)
         raise Refused(f"{lines}\nNothing was pushed; add --anyway, and the card says so at its top.")
@@ -129,6 +129,19 @@ def read(place: Path, merge: bool) -> Run:
         )
     results = folder.results_in(place) if (place / folder.RESULTS).is_file() else None
     return Run(place, wanted, results, weights, kind)
+
+
+def deleted_since(run: Run) -> list[str]:
+    """Of a run in pieces: whether its numbers are those of weights that are no more."""
+    from llm_unlearn.exact.manifest import FILE
+    from llm_unlearn.exact.manifest import read as read_manifest
+
+    if run.results is None or not (run.place / FILE).is_file():
+        return []
+    told = len((run.results.get("run") or {}).get("deletions", ()))
+    if len(read_manifest(run.place).deletions) == told:
+        return []
+    return ["Rows were deleted after it was measured: the numbers are of the weights before that."]
 
 
 @contextlib.contextmanager
@@ -229,7 +242,14 @@ def texts_in(run: Run) -> dict[str, list[str]]:
     found = {name: list(dict.fromkeys(texts)) for name, texts in found.items()}
     if not any(found.values()):
         print("the run keeps no texts of its rows: that no file repeats them could not be checked", file=sys.stderr)
-    return found
+    return found | {"filters": sorted({text for one in sources_of(run) for text in filtered_by(one)})}
+
+
+def filtered_by(source: Source) -> Iterator[str]:
+    """The texts by which a source chooses its rows."""
+    for one in (source.where, source.without, source.like):
+        for value in (one or {}).values():
+            yield from (text.strip("* ") for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str))
 
 
 def show(run: Run, pieces: list[contents.Piece], left: list[str]) -> None:

@@ -146,7 +146,7 @@ def _info(api: HfApi, wanted: Wanted, revision: str | None) -> Any:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return api.model_info(wanted.repo_id, revision=revision)
+        return api.model_info(wanted.repo_id, revision=revision, timeout=30)
     except HfHubHTTPError as error:
         if _status(error) == 404:
             return None
@@ -267,7 +267,7 @@ def _refusal(error: BaseException, wanted: Wanted) -> str:
         return f"{wanted.repo_id}: not found (404){words}. {nothing}; look at --repo-id and --revision, and {LOG_IN}."
     if status is not None:
         return f"{wanted.repo_id}: the hub refused it with status {status}{words}. {nothing}."
-    return f"{wanted.repo_id}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. {nothing}."
+    return f"{wanted.repo_id}: {' '.join(str(error).split())[:300] or type(error).__name__}. {nothing}."
 
 
 def _gone(api: HfApi, wanted: Wanted, error: BaseException, committing: bool) -> str:
