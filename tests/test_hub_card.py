@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hub_server import Fault, Hub, as_the_hub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
@@ -23,7 +24,7 @@ from llm_unlearn.hub import command, contents
 from llm_unlearn.hub.contents import Piece, Rows
 from llm_unlearn.hub.describing import described, shortcomings, told_of, without_paths
 from llm_unlearn.hub.markup import code, fenced, marked
-from llm_unlearn.reply import Reply
+from llm_unlearn.reply import BUSY, UNREACHABLE, Reply
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.spec import Refused, plain, to_yaml
 
@@ -505,6 +506,34 @@ def test_words_that_cannot_be_meant(made: Made, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(Refused, match=r"not logged in to the hub\. Nothing was pushed; log in"):
         made.push(dry_run=False)
+
+
+def test_what_the_verb_answers(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llm_unlearn.hub.pushing.WAITS", (0.0,))
+    with Hub().running() as hub:
+        as_the_hub(hub, monkeypatch, tmp_path, [])
+        reply = made.push(dry_run=False)
+        commit = hub.repos["me/forgetful"].branches["main"]
+        assert reply.status == 0 and capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/me/forgetful {commit}"
+        facts = {name: reply.facts[name] for name in ("repo", "url", "commit", "private")}
+        assert facts == {"repo": "me/forgetful", "url": f"{hub.url}/me/forgetful", "commit": commit, "private": True}
+        assert {one["path"] for one in reply.facts["files"]} == set(hub.files("me/forgetful")) - {".gitattributes"}
+        assert made.push(dry_run=False).facts["commit"] == commit and "had all of it already" in capsys.readouterr().out
+
+        assert made.push(dry_run=False, public=True).facts["private"] and "private and stays so" in capsys.readouterr().out
+        hub.faults.append(Fault("commit/main", do=lambda: hub.repos["me/forgetful"].commit("main", {}) and None, times=99))
+        made.results["run"]["seconds"] = 2.0
+        made.write()
+        hub.repos["me/forgetful"].commit("main", {})
+        assert made.push(dry_run=False).status == BUSY
+        hub.faults.clear()
+        hub.faults.append(Fault("preupload", status=503, times=99))
+        assert made.push(dry_run=False).status == UNREACHABLE
+    assert made.push(dry_run=False).status == UNREACHABLE
+    said = capsys.readouterr()
+    assert "error: 127.0.0.1:" in said.err and hub.token not in said.out + said.err
 
 
 # -------------------------------------------------------------------------------------------------------------- injection
