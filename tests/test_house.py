@@ -33,6 +33,7 @@ ROOMS = (
     "folder",
     "at_work",
     "catalogue",
+    "hub.fetching",  # hub ids, which models are loaded by
     "data",
     "models",
     "training",
@@ -59,6 +60,9 @@ ROOMS = (
     "bench",
     "following",
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
+    "doctor",
+    "completion",
+    "hub",  # reads what a run left, and merges as `requests` releases
     "verbs",
     "cli",
     "api",  # for programs and notebooks; the cache is where the command line has it
@@ -273,6 +277,8 @@ LIGHT = {
     "api.py",
     "options.py",
     "reply.py",
+    "doctor.py",
+    "completion.py",
     "thresholds.py",
     "verbs.py",
     "alternates/__init__.py",
@@ -323,6 +329,13 @@ LIGHT = {
     "following/command.py",
     "following/standing.py",
     "auditing/request.py",
+    "hub/fetching.py",
+    "hub/describing.py",
+    "hub/contents.py",
+    "hub/limits.py",
+    "hub/card.py",
+    "hub/pushing.py",
+    "hub/command.py",
 }
 
 
@@ -363,6 +376,8 @@ LIBRARIES = {  # rule 5: who may import what
     "pyarrow": r"report/columns\.py",
     "pandas": r"api\.py",
     "opacus": r"training/privacy\.py",  # an extra, imported late
+    "huggingface_hub": r"hub/\w+\.py|models/load\.py|doctor\.py",  # imported late
+    "httpx2": r"hub/pushing\.py",  # the errors of huggingface_hub's own client
     "sqlite3": r"requests/(records|ledger|chain)\.py",
     "rapidfuzz": r"requests/matching\.py",
     "cryptography": r"requests/(certificate|serving)\.py",  # serving.py: the type only

@@ -124,7 +124,7 @@ def test_a_finished_run_with_its_verdict(tmp_path: Path, capsys: pytest.CaptureF
     (folder / "evaluation.json").write_text(json.dumps(RESULTS), encoding="utf-8")
     facts = standing(folder)
     assert facts["state"] == "finished" and facts["steps"] == 90
-    assert facts["next"] == [f"open {folder}/report.html", f"llm-unlearn compare {folder} OTHER_RUN"]
+    assert facts["next"][0] == f"open {folder}/report.html" and f"llm-unlearn push {folder} --repo-id USER/NAME" in facts["next"]
     text = shown(facts, RESULTS)
     assert "finished, finished: the aim is reached at step 90" in text and "probability" in text and "as retrained" in text
     assert cli.main(["show", str(folder), "--json"]) == 0

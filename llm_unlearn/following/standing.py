@@ -125,7 +125,8 @@ def _next(folder: Path, facts: Mapping[str, Any], recipe: Mapping[str, Any], mea
         return [f"llm-unlearn run {shlex.quote(str(folder / RECIPE))}{moved} --resume"]
     exact = [f"llm-unlearn verify {run}", f"llm-unlearn forget {run} --ids …"] if facts["kind"] == "store" else []
     if measured:
-        return [f"open {shlex.quote(str(folder / REPORT))}", f"llm-unlearn compare {run} OTHER_RUN", *exact]
+        seen = [f"open {shlex.quote(str(folder / REPORT))}", f"llm-unlearn compare {run} OTHER_RUN"]
+        return [*seen, f"llm-unlearn push {run} --repo-id USER/NAME", *exact]
     base = shlex.quote(str(facts["base"]))
     models = f"--model {base} --adapter {run}" if (folder / ADAPTER).is_dir() else f"--model {run} --before {base}"
     return [f"llm-unlearn evaluate eval/quick.yaml {models}", *exact]
