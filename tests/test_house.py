@@ -23,6 +23,7 @@ ROOMS = (
     "objectives",
     "embedded.population",
     "source",
+    "withheld",  # settings for strangers
     "training.vectors",
     "training.dose",
     "training.gradients",
@@ -330,6 +331,7 @@ LIGHT = {
     "following/standing.py",
     "auditing/request.py",
     "hub/fetching.py",
+    "withheld.py",
     "hub/describing.py",
     "hub/contents.py",
     "hub/limits.py",

@@ -158,7 +158,7 @@ def test_what_chooses_rows_is_not_told(tmp_path: Path) -> None:
     text = RECIPE.replace("answer: answer}", "answer: answer, where: {person: Ada, city: [Rom, Ulm]}, like: {question: '*sc*'}}", 1)
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     config = configuration(recipe.load(tmp_path / "r.yaml", ["model.trainable=null", "train.rules=[{name: bilevel}]"]))
-    assert config["data.forget.where"] == "person, city" and config["data.forget.like"] == "question"
+    assert config["data.forget.where.person"] == config["data.forget.like.question"] == "withheld"
     assert not {"Ada", "Rom", "*sc*"} & {str(value) for value in config.values()} and "Ulm" not in json.dumps(config)
     assert config["train.rules.0.name"] == "bilevel" and config["model.adapter.rank"] == 16
     assert config["data.retain.where"] == "null"

@@ -20,13 +20,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from llm_unlearn.folder import TRACKERS, write
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.sections import Track
-from llm_unlearn.spec import parts_of
+from llm_unlearn.spec import parts_of, plain
 from llm_unlearn.training.progress import LOOKS
+from llm_unlearn.withheld import described
 
 KEPT = "runs.json"
 """Tracker -> its own name for this run, by which a resumed run finds it again."""
-ROWS = ("where", "without", "like", "contrast")
-"""Keys below a source whose values may be words of a row."""
 Value = str | int | float | bool
 
 
@@ -158,15 +157,11 @@ def plain_name(name: str) -> str:
 
 
 def configuration(recipe: Recipe) -> dict[str, Value]:
-    """Every setting of a recipe under its dotted key. Of what chooses rows, only the columns: its values may be words of a row."""
+    """Every setting of a recipe under its dotted key, as strangers may read it."""
     found: dict[str, Value] = {"hash": recipe.hash}
-    for path, value in parts_of(recipe):
-        at = next((i for i, key in enumerate(path) if path[0] == "data" and key in ROWS), None)
-        name = ".".join(map(str, path))
-        if value is None or (at is None and isinstance(value, (str, int, float, bool))):
-            found[name] = "null" if value is None else value
-        elif at == len(path) - 1 and isinstance(value, Mapping):
-            found[name] = ", ".join(value)
+    for path, value in parts_of(described(plain(recipe))):
+        if not isinstance(value, (Mapping, list, tuple)):
+            found[".".join(map(str, path))] = "null" if value is None else value  # type: ignore[assignment]
     return found
 
 
