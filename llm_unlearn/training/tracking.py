@@ -56,7 +56,7 @@ class Tracker:
             self._inner.start()
             if not known:
                 self._inner.store_init_configuration(dict(config))
-            kept[self.name] = self._inner.tracker.info.run_id if self.name == "mlflow" else kept.get(self.name, title)
+            kept.setdefault(self.name, self._inner.tracker.info.run_id if self.name == "mlflow" else title)
 
         self._try(start)
 
@@ -192,7 +192,8 @@ DATABASE = "llm_unlearn_mlflow.db"
 
 
 def _trackio(title: str, folder: Path, kept: dict[str, str]) -> dict[str, Any]:
-    return {"name": title, "resume": "allow", "embed": False}
+    """Its place may hold other runs of the same name."""
+    return {"name": kept.get("trackio", title), "resume": "allow" if "trackio" in kept else "never", "embed": False}
 
 
 def _dvclive(title: str, folder: Path, kept: dict[str, str]) -> dict[str, Any]:
