@@ -1,0 +1,120 @@
+"""Which trials are not worth their end: the rule, and what it reads of a run that is under way.
+
+Optuna's own pruners take one number per trial and refuse a study of two. The rule here is theirs of the median, asked on both sides:
+
+    a trial is ended when, at the same step, it has forgotten less *and* kept less than the median of the trials that are done.
+
+Forgetting and keeping are bought with each other, so a trial that is behind on one side alone may be another point of the frontier,
+and is left to run: a small learning rate forgets late but harms nothing until then. One that is behind on both pays more for less than
+half of the others did at that step, and such a trial rarely becomes one that nothing beats. Trials that ended before that step, as
+they had reached their aim, count with their last look: a slow trial is compared with what fast ones made of the time. Only trials
+with numbers of their own are counted, not those that were ended, which would lower the bar with every one more. The first `TRIALS`
+of them are never compared with, and no trial is judged before its `LOOKS`th look: a median of few says little, and so does a run
+that has hardly begun.
+
+What is read: with `evaluation.every`, forgotten and kept themselves, from `evaluations.jsonl`. Else the looks of `train.stop` in
+`log.jsonl`: the forget set's perplexity, which only rises to its aim, as the run ends there, and the retain set's, the lower the better.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llm_unlearn import folder
+from llm_unlearn.methods.registry import Edit
+from llm_unlearn.recipe import Recipe
+from llm_unlearn.report.ranking import against, scores_of, values_of
+from llm_unlearn.report.verdict import Results
+
+TRIALS, LOOKS = 5, 3
+"""Trials that must be done, and looks at a trial, before it may be ended."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How far a run was at a step; of both, more is better, and neither has a unit."""
+
+    step: int
+    forgotten: float
+    kept: float
+
+
+def readable(wanted: Recipe) -> str:
+    """What a run of this recipe says of itself on the way: the name of a file of its folder; "" where it says too little."""
+    if wanted.evaluation and wanted.evaluation.every:
+        return folder.ALONG
+    if isinstance(wanted.method, Edit):  # one step, at several strengths
+        return ""
+    stop = wanted.train.stop
+    return folder.LOG if stop and stop.until is not None and wanted.data.retain else ""
+
+
+def looks_in(path: Path, file: str, done: Results | None) -> list[Look]:
+    """The looks of one run, in order.
+
+    Args:
+        path: the run folder.
+        file: what `readable` gives.
+        done: the evaluation of a run that is done, for the models that `evaluations.jsonl` is compared with.
+    """
+    rows = list(_rows(path / file))
+    return list(_by_suite(rows, done) if file == folder.ALONG else _by_probe(rows))
+
+
+def _rows(file: Path) -> Iterable[Mapping[str, Any]]:
+    """The lines of a file that somebody is writing: half a last one is passed over."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            yield row
+
+
+def _by_probe(rows: Iterable[Mapping[str, Any]]) -> Iterable[Look]:
+    for row in rows:
+        found = [row.get(f"{name}_perplexity") for name in ("forget", "retain")]
+        if all(isinstance(value, (int, float)) and 0 < value < math.inf for value in found):
+            yield Look(int(row["step"]), math.log(found[0]), -math.log(found[1]))
+
+
+def _by_suite(rows: Iterable[Mapping[str, Any]], done: Results | None) -> Iterable[Look]:
+    """Rows have the numbers of the model under training only; the models before and retrained are every run's."""
+    if done is None:
+        return
+    common = {column: values_of(done, column) for column in ("before", "retrained")}
+    for row in rows:
+        scores = scores_of(against({"numbers": row["numbers"]}, common))
+        if scores["score"] is not None:
+            yield Look(int(row["step"]), scores["forgotten"], scores["kept"])
+
+
+def behind(mine: Sequence[Look], done: Iterable[Sequence[Look]]) -> str:
+    """Why a trial is to be ended, in words; "" if it is not.
+
+    Args:
+        mine: the looks at it so far.
+        done: of each trial that has its numbers, the looks at it.
+    """
+    if len(mine) < LOOKS:
+        return ""
+    now = mine[-1]
+    then = [last for looks in done if (last := _at(looks, now.step))]
+    if len(then) < TRIALS:
+        return ""
+    forgotten, kept = median(look.forgotten for look in then), median(look.kept for look in then)
+    if now.forgotten < forgotten and now.kept < kept:
+        return f"at step {now.step} it had forgotten less and kept less than the median of {len(then)} trials"
+    return ""
+
+
+def _at(looks: Sequence[Look], step: int) -> Look | None:
+    """The last look until a step."""
+    return next((look for look in reversed(looks) if look.step <= step), None)
