@@ -31,6 +31,10 @@ class Child:
 class Orders(Protocol):
     """Says which child comes next, and hears how each ended."""
 
+    @property
+    def done(self) -> int:
+        """How many are behind us, those that were finished before included."""
+
     def next(self) -> Child | None:
         """The next child; None where there is none now. Asked again as long as others run."""
 
@@ -46,12 +50,14 @@ class Listed:
     """Orders of a list: one after the other, each to its end."""
 
     waiting: list[Child]
+    done: int = 0
     failures: dict[str, str] = field(default_factory=dict)
 
     def next(self) -> Child | None:
         return self.waiting.pop(0) if self.waiting else None
 
     def ended(self, child: Child, status: int) -> str:
+        self.done += 1
         if not status:
             return ""
         self.failures[child.name] = f"{how_it_ended(status)}: {last_words(child.log)}"
@@ -73,7 +79,7 @@ def carry_out(children: Sequence[Child], jobs: int, environment: Mapping[str, st
     """
     from tqdm.auto import tqdm
 
-    orders = Listed(list(children))
+    orders = Listed(list(children), done)
     with tqdm(total=done + len(children), initial=done, desc="bench", unit="run") as bar:
         finished = keep_busy(orders, jobs, environment, bar, made=done > 0)
     return orders.failures if finished else None
@@ -103,9 +109,9 @@ def keep_busy(orders: Orders, jobs: int, environment: Mapping[str, str], bar: tq
                 ended = [process for process in running if process.poll() is not None]
                 for process in ended if not asked.is_set() else []:  # Ctrl-C in a terminal reaches the children too
                     child = running.pop(process)
-                    bar.update()
                     if said := orders.ended(child, process.returncode):
                         bar.write(said, file=sys.stderr)
+                    bar.update(orders.done - bar.n)
                     made = made or not process.returncode
                 for child in list(orders.unwanted(running.values())):
                     next(process for process, one in running.items() if one is child).terminate()

@@ -54,6 +54,7 @@ ROOMS = (
     "many",
     "children",
     "bench",
+    "sweeping",  # runs one recipe many times, as bench runs many once
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
     "verbs",
     "cli",
@@ -281,6 +282,14 @@ LIGHT = {
     "many.py",
     "children.py",
     "bench.py",
+    "sweeping/command.py",
+    "sweeping/space.py",
+    "sweeping/held.py",
+    "sweeping/study.py",
+    "sweeping/pruning.py",
+    "sweeping/running.py",
+    "sweeping/choosing.py",
+    "sweeping/saying.py",
     "requests/service.py",
     "requests/records.py",
     "requests/ledger.py",
@@ -330,6 +339,8 @@ def test_what_refuses_a_recipe_imports_nothing_heavy_at_the_top(module: Module) 
                 "rouge_score",
                 "rich",
                 "jinja2",
+                "optuna",
+                "sqlalchemy",
             )
             assert not heavy or one.late or one.typing, f"{module.file}:{one.line}: {one.module}"
 
@@ -352,6 +363,8 @@ LIBRARIES = {  # rule 5: who may import what
     "pyarrow": r"report/columns\.py",
     "opacus": r"training/privacy\.py",  # an extra, imported late
     "sqlite3": r"requests/(records|ledger|chain)\.py",
+    "optuna": r"sweeping/study\.py",  # an extra, imported late
+    "sqlalchemy": r"sweeping/study\.py",  # comes with it
     "rapidfuzz": r"requests/matching\.py",
     "cryptography": r"requests/(certificate|serving)\.py",  # serving.py: the type only
 }

@@ -1,7 +1,7 @@
 """A lock on a file that the kernel holds for a process, and lets go of when the process is gone, however it went.
 
-It is handed on to a child process, and then is held until the child is gone too: a run that goes on after its sweep was killed is not
-begun a second time beside itself.
+It is handed on to a child process, and then is held until the child is gone too: a run that goes on after its sweep was killed is
+not begun a second time beside itself.
 """
 
 from __future__ import annotations

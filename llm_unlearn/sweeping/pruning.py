@@ -1,19 +1,20 @@
 """Which trials are not worth their end: the rule, and what it reads of a run that is under way.
 
-Optuna's own pruners take one number per trial and refuse a study of two. The rule here is theirs of the median, asked on both sides:
+Optuna's own pruners take one number per trial and refuse a study of two. The rule here is that of its median, asked on both sides:
 
     a trial is ended when, at the same step, it has forgotten less *and* kept less than the median of the trials that are done.
 
-Forgetting and keeping are bought with each other, so a trial that is behind on one side alone may be another point of the frontier,
-and is left to run: a small learning rate forgets late but harms nothing until then. One that is behind on both pays more for less than
-half of the others did at that step, and such a trial rarely becomes one that nothing beats. Trials that ended before that step, as
-they had reached their aim, count with their last look: a slow trial is compared with what fast ones made of the time. Only trials
-with numbers of their own are counted, not those that were ended, which would lower the bar with every one more. The first `TRIALS`
-of them are never compared with, and no trial is judged before its `LOOKS`th look: a median of few says little, and so does a run
+Forgetting and keeping are bought with each other, so a trial that is behind on one side alone may be another point of the
+frontier, and is left to run: a small learning rate forgets late but harms nothing until then. One that is behind on both pays more
+for less than half of the others did at that step, and such a trial rarely becomes one that nothing beats. Trials that ended before
+that step, as they had reached their aim, count with their last look: a slow trial is compared with what fast ones made of the time.
+Only trials with numbers of their own are counted, not those that were ended early, which would lower the bar with every one more.
+No trial is judged before `TRIALS` others are done, nor before its `LOOKS`th look: a median of few says little, and so does a run
 that has hardly begun.
 
 What is read: with `evaluation.every`, forgotten and kept themselves, from `evaluations.jsonl`. Else the looks of `train.stop` in
-`log.jsonl`: the forget set's perplexity, which only rises to its aim, as the run ends there, and the retain set's, the lower the better.
+`log.jsonl`: the forget set's perplexity, which only rises to its aim, as the run ends there, and the retain set's, the lower the
+better.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ def _rows(file: Path) -> Iterable[Mapping[str, Any]]:
 
 def _by_probe(rows: Iterable[Mapping[str, Any]]) -> Iterable[Look]:
     for row in rows:
-        found = [row.get(f"{name}_perplexity") for name in ("forget", "retain")]
-        if all(isinstance(value, (int, float)) and 0 < value < math.inf for value in found):
-            yield Look(int(row["step"]), math.log(found[0]), -math.log(found[1]))
+        forget, retain = (float(row.get(f"{name}_perplexity", math.nan)) for name in ("forget", "retain"))
+        if 0 < forget < math.inf and 0 < retain < math.inf:  # a step that was not looked at has neither
+            yield Look(int(row["step"]), math.log(forget), -math.log(retain))
 
 
 def _by_suite(rows: Iterable[Mapping[str, Any]], done: Results | None) -> Iterable[Look]:

@@ -121,7 +121,7 @@ class Study:
         return [one for one in self.optuna.get_trials(deepcopy=False) if "twin" not in one.user_attrs]
 
     def _counts(self, trial: Any) -> bool:
-        return trial.state.name != "FAIL" or trial.number >= self.known
+        return bool(trial.state.name != "FAIL" or trial.number >= self.known)
 
     def _left(self, number: int) -> Held | None:
         """The lock of a trial that nobody carries out; a trial without a lock here was begun in another folder."""
@@ -179,7 +179,7 @@ class Study:
         return point
 
     def _sampler(self, number: int) -> Any:
-        """A sampler for one trial: its draws follow from the seed, the number, and the trials before, not from when a process began."""
+        """A sampler for one trial: its draws follow from seed, number and trials before, not from when a process began."""
         from optuna import samplers
 
         seed = int(fingerprint("sweep", self.seed, number)[:8], 16)
@@ -304,12 +304,10 @@ def _mend(journal: Path, lock: BaseJournalFileLock) -> None:
         text = journal.read_bytes()
         if not _whole(text):
             with journal.open("r+b") as file:
-                file.truncate(text.rfind(b"
-") + 1)
+                file.truncate(text.rfind(b"\n") + 1)
     finally:
         lock.release()
 
 
 def _whole(text: bytes) -> bool:
-    return not text or text.endswith(b"
-")
+    return not text or text.endswith(b"\n")
