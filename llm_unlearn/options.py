@@ -129,7 +129,7 @@ def _sweep(verb: Verb) -> None:
     one.add_argument("--trials", type=_count, metavar="N", help="so many in the end; default: of lists alone all, else 20")
     one.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at a time; default 1")
     one.add_argument(
-        "--sampler", choices=("tpe", "nsga2", "random", "grid"), help="how points are drawn; default: grid for lists, tpe"
+        "--sampler", choices=("tpe", "nsga2", "random", "grid"), help="default: grid for lists alone, else tpe"
     )
     one.add_argument("--seed", type=int, default=0, metavar="S", help="what they are drawn from; default 0")
     one.add_argument(

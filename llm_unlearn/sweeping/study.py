@@ -232,12 +232,11 @@ def open_study(
     optuna = _imported()
     with _locked(output):
         storage = _storage(output, url)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=output.resolve().name if url else "sweep",  # a database may hold several, and a folder may be moved
-            directions=["maximize", "maximize"],
-            load_if_exists=True,
-        )
+        name = output.resolve().name if url else "sweep"  # a database may hold several, and a folder may be moved
+        if name in optuna.get_all_study_names(storage):
+            study = optuna.load_study(study_name=name, storage=storage)
+        else:
+            study = optuna.create_study(storage=storage, study_name=name, directions=["maximize", "maximize"])
         earlier = study.user_attrs
         if other := [key for key in facts if earlier and earlier.get(key) != facts[key]]:
             found = "; ".join(f"{key}: {facts[key]}, not {earlier.get(key)}" for key in other)
