@@ -128,9 +128,7 @@ def _sweep(verb: Verb) -> None:
     )
     one.add_argument("--trials", type=_count, metavar="N", help="so many in the end; default: of lists alone all, else 20")
     one.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at a time; default 1")
-    one.add_argument(
-        "--sampler", choices=("tpe", "nsga2", "random", "grid"), help="default: grid for lists alone, else tpe"
-    )
+    one.add_argument("--sampler", choices=("tpe", "nsga2", "random", "grid"), help="default: grid for lists alone, else tpe")
     one.add_argument("--seed", type=int, default=0, metavar="S", help="what they are drawn from; default 0")
     one.add_argument(
         "--storage", metavar="URL", help="a database for the study, such as sqlite:///sweep.db; default: a file in DIR"

@@ -127,7 +127,10 @@ def test_what_can_be_counted_is_counted() -> None:
         (["train.lr=1e-5,1e-4", "--suite", "ss.yaml"], "ss.yaml: no such file"),
         (["train.lr=1e-5,1e-4", "--suite", "blind.yaml"], "blind.yaml: retrained: missing; a sweep compares with the model"),
         (["train.lr=1e-5,1e-4", "--suite", "deaf.yaml"], "deaf.yaml: measures: a sweep needs some on the set `forget`"),
-        (["train.lr=1e-5,1e-4", "train.stop=null", "evaluation=null"], "r.yaml: evaluation: missing; a sweep compares what a suite finds."),
+        (
+            ["train.lr=1e-5,1e-4", "train.stop=null", "evaluation=null"],
+            "r.yaml: evaluation: missing; a sweep compares what a suite finds.",
+        ),
         (["train.lr=1e-5,1e-4", "--output", "taken"], "--output: taken exists and is not the folder of a sweep."),
         (["train.lr=1e-5,1e-4", "--output", "r.yaml"], "--output: r.yaml is a file; expected a folder"),
     ],
@@ -158,17 +161,20 @@ def looks(*values: tuple[float, float], every: int = 2) -> list[Look]:
     return [Look(every * place, *both) for place, both in enumerate(values, 1)]
 
 
-DONE = [looks(*((0.1 * step * k, 1 - 0.01 * step * k) for step in range(1, 6))) for k in range(1, 6)]  # the third is the median
+DONE = [looks(*((step * k / 8, 1 - step * k / 64) for step in range(1, 7))) for k in range(1, 6)]  # the third is the median:
+LOW = ((0.1, 0.9), (0.2, 0.9), (0.8, 0.8))  # at steps 2, 4, 6, 8 (.375, .953), (.75, .906), (1.125, .859), (1.5, .812)
 
 
 @pytest.mark.parametrize(
     ("mine", "ended"),
     [
-        (((0.1, 0.9), (0.2, 0.9), (0.8, 0.90)), True),  # at step 6 the median is .9, .91
-        (((0.1, 0.9), (0.2, 0.9), (0.8, 0.92)), False),  # keeps more
-        (((0.1, 0.9), (0.2, 0.9), (1.0, 0.90)), False),  # has forgotten more
-        (((0.1, 0.9), (0.2, 0.9), (0.9, 0.91)), False),  # is the median
-        (((0.0, 0.0), (0.0, 0.0)), False),  # has hardly begun
+        (LOW, True),
+        (((0.375, 0.9), *LOW[1:]), False),  # is the median once
+        ((*LOW[:2], (0.8, 0.86)), False),  # keeps more
+        ((LOW[0], (0.2, 0.92), LOW[2]), False),  # kept more one look ago
+        ((*LOW[:2], (1.2, 0.80)), False),  # has forgotten more
+        (((9.0, 0.9), *LOW[1:], (1.1, 0.8)), True),  # what was before the last three looks is past
+        (LOW[:2], False),  # has hardly begun
     ],
 )
 def test_who_is_behind_on_both_sides_is_ended(mine: tuple[tuple[float, float], ...], ended: bool) -> None:
@@ -176,15 +182,22 @@ def test_who_is_behind_on_both_sides_is_ended(mine: tuple[tuple[float, float], .
     assert bool(said) is ended
     assert behind(looks(*mine), DONE[:-1]) == "", "a median of few says little"
     if ended:
-        assert said == "at step 6 it had forgotten less and kept less than the median of 5 trials"
+        step = 2 * len(mine)
+        assert said == f"until step {step}, 3 looks in a row, it had forgotten less and kept less than the median of 5 trials"
+
+
+def test_a_trial_that_has_hardly_moved_is_left_alone() -> None:
+    longer = [looks(*one_of_each) for one_of_each in ([(0.9, 0.99)] * count for count in (3, 6, 7, 20, 20))]  # half of 14 steps: 7
+    assert behind(looks(*[(0.1, 0.9)] * 3), longer) == ""
+    assert behind(looks(*[(0.1, 0.9)] * 4), longer).startswith("until step 8")
 
 
 def test_trials_that_are_done_already_count_with_their_last_look() -> None:
     quick = [looks((0.9, 0.9))] * 5
-    assert behind(looks((0.1, 0.9), (0.2, 0.9), (0.8, 0.8)), quick)
-    assert not behind(looks((0.1, 0.9), (0.2, 0.9), (0.8, 0.95)), quick)
-    late = [looks((0.9, 0.9), every=20)] * 5
-    assert behind(looks((0.1, 0.9), (0.2, 0.9), (0.8, 0.8)), late) == "", "nobody has been looked at yet"
+    assert behind(looks(*[(0.1, 0.8)] * 3), quick)
+    assert not behind(looks(*[(0.1, 0.95)] * 3), quick)
+    late = [looks((0.9, 0.9), every=5)] * 5
+    assert behind(looks(*[(0.1, 0.8)] * 3), late) == "", "nobody had been looked at by step 4"
 
 
 def test_looks_are_read_from_what_a_run_writes(here: Path) -> None:
@@ -475,7 +488,8 @@ def test_a_trial_behind_on_both_sides_is_ended_and_its_checkpoints_go(
     calls = play(*words, "--sampler", "grid", plan={"trial-0011": "slow"})
     assert len(calls) == 12 and (here / "trial-0011.ended").exists(), "it was asked to end, not killed"
     last = data(here)["trials"][-1]
-    assert (last["state"], last["why"]) == ("pruned", "at step 8 it had forgotten less and kept less than the median of 11 trials")
+    said = "until step 8, 3 looks in a row, it had forgotten less and kept less than the median of 11 trials"
+    assert (last["state"], last["why"]) == ("pruned", said)
     assert not (here / "out" / "trial-0011" / "checkpoints").exists() and (here / "out" / "trial-0011" / "log.jsonl").exists()
     assert "1 ended early" in capsys.readouterr().out
     assert play(*words, "--sampler", "grid") == [], "it is not begun again"

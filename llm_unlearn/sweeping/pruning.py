@@ -2,15 +2,18 @@
 
 Optuna's own pruners take one number per trial and refuse a study of two. The rule here is that of its median, asked on both sides:
 
-    a trial is ended when, at the same step, it has forgotten less *and* kept less than the median of the trials that are done.
+    a trial is ended when at each of its last three looks it had forgotten less *and* kept less than the median of the trials that
+    are done had at that step.
 
 Forgetting and keeping are bought with each other, so a trial that is behind on one side alone may be another point of the
 frontier, and is left to run: a small learning rate forgets late but harms nothing until then. One that is behind on both pays more
-for less than half of the others did at that step, and such a trial rarely becomes one that nothing beats. Trials that ended before
-that step, as they had reached their aim, count with their last look: a slow trial is compared with what fast ones made of the time.
-Only trials with numbers of their own are counted, not those that were ended early, which would lower the bar with every one more.
-No trial is judged before `TRIALS` others are done, nor before its `LOOKS`th look: a median of few says little, and so does a run
-that has hardly begun.
+for less than half of the others did, and such a trial rarely becomes one that nothing beats. Trials that ended before a step, as
+they had reached their aim, count with their last look: a slow trial is compared with what fast ones made of the time. Only trials
+with numbers of their own are counted, not those that were ended early, which would lower the bar with every one more.
+
+A run that has hardly moved differs from others in the fourth figure only, and its place among them says nothing yet (seen in the
+first real sweep, docs/sweeps.md). So none is judged before it has gone half as many steps as the median of those that are done, nor
+before five are done; and one look may be chance, three in a row are not.
 
 What is read: with `evaluation.every`, forgotten and kept themselves, from `evaluations.jsonl`. Else the looks of `train.stop` in
 `log.jsonl`: the forget set's perplexity, which only rises to its aim, as the run ends there, and the retain set's, the lower the
@@ -33,8 +36,8 @@ from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.ranking import against, scores_of, values_of
 from llm_unlearn.report.verdict import Results
 
-TRIALS, LOOKS = 5, 3
-"""Trials that must be done, and looks at a trial, before it may be ended."""
+TRIALS, LOOKS, SHARE = 5, 3, 0.5
+"""Trials that must be done; looks in a row at which a trial must be behind; the share of the median's steps it must have gone."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +107,21 @@ def behind(mine: Sequence[Look], done: Iterable[Sequence[Look]]) -> str:
         mine: the looks at it so far.
         done: of each trial that has its numbers, the looks at it.
     """
-    if len(mine) < LOOKS:
+    found = [looks for looks in done if looks]
+    if len(mine) < LOOKS or len(found) < TRIALS:
         return ""
-    now = mine[-1]
-    then = [last for looks in done if (last := _at(looks, now.step))]
+    now = mine[-1].step
+    if now < SHARE * median(looks[-1].step for looks in found) or not all(_worse(look, found) for look in mine[-LOOKS:]):
+        return ""
+    return f"until step {now}, {LOOKS} looks in a row, it had forgotten less and kept less than the median of {len(found)} trials"
+
+
+def _worse(mine: Look, done: Sequence[Sequence[Look]]) -> bool:
+    """Whether a look is behind the median on both sides; not where fewer than enough trials had been looked at by then."""
+    then = [last for looks in done if (last := _at(looks, mine.step))]
     if len(then) < TRIALS:
-        return ""
-    forgotten, kept = median(look.forgotten for look in then), median(look.kept for look in then)
-    if now.forgotten < forgotten and now.kept < kept:
-        return f"at step {now.step} it had forgotten less and kept less than the median of {len(then)} trials"
-    return ""
+        return False
+    return mine.forgotten < median(look.forgotten for look in then) and mine.kept < median(look.kept for look in then)
 
 
 def _at(looks: Sequence[Look], step: int) -> Look | None:
