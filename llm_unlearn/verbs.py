@@ -14,20 +14,20 @@ from llm_unlearn import alternates, candidates, catalogue, compare, folder, many
 from llm_unlearn.auditing import request as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
-from llm_unlearn.reply import INTERRUPTED, UNFIT, Reply
+from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import is_recipe, missing
-from llm_unlearn.spec import Refused, schema
+from llm_unlearn.spec import Refused, dotted, schema
+from llm_unlearn.thresholds import problems, reason_of
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
 
 
 def run(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    suite = suites.load(locate(wanted.evaluation.suite, path)) if wanted.evaluation else None
+    suite, named = _suite_of(wanted, path)
     if folder.check(wanted, options.resume, options.overwrite):
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return Reply(facts={"output": wanted.output, **_measured(wanted, options)})
-    named = (wanted.evaluation.retrained if wanted.evaluation else None) or (suite.retrained if suite else None)
     outcome = command.engine(wanted)(
         wanted, suite, cache=options.cache, resume=options.resume, overwrite=options.overwrite,
         retrained=_made(named, options.cache) if named else None,
@@ -42,7 +42,27 @@ def run(options: argparse.Namespace) -> Reply:
         kept = f"the weights after step {outcome.kept} were kept" if outcome.kept else "the model was left as it was"
         print(f"{outcome.status}: {outcome.reason}; {kept}.", file=sys.stderr)
     ended = {"status": outcome.status, "steps": outcome.step, "kept_step": outcome.kept, "reason": outcome.reason}
-    return Reply(UNFIT if outcome.broken else 0, {"output": wanted.output, "run": ended, **_measured(wanted, options)})
+    asked = bool(wanted.evaluation and wanted.evaluation.thresholds)
+    failed = reason_of(folder.results_in(Path(wanted.output)).get("thresholds", ())) if asked else ""
+    if failed:
+        print(f"thresholds do not hold: {failed}.", file=sys.stderr)
+    return Reply(UNFIT if outcome.broken or failed else DONE, {"output": wanted.output, "run": ended, **_measured(wanted, options)})
+
+
+def _suite_of(wanted: recipe.Recipe, path: Path) -> tuple[suites.Suite | None, str | None]:
+    """A recipe's suite, and the retrained model that it is compared with.
+
+    Raises:
+        Refused: a threshold reads nothing that the suite has.
+    """
+    if not (named := wanted.evaluation):
+        return None, None
+    suite = suites.load(locate(named.suite, path))
+    control = named.retrained or suite.retrained
+    wrong = problems(named.thresholds or (), suite, named.suite, control)
+    if lines := [f"{path}: {dotted(('evaluation', 'thresholds', *keys))}: {text}" for keys, text in wrong]:
+        raise Refused("\n".join(lines))
+    return suite, control
 
 
 def _measured(wanted: recipe.Recipe, options: argparse.Namespace) -> dict[str, Any]:
@@ -54,8 +74,7 @@ def _measured(wanted: recipe.Recipe, options: argparse.Namespace) -> dict[str, A
 def plan(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    if wanted.evaluation:
-        suites.load(locate(wanted.evaluation.suite, path))
+    _suite_of(wanted, path)
     from llm_unlearn.plan import plan as make
 
     found = make(wanted, options.cache)

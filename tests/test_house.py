@@ -42,6 +42,7 @@ ROOMS = (
     "evaluation.rows",
     "look",
     "report",
+    "thresholds",
     "results",
     "run",
     "retrained",  # carries out a recipe, for others to be compared with its model
@@ -268,6 +269,7 @@ LIGHT = {
     "cli.py",
     "options.py",
     "reply.py",
+    "thresholds.py",
     "verbs.py",
     "alternates/__init__.py",
     "alternates/request.py",
