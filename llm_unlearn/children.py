@@ -46,7 +46,7 @@ class Orders(Protocol):
 
 
 @dataclass
-class Listed:
+class InOrder:
     """Orders of a list: one after the other, each to its end."""
 
     waiting: list[Child]
@@ -79,7 +79,7 @@ def carry_out(children: Sequence[Child], jobs: int, environment: Mapping[str, st
     """
     from tqdm.auto import tqdm
 
-    orders = Listed(list(children), done)
+    orders = InOrder(list(children), done)
     with tqdm(total=done + len(children), initial=done, desc="bench", unit="run") as bar:
         finished = keep_busy(orders, jobs, environment, bar, made=done > 0)
     return orders.failures if finished else None

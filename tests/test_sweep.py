@@ -308,8 +308,9 @@ if mine == "sleep": time.sleep(0.4)
 found = json.loads(pathlib.Path("results.json").read_text())
 found["numbers"][0]["values"]["after"]["value"] = 1 - forgotten; found["numbers"][1]["values"]["after"]["value"] = kept
 found["run"]["broken"] = mine == "broken"; found["run"]["reason"] = "forget not finite at step 3"; found["title"] = str(place)
+found["thresholds"] = [{"holds": mine != "unmet", "why": "too much is known"}]
 (place / "evaluation.json").write_text(json.dumps(found))
-sys.exit(1 if mine in ("broken", "unfit") else 0)
+sys.exit(1 if mine in ("broken", "unmet") else 0)
 """
 DRIVER = """\
 import sys
@@ -455,12 +456,14 @@ def test_a_changed_recipe_suite_or_space_is_refused(play: Play, here: Path, caps
 
 
 def test_failures_are_told_and_made_up_for_by_the_next_command(play: Play, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = {"trial-0001": "refuse", "trial-0002": "broken", "trial-0003": "unfit"}
+    plan = {"trial-0001": "refuse", "trial-0002": "broken", "trial-0003": "unmet"}
     assert len(play(*GRID, status=1, plan=plan)) == 4
     err = capsys.readouterr().err
     assert "trial-0001 failed, exit status 2: error: data.forget: row 7 is empty" in err
     assert "trial-0002 failed, stopped: forget not finite at step 3" in err
-    assert [one["state"] for one in data(here)["trials"]] == ["collapsed", "failed", "failed", "complete"], "unfit has its numbers"
+    assert [one["state"] for one in data(here)["trials"]] == ["collapsed", "failed", "failed", "complete"]
+    assert data(here)["trials"][3]["misses"] == "too much is known", "a run that misses a threshold has its numbers"
+    assert "# It misses thresholds: too much is known." in (here / "out" / "chosen.yaml").read_text()
     assert play(*GRID, status=1) == ["trial-0004 --resume 1e-05 2", "trial-0005 --resume 0.0001 1"], "the points that are missing"
     assert play(*GRID, status=1) == []
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llm_unlearn import thresholds
 from llm_unlearn.bench import unjudged
 from llm_unlearn.children import keep_busy
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.report.ranking import FLOOR
-from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.spec import Refused, dotted, fingerprint
 from llm_unlearn.sweeping import choosing, saying
 from llm_unlearn.sweeping.pruning import readable
 from llm_unlearn.sweeping.running import LOGS, Job, Trials, basis_of
@@ -82,7 +83,11 @@ def _asked(options: argparse.Namespace) -> Asked:
         raise Refused(f"{path}: evaluation: missing; a sweep compares what a suite finds. Give --suite, such as eval/quick.yaml.")
     suite_path = locate(wanted.evaluation.suite, path)
     suite = suites.load(suite_path)
-    if problems := list(unjudged(suite, suite_path, wanted.evaluation.retrained or suite.retrained, "a sweep")):
+    retrained = wanted.evaluation.retrained or suite.retrained
+    wrong = thresholds.problems(wanted.evaluation.thresholds or (), suite, wanted.evaluation.suite, retrained)
+    problems = list(unjudged(suite, suite_path, retrained, "a sweep"))
+    problems += [f"{path}: {dotted(('evaluation', 'thresholds', *keys))}: {text}" for keys, text in wrong]
+    if problems:
         raise Refused("\n".join(problems))
     sampler, trials = _how_many(space, options.sampler, options.trials)
     watched = "" if options.no_prune else readable(wanted)
@@ -180,4 +185,5 @@ def _write_chosen(asked: Asked, study: Study, chosen: Mapping[str, Any], why: st
         f"Chosen by `llm-unlearn sweep` of {job.path}: {why}.",
         f"{chosen['folder']} of {job.output}, {settings}: forgotten {chosen['forgotten']:.3f}, kept {chosen['kept']:.3f}.",
     ]
+    lines += [f"It misses thresholds: {chosen['misses']}."] if chosen["misses"] else []
     saying.write_chosen(wanted, lines, job.output)

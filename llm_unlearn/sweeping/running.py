@@ -21,6 +21,7 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.sweeping.pruning import Look, behind, looks_in
 from llm_unlearn.sweeping.space import Point, Space
 from llm_unlearn.sweeping.study import Drawn, Study, name_of
+from llm_unlearn.thresholds import reason_of
 
 LOGS = "logs"
 ALIKE = 3
@@ -193,4 +194,4 @@ def _told(results: Results | None) -> dict[str, Any] | str:
     if scores["score"] is None:
         return "has no score: no measure tells the model before from the retrained one"
     how = {key: run[key] for key in ("status", "reason", "steps", "kept_step", "seconds")}
-    return {**scores, **how}
+    return {**scores, **how, "misses": reason_of(results.get("thresholds", ()))}
