@@ -464,14 +464,14 @@ def test_failures_are_told_and_made_up_for_by_the_next_command(play: Play, here:
     assert [one["state"] for one in data(here)["trials"]] == ["collapsed", "failed", "failed", "complete"]
     assert data(here)["trials"][3]["misses"] == "too much is known", "a run that misses a threshold has its numbers"
     assert "# It misses thresholds: too much is known." in (here / "out" / "chosen.yaml").read_text()
-    assert play(*GRID, status=1) == ["trial-0004 --resume 1e-05 2", "trial-0005 --resume 0.0001 1"], "the points that are missing"
-    assert play(*GRID, status=1) == []
+    assert play(*GRID) == ["trial-0004 --resume 1e-05 2", "trial-0005 --resume 0.0001 1"], "the points that are missing"
+    assert play(*GRID) == [] and data(here)["counts"]["failed"] == 2
 
 
 def test_where_nothing_but_one_failure_comes_of_it_the_sweep_ends(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(play("train.lr=1e-5..1e-3@log", "--no-prune", status=1, plan={"all": "crash"})) == 3
     assert "stopped: the first 3 trials failed the same way: exit status 1: KeyError: 'trial-0002'" in capsys.readouterr().err
-    assert len(play("train.lr=1e-5..1e-3@log", "--trials", "2", status=1)) == 2, "the cause is gone: trials are made up for"
+    assert len(play("train.lr=1e-5..1e-3@log", "--trials", "2")) == 2, "the cause is gone: trials are made up for"
 
 
 def test_a_child_that_is_killed_goes_on_once(play: Play, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

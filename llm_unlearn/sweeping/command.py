@@ -168,7 +168,8 @@ def _publish(asked: Asked, study: Study, hopeless: str) -> Reply:
     for path in (output / saying.CHOSEN if chosen else None, page, output / saying.PLOT, output / saying.DATA):
         if path:
             print(path)
-    problems = [f"{row['folder']} failed, {row['why']}" for row in rows if row["state"] == "failed"]
+    failed = [row for row in rows if row["state"] == "failed" and row["number"] >= study.known]  # earlier ones were made up for
+    problems = [f"{row['folder']} failed, {row['why']}" for row in failed]
     problems += [f"stopped: {hopeless}. The same command tries again."] if hopeless else []
     problems += [] if chosen else [f"nothing is chosen: {choosing.why_none(rows, asked.rule)}."]
     if problems:
