@@ -590,6 +590,7 @@ def test_ctrl_c_asks_the_children_and_the_same_command_goes_on(sent: signal.Sign
 # ---------------------------------------------------------------------------------------------------------------- real
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_real_sweep(here: Path, cache: Path, embedded: Mapping[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """The literal command on the embedded model: two learning rates, two steps each."""
