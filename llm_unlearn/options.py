@@ -60,7 +60,9 @@ def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
 
     def verb(name: str, function: str, text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text, epilog=epilog)
-        added.set_defaults(verb=function)
+        added.set_defaults(verb=function, json=False)
+        if function:  # a group of verbs does nothing itself
+            added.add_argument("--json", action="store_true", help="for scripts: one JSON object, and words to standard error")
         return added
 
     return verb
@@ -153,8 +155,7 @@ def _requests(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--dry-run", action="store_true", help="show what would be found, and change nothing")
     one.add_argument("--show-text", action="store_true", help="show what the rows say, too")
     one.add_argument("--yes-many", action="store_true", help="confirm a request for more than the service's `most` of all rows")
-    one = verb("list", "requests.verbs:show", "all requests with their states, those that are due first, first")
-    one.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    verb("list", "requests.verbs:show", "all requests with their states, those that are due first, first")
     one = verb("run", "requests.verbs:run", "serve what is pending, together or one by one; goes on with what was killed")
     one.add_argument("--one-by-one", action="store_true", help="a run for each request, each from what the one before left")
     one.add_argument("--show-text", action="store_true", help="print an error's words even if they repeat a row's")

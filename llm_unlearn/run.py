@@ -143,23 +143,27 @@ def _become(loaded: Loaded, model: Any, combination: Combination | None, saved: 
 
 def evaluate(
     suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None]], *, cache: Path, output: Path | None
-) -> None:
+) -> dict[str, Any]:
     """Run a suite on models that are there.
 
     Args:
         asked: "before" | "after" | "model" | "retrained" -> model and adapter, in the order of the table.
         output: folder for `evaluation.json`, `evaluation.parquet` and `report.html`; None prints the table only.
+
+    Returns:
+        What `evaluation.json` says; on processes but the first, nothing.
     """
     accelerator = start(next(iter(asked.values()))[0])
     seen = Looks(suite, accelerator, cache)(asked)
-    _conclude(suite, seen, accelerator, cache, output, (suite_name, suite_name))
+    results = _conclude(suite, seen, accelerator, cache, output, (suite_name, suite_name))
     accelerator.wait_for_everyone()
+    return results
 
 
 def _conclude(
     suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path, folder: Path | None, titles: tuple[str, str],
     facts: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """The suite's attacks, and all that was found printed and kept.
 
     Args:
@@ -170,6 +174,8 @@ def _conclude(
     if accelerator.is_main_process:
         results = results_of(suite, seen, attacks, title=titles[0], suite_name=titles[1], run=facts)
         publish(results, suite, seen, folder, folder / run_folder.LOG if folder and facts else None)
+        return results
+    return {}
 
 
 def start(model: Model) -> Accelerator:

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "llm_unlearn"
 
 ROOMS = (
     "options",  # the words of the command line: imports nothing
+    "reply",  # what a verb answers
     "spec",
     "tree",
     "objectives",
@@ -265,6 +266,7 @@ LIGHT = {
     "__main__.py",
     "cli.py",
     "options.py",
+    "reply.py",
     "verbs.py",
     "alternates/__init__.py",
     "alternates/request.py",
