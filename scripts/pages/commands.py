@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 from collections.abc import Iterable, Iterator
 
+from llm_unlearn import reply
 from llm_unlearn.options import parser
 
 TITLE = """# Command line
@@ -13,18 +16,7 @@ Read off the parser itself; `llm-unlearn VERB --help` says the same. Heavy libra
 so that help and refusals come at once.
 """
 
-CODES = """## Exit status
-
-| status | when |
-|---|---|
-| 0 | done, or ended by the recipe's own bound |
-| 1 | done, and something in it does not hold: a loss that was not finite, a check that failed, a run of several that failed |
-| 2 | refused: the reason stands on standard error, and nothing was changed |
-| 3 | another process is at work there (`requests run`) |
-| 130 | interrupted; the same command goes on (a run: with `--resume`) |
-
-`accelerate launch RECIPE` ends with the same, or with Accelerate's own 1 where one of several processes failed.
-"""
+STATUS = "The same with `accelerate launch RECIPE`; of several processes, Accelerate says 1 for whatever any of them ended with."
 
 
 def page() -> str:
@@ -35,7 +27,7 @@ def page() -> str:
         TITLE,
         *(f"- [`{one.prog}`](#{one.prog.replace(' ', '-')}) {text}" for one, text, depth in verbs if depth == 1),
         "",
-        CODES,
+        *_statuses(),
     ]
     for one, text, depth in verbs:
         lines += [f"{'#' * (depth + 1)} {one.prog}", "", sentence(text), "", "```", one.format_usage().strip(), "```", ""]
@@ -43,6 +35,23 @@ def page() -> str:
         if one.epilog and depth == 1:
             lines += [one.epilog, ""]
     return "\n".join(lines)
+
+
+def _statuses() -> Iterable[str]:
+    """The exit statuses, as `reply.py` names and explains them."""
+    names, said = ast.parse(inspect.getsource(reply)).body[-3:-1]
+    assert isinstance(names, ast.Assign) and isinstance(names.targets[0], ast.Tuple) and isinstance(said, ast.Expr)
+    words = ast.literal_eval(said.value).replace("\n", " ").rstrip(".").split(" · ")
+    yield from ("## Exit status", "", "| status | |", "|---|---|")
+    for name, word in zip(names.targets[0].elts, words, strict=True):
+        yield f"| {getattr(reply, ast.unparse(name))} | {cell(word[:1].lower() + word[1:])} |"
+    yield from (
+        "",
+        STATUS,
+        "",
+        "With `--json`, a verb prints one JSON object to standard output, `status` in it, and its words to standard error.",
+        "",
+    )
 
 
 def verbs_of(whole: argparse.ArgumentParser, depth: int = 1) -> Iterator[tuple[argparse.ArgumentParser, str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from scripts.pages.reference import slug
@@ -17,8 +17,12 @@ SHIPPED = "reference/shipped.md"
 FOLDERS = ("recipes", "recipes/methods", "eval", "launch")
 
 FENCE = re.compile(r"^(```|~~~).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
-CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+LINK = re.compile(
+    r"(?P<code>(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))"
+    r"|(?P<picture>!?)\[(?P<words>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)",
+    re.DOTALL,
+)
+"""Code in a line, in which nothing is a link, or a link or picture, whose words may be code."""
 
 
 def shipped() -> dict[str, str]:
@@ -27,31 +31,11 @@ def shipped() -> dict[str, str]:
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
-def outside_code(text: str) -> list[tuple[str, bool]]:
-    """The text in pieces: (piece, whether it is code, in a block or in a line)."""
-    pieces: list[tuple[str, bool]] = []
-    for block, fenced in _cut(text, FENCE):
-        pieces += [(block, True)] if fenced else _cut(block, CODE)
-    return pieces
-
-
-def _cut(text: str, pattern: re.Pattern[str]) -> list[tuple[str, bool]]:
-    pieces, at = [], 0
-    for match in pattern.finditer(text):
-        pieces += [(text[at : match.start()], False), (match[0], True)]
-        at = match.end()
-    return [*pieces, (text[at:], False)]
-
-
 def links_of(text: str) -> Iterator[tuple[str, str]]:
     """Every link and picture of a page that is no code: (words, target)."""
-    for match in LINK.finditer(_without_code(text)):
-        yield match[2], match[3]
-
-
-def _without_code(text: str) -> str:
-    """The page with code in lines kept (a link's words may be code) and blocks taken out."""
-    return FENCE.sub("", text)
+    for match in LINK.finditer(FENCE.sub("", text)):
+        if not match["code"]:
+            yield match["words"], match["target"]
 
 
 def rewritten(text: str, origin: str, uri: str, repository: str | None) -> str:
@@ -62,12 +46,18 @@ def rewritten(text: str, origin: str, uri: str, repository: str | None) -> str:
         uri: its path on the site, such as recipes.md.
         repository: where the repository is to be seen, if that is known.
     """
-    link: Callable[[re.Match[str]], str] = lambda match: _link(match, origin, uri, repository)  # noqa: E731
-    return "".join(block if fenced else LINK.sub(link, block) for block, fenced in _cut(text, FENCE))
+    done, at = [], 0
+    for block in [*FENCE.finditer(text), None]:
+        prose = text[at : block.start() if block else len(text)]
+        done.append(LINK.sub(lambda match: match[0] if match["code"] else _link(match, origin, uri, repository), prose))
+        if block:
+            done.append(block[0])
+            at = block.end()
+    return "".join(done)
 
 
 def _link(match: re.Match[str], origin: str, uri: str, repository: str | None) -> str:
-    picture, words, target = match[1], match[2], match[3]
+    picture, words, target = match["picture"], match["words"], match["target"]
     if re.match(r"[a-z]+:|#", target):
         return match[0]
     path, _, anchor = target.partition("#")

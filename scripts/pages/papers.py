@@ -65,7 +65,9 @@ def _names(node: ast.ClassDef) -> list[str]:
     """The values of a spec's `name`, as a recipe or suite writes them."""
     for part in node.body:
         if isinstance(part, ast.AnnAssign) and ast.unparse(part.target) == "name" and isinstance(part.annotation, ast.Subscript):
-            return [one.value for one in ast.walk(part.annotation.slice) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+            return [
+                one.value for one in ast.walk(part.annotation.slice) if isinstance(one, ast.Constant) and isinstance(one.value, str)
+            ]
     return []
 
 
