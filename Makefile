@@ -28,9 +28,8 @@ test-long: setup
 check: setup
 	scripts/check
 
-# the variable silences what the theme says of other projects on each build
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	scripts/docs
 
 clean:
 	rm -rf $(VENV) .cache runs site
