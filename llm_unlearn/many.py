@@ -190,7 +190,9 @@ def _measure(asked: Asked, one: Candidate, look: Looks) -> tuple[dict[str, Any],
     else:
         looks = look(columns, one.place)
         attacks = attacked(asked.suite, looks, look.accelerator, look.cache)
-    return results_of(asked.suite, looks, attacks, title=one.place, suite_name=asked.suite_name, run=_facts(one, looks)), looks
+    return results_of(
+        asked.suite, looks, attacks, title=one.place, named=sections.Evaluation(suite=asked.suite_name), run=_facts(one, looks)
+    ), looks
 
 
 def see_checkpoint(one: Candidate, look: Looks) -> Seen:

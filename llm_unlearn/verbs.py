@@ -14,23 +14,23 @@ from llm_unlearn import alternates, candidates, catalogue, compare, folder, many
 from llm_unlearn.auditing import request as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
-from llm_unlearn.reply import INTERRUPTED, UNFIT, Reply
+from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import is_recipe, missing
-from llm_unlearn.spec import Refused, schema
+from llm_unlearn.spec import Refused, dotted, schema
+from llm_unlearn.thresholds import problems, reason_of
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
 
 
 def run(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    suite = suites.load(locate(wanted.evaluation.suite, path)) if wanted.evaluation else None
+    suite, named = suite_of(wanted, path)
     if folder.check(wanted, options.resume, options.overwrite):
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return Reply(facts={"output": wanted.output, **_measured(wanted, options)})
-    named = (wanted.evaluation.retrained if wanted.evaluation else None) or (suite.retrained if suite else None)
     outcome = command.engine(wanted)(
         wanted, suite, cache=options.cache, resume=options.resume, overwrite=options.overwrite,
-        retrained=_made(named, options.cache) if named else None,
+        retrained=made(named, options.cache) if named else None,
     )  # fmt: skip
     if outcome.status == "interrupted":
         print(
@@ -42,7 +42,27 @@ def run(options: argparse.Namespace) -> Reply:
         kept = f"the weights after step {outcome.kept} were kept" if outcome.kept else "the model was left as it was"
         print(f"{outcome.status}: {outcome.reason}; {kept}.", file=sys.stderr)
     ended = {"status": outcome.status, "steps": outcome.step, "kept_step": outcome.kept, "reason": outcome.reason}
-    return Reply(UNFIT if outcome.broken else 0, {"output": wanted.output, "run": ended, **_measured(wanted, options)})
+    asked = bool(wanted.evaluation and wanted.evaluation.thresholds)
+    failed = reason_of(folder.results_in(Path(wanted.output)).get("thresholds", ())) if asked else ""
+    if failed:
+        print(f"thresholds do not hold: {failed}.", file=sys.stderr)
+    return Reply(UNFIT if outcome.broken or failed else DONE, {"output": wanted.output, "run": ended, **_measured(wanted, options)})
+
+
+def suite_of(wanted: recipe.Recipe, path: Path) -> tuple[suites.Suite | None, str | None]:
+    """A recipe's suite, and the retrained model that it is compared with.
+
+    Raises:
+        Refused: a threshold reads nothing that the suite has.
+    """
+    if not (named := wanted.evaluation):
+        return None, None
+    suite = suites.load(locate(named.suite, path))
+    control = named.retrained or suite.retrained
+    wrong = problems(named.thresholds or (), suite, named.suite, control)
+    if lines := [f"{path}: {dotted(('evaluation', 'thresholds', *keys))}: {text}" for keys, text in wrong]:
+        raise Refused("\n".join(lines))
+    return suite, control
 
 
 def _measured(wanted: recipe.Recipe, options: argparse.Namespace) -> dict[str, Any]:
@@ -54,8 +74,7 @@ def _measured(wanted: recipe.Recipe, options: argparse.Namespace) -> dict[str, A
 def plan(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    if wanted.evaluation:
-        suites.load(locate(wanted.evaluation.suite, path))
+    suite_of(wanted, path)
     from llm_unlearn.plan import plan as make
 
     found = make(wanted, options.cache)
@@ -99,7 +118,7 @@ def evaluate(options: argparse.Namespace) -> Reply:
     from llm_unlearn.run import evaluate as carry_out
 
     if retrained:
-        asked["retrained"] = (replace(model, base=_made(retrained, options.cache)), None)
+        asked["retrained"] = (replace(model, base=made(retrained, options.cache)), None)
     results = carry_out(suite, options.suite, asked, cache=options.cache, output=options.output)
     return Reply(facts={"evaluation": results})
 
@@ -112,14 +131,14 @@ def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> Reply:
         suite=suite,
         suite_name=options.suite,
         candidates=candidates.candidates_of(options.model, options.adapter, options.before, options.quantize),
-        retrained=_made(retrained, options.cache) if retrained else None,
+        retrained=made(retrained, options.cache) if retrained else None,
         output=options.output,
         overwrite=options.overwrite,
     )
     return many.evaluate(asked, options.cache)
 
 
-def _made(retrained: str, cache: Path) -> str:
+def made(retrained: str, cache: Path) -> str:
     """A model's folder or id; a recipe's model is made now."""
     if not is_recipe(retrained):
         return folder.model_in(retrained)

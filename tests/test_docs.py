@@ -21,7 +21,7 @@ import yaml
 from llm_unlearn import cli, recipe, reply
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.options import parser
-from scripts.pages import commands, links, papers, reference
+from scripts.pages import commands, links, notebook, papers, reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -305,6 +305,12 @@ def test_links_out_of_docs_lead_somewhere_on_the_site() -> None:
     below = links.rewritten("[g](../recipes.md) [h](docs/exact.md)", "docs/reference/index.md", "reference/index.md", None)
     assert below.startswith("[g](../recipes.md)")
     assert links.rewritten("[h](docs/exact.md)", "CHANGELOG.md", "changelog.md", None) == "[h](exact.md)"
+    assert links.rewritten("[n](notebook.ipynb)", "docs/index.md", "index.md", None) == "[n](notebook.md)"
+
+
+def test_the_notebook_is_a_page() -> None:
+    text = notebook.page((ROOT / "docs/notebook.ipynb").read_text(encoding="utf-8"))
+    assert text.startswith("# ") and "```python\nfrom llm_unlearn import" in text and text.count("```") % 2 == 0
 
 
 @pytest.mark.parametrize(

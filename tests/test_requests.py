@@ -28,8 +28,9 @@ from llm_unlearn.requests import chain, derived, judging, matching, service, ver
 from llm_unlearn.requests.certificate import files_of, public_text, read, signature_problems, signing_key
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, RUNNING, WITHDRAWN, Row, Verdict, canonical
-from llm_unlearn.requests.service import Office, Threshold
+from llm_unlearn.requests.service import Office
 from llm_unlearn.requests.serving import Desk, row_of
+from llm_unlearn.sections import Threshold
 from llm_unlearn.spec import Refused
 
 TOWNS = {

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from llm_unlearn.data.sources import Row as DataRow
 from llm_unlearn.reply import BUSY, DONE, INTERRUPTED, UNFIT
 from llm_unlearn.requests.certificate import signed
-from llm_unlearn.requests.judging import Finding, findings, of_request, reason_of
+from llm_unlearn.requests.judging import findings, of_request
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.matching import RowId, read_training, texts_of
 from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, RUNNING, WITHDRAWN, Request, Row, Run, Verdict, now
 from llm_unlearn.requests.service import Office
 from llm_unlearn.requests.ways import Served, Way, Work, withheld
 from llm_unlearn.spec import Refused, plain
+from llm_unlearn.thresholds import Finding, reason_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.recipe import Recipe
-from scripts.pages import commands, links, reference
+from scripts.pages import commands, links, notebook, reference
 
 FETCHED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc\s*=\s*["']?(?:https?:)?//[^"'>\s]+"""
@@ -39,7 +39,10 @@ def generated() -> Mapping[str, str]:
         links.SHIPPED: "# Recipes, suites and launch files\n\nAs they are shipped.\n\n"
         + "\n".join(f"## {path}\n\n````yaml\n{text.rstrip()}\n````\n" for path, text in links.shipped().items()),
     }
-    return pages | {uri: (links.ROOT / name).read_text(encoding="utf-8") for name, uri in links.ROOT_PAGES.items()}
+    texts = {name: (links.ROOT / name).read_text(encoding="utf-8") for name in links.ELSEWHERE}
+    return pages | {
+        uri: notebook.page(texts[name]) if name.endswith(".ipynb") else texts[name] for name, uri in links.ELSEWHERE.items()
+    }
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -50,7 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     uri = page.file.src_uri
-    origin = next((name for name, place in links.ROOT_PAGES.items() if place == uri), f"docs/{uri}")
+    origin = next((name for name, place in links.ELSEWHERE.items() if place == uri), f"docs/{uri}")
     repository = config.extra.get("repository")  # the theme's own repo_url lets every reader's browser ask that host for stars
     return links.rewritten(markdown, origin, uri, repository)
 

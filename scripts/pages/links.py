@@ -10,8 +10,13 @@ from pathlib import Path
 from scripts.pages.reference import slug
 
 ROOT = Path(__file__).parents[2]
-ROOT_PAGES: Mapping[str, str] = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
-"""Pages that stand in the root of the repository -> their place on the site."""
+ELSEWHERE: Mapping[str, str] = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "docs/notebook.ipynb": "notebook.md",
+}
+"""What is no Markdown page of docs/ -> its place on the site."""
 SHIPPED = "reference/shipped.md"
 """The page with every file of `FOLDERS`."""
 FOLDERS = ("recipes", "recipes/methods", "eval", "launch")
@@ -62,10 +67,10 @@ def _link(match: re.Match[str], origin: str, uri: str, repository: str | None) -
         return match[0]
     path, _, anchor = target.partition("#")
     path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), path))
-    if path.startswith("docs/"):
+    if path in ELSEWHERE:
+        to = ELSEWHERE[path]
+    elif path.startswith("docs/"):
         to = path.removeprefix("docs/")
-    elif path in ROOT_PAGES:
-        to = ROOT_PAGES[path]
     elif path == "README.md":
         to = "index.md"
     elif path in shipped():
