@@ -48,11 +48,23 @@ def parser() -> argparse.ArgumentParser:
     _many(verb)
     _alternates(verb)
     _requests(verb("requests", "", "deletion requests: add, list, run, verify, export"))
+    _begin(verb)
+    return whole
+
+
+def _begin(verb: Verb) -> None:
+    """What one needs on the first day."""
+    one = verb("demo", "verbs:demo", "carry out the main recipe on the embedded default, in the folder where you are")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.steps=10")
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier run in runs/forget_lora")
+    one = verb("doctor", "doctor:doctor", "say whether this machine is ready: versions, devices, hub login, disk")
+    one.add_argument("--online", action="store_true", help="also ask the hub whether the login is valid")
+    one = verb("completion", "completion:completion", "print a script that lets a shell complete verbs, options and recipe keys")
+    one.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     one = verb("new", "verbs:new", "write a recipe to start from")
     one.add_argument("name", metavar="NAME", help="the recipe is written to NAME.yaml")
     one = verb("schema", "verbs:show_schema", "print the JSON Schema of recipes, or of suites, for editors")
     one.add_argument("kind", nargs="?", choices=("recipe", "suite"), default="recipe")
-    return whole
 
 
 def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:

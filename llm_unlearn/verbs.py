@@ -71,6 +71,20 @@ def _measured(wanted: recipe.Recipe, options: argparse.Namespace) -> dict[str, A
     return {"evaluation": folder.results_in(home)} if options.json and (home / folder.RESULTS).is_file() else {}
 
 
+def demo(options: argparse.Namespace) -> Reply:
+    """The main recipe, from any folder; an earlier demo is gone on with, or said to be there."""
+    options.recipe, options.resume = Path(MAIN), not options.overwrite
+    reply = run(options)
+    if reply.status == DONE:
+        print(f"next: llm-unlearn evaluate eval/audit.yaml --model embedded:target --adapter {reply.facts['output']}")
+        print("      llm-unlearn new my_recipe      # for a model and data of your own")
+    return reply
+
+
+MAIN = "recipes/forget_lora.yaml"
+"""The main job on the embedded default."""
+
+
 def plan(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
@@ -202,7 +216,7 @@ def new(options: argparse.Namespace) -> Reply:
     path = Path(options.name if options.name.endswith((".yaml", ".yml")) else f"{options.name}.yaml")
     if path.exists():
         raise Refused(f"{path}: exists already. Nothing was changed; choose another name.")
-    pattern = (shipped() / "recipes" / "forget_lora.yaml").read_text(encoding="utf-8")
+    pattern = (shipped() / MAIN).read_text(encoding="utf-8")
     body = pattern[pattern.index(LAUNCH_FIRST) :].replace("output: runs/forget_lora", f"output: runs/{path.stem}")
     assert body.rstrip().endswith(LAUNCH_LAST)
     folder.write(path, f"# What this makes a model forget, and how.\n#   accelerate launch {path} [key=value ...]\n{body}")

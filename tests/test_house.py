@@ -56,6 +56,8 @@ ROOMS = (
     "children",
     "bench",
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
+    "doctor",
+    "completion",
     "verbs",
     "cli",
     "api",  # for programs and notebooks; the cache is where the command line has it
@@ -270,6 +272,8 @@ LIGHT = {
     "api.py",
     "options.py",
     "reply.py",
+    "doctor.py",
+    "completion.py",
     "thresholds.py",
     "verbs.py",
     "alternates/__init__.py",
