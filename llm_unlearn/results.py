@@ -102,14 +102,17 @@ def flattened(recipe: Recipe) -> str:
 
 
 def publish(
-    results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path | None, log: Path | None = None
-) -> None:
-    """The terminal table, and in a folder what is kept."""
+    results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path | None, log: Path | None = None,
+    show: bool = True,
+) -> None:  # fmt: skip
+    """The terminal table, where it is to be shown, and in a folder what is kept."""
     from llm_unlearn.report.terminal import print_table
 
-    print_table(results)
+    if show:
+        print_table(results)
     if folder:
         keep(results, suite, seen, folder, log)
+    if folder and show:
         print(f"\n{folder / run_folder.REPORT}")
 
 

@@ -142,27 +142,34 @@ def _become(loaded: Loaded, model: Any, combination: Combination | None, saved: 
 
 
 def evaluate(
-    suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None]], *, cache: Path, output: Path | None
-) -> dict[str, Any]:
+    suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None] | Loaded], *, cache: Path,
+    output: Path | None,
+    show: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Run a suite on models that are there.
 
     Args:
-        asked: "before" | "after" | "model" | "retrained" -> model and adapter, in the order of the table.
-        output: folder for `evaluation.json`, `evaluation.parquet` and `report.html`; None prints the table only.
+        asked: "before" | "after" | "model" | "retrained" -> model and adapter, or a model that is there, in the order of the table.
+        output: folder for `evaluation.json`, `evaluation.parquet` and `report.html`; None keeps nothing.
+        show: print the table.
 
     Returns:
         What `evaluation.json` says; on processes but the first, nothing.
     """
-    accelerator = start(next(iter(asked.values()))[0])
+    named = [one[0] for one in asked.values() if not isinstance(one, Loaded)]
+    accelerator = start(named[0] if named else Model(base="", adapter=None))
+    for one in asked.values():
+        if isinstance(one, Loaded) and one.model.device != accelerator.device:
+            raise Refused(f"model: found on {one.model.device}; this process computes on {accelerator.device}: move it there.")
     seen = Looks(suite, accelerator, cache)(asked)
-    results = _conclude(suite, seen, accelerator, cache, output, suite_name, Evaluation(suite=suite_name))
+    results = _conclude(suite, seen, accelerator, cache, output, suite_name, Evaluation(suite=suite_name), show=show)
     accelerator.wait_for_everyone()
     return results
 
 
 def _conclude(
     suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path, folder: Path | None, title: str,
-    named: Evaluation, facts: dict[str, Any] | None = None,
+    named: Evaluation, facts: dict[str, Any] | None = None, show: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """The suite's attacks, and all that was found printed and kept.
 
@@ -174,7 +181,7 @@ def _conclude(
     attacks = attacked(suite, seen, accelerator, cache)
     if accelerator.is_main_process:
         results = results_of(suite, seen, attacks, title=title, named=named, run=facts)
-        publish(results, suite, seen, folder, folder / run_folder.LOG if folder and facts else None)
+        publish(results, suite, seen, folder, folder / run_folder.LOG if folder and facts else None, show)
         return results
     return {}
 

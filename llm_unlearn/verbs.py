@@ -24,13 +24,13 @@ from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
 def run(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    suite, named = _suite_of(wanted, path)
+    suite, named = suite_of(wanted, path)
     if folder.check(wanted, options.resume, options.overwrite):
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return Reply(facts={"output": wanted.output, **_measured(wanted, options)})
     outcome = command.engine(wanted)(
         wanted, suite, cache=options.cache, resume=options.resume, overwrite=options.overwrite,
-        retrained=_made(named, options.cache) if named else None,
+        retrained=made(named, options.cache) if named else None,
     )  # fmt: skip
     if outcome.status == "interrupted":
         print(
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> Reply:
     return Reply(UNFIT if outcome.broken or failed else DONE, {"output": wanted.output, "run": ended, **_measured(wanted, options)})
 
 
-def _suite_of(wanted: recipe.Recipe, path: Path) -> tuple[suites.Suite | None, str | None]:
+def suite_of(wanted: recipe.Recipe, path: Path) -> tuple[suites.Suite | None, str | None]:
     """A recipe's suite, and the retrained model that it is compared with.
 
     Raises:
@@ -71,10 +71,24 @@ def _measured(wanted: recipe.Recipe, options: argparse.Namespace) -> dict[str, A
     return {"evaluation": folder.results_in(home)} if options.json and (home / folder.RESULTS).is_file() else {}
 
 
+def demo(options: argparse.Namespace) -> Reply:
+    """The main recipe, from any folder; an earlier demo is gone on with, or said to be there."""
+    options.recipe, options.resume = Path(MAIN), not options.overwrite
+    reply = run(options)
+    if reply.status == DONE:
+        print(f"next: llm-unlearn evaluate eval/audit.yaml --model embedded:target --adapter {reply.facts['output']}")
+        print("      llm-unlearn new my_recipe      # for a model and data of your own")
+    return reply
+
+
+MAIN = "recipes/forget_lora.yaml"
+"""The main job on the embedded default."""
+
+
 def plan(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    _suite_of(wanted, path)
+    suite_of(wanted, path)
     from llm_unlearn.plan import plan as make
 
     found = make(wanted, options.cache)
@@ -118,7 +132,7 @@ def evaluate(options: argparse.Namespace) -> Reply:
     from llm_unlearn.run import evaluate as carry_out
 
     if retrained:
-        asked["retrained"] = (replace(model, base=_made(retrained, options.cache)), None)
+        asked["retrained"] = (replace(model, base=made(retrained, options.cache)), None)
     results = carry_out(suite, options.suite, asked, cache=options.cache, output=options.output)
     return Reply(facts={"evaluation": results})
 
@@ -131,14 +145,14 @@ def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> Reply:
         suite=suite,
         suite_name=options.suite,
         candidates=candidates.candidates_of(options.model, options.adapter, options.before, options.quantize),
-        retrained=_made(retrained, options.cache) if retrained else None,
+        retrained=made(retrained, options.cache) if retrained else None,
         output=options.output,
         overwrite=options.overwrite,
     )
     return many.evaluate(asked, options.cache)
 
 
-def _made(retrained: str, cache: Path) -> str:
+def made(retrained: str, cache: Path) -> str:
     """A model's folder or id; a recipe's model is made now."""
     if not is_recipe(retrained):
         return folder.model_in(retrained)
@@ -202,7 +216,7 @@ def new(options: argparse.Namespace) -> Reply:
     path = Path(options.name if options.name.endswith((".yaml", ".yml")) else f"{options.name}.yaml")
     if path.exists():
         raise Refused(f"{path}: exists already. Nothing was changed; choose another name.")
-    pattern = (shipped() / "recipes" / "forget_lora.yaml").read_text(encoding="utf-8")
+    pattern = (shipped() / MAIN).read_text(encoding="utf-8")
     body = pattern[pattern.index(LAUNCH_FIRST) :].replace("output: runs/forget_lora", f"output: runs/{path.stem}")
     assert body.rstrip().endswith(LAUNCH_LAST)
     folder.write(path, f"# What this makes a model forget, and how.\n#   accelerate launch {path} [key=value ...]\n{body}")
