@@ -456,7 +456,7 @@ def test_thresholds_in_the_terminal_and_on_the_page(results: dict[str, Any]) -> 
     assert "holds  probability on forget: asked at most 0.3, came 0.200" in text and f"DOES NOT HOLD  {EVIL} on forget" in text
     read = " ".join(Reader(page(results, [])).text.split())
     assert "probability forget at most 0.3 0.300 0.200 ✓ holds" in read
-    assert f"{EVIL} forget at most 0.3 0.300 — ✗ does not hold{EVIL} was not measured" in read
+    assert f"{EVIL} forget at most 0.3 0.300 — ✗ does not hold {EVIL} was not measured" in read
 
 
 # --------------------------------------------------------------------------------------------------- what is seen first
@@ -470,7 +470,7 @@ def test_a_word_for_the_whole(audited: dict[str, Any]) -> None:
     assert standing(audited) == {"word": "Largely forgotten", "kind": "mixed"}
     audited["numbers"][2]["values"]["after"]["value"] = 0.99
     assert standing(audited) == {"word": "Not as retrained", "kind": "bad"}
-    assert standing(only_model(audited)) == {"word": "Not compared", "kind": "plain"}
+    assert standing(only_model(audited | {"numbers": audited["numbers"][:3]})) == {"word": "Not compared", "kind": "plain"}
     audited["numbers"][0]["values"]["after"]["value"] = 0.01
     assert standing(audited) == {"word": "Collapsed", "kind": "bad"}
 

@@ -15,6 +15,7 @@ from llm_unlearn.report.comparison_plots import DASHES, comparison_plots
 from llm_unlearn.report.comparison_terminal import chosen
 from llm_unlearn.report.likeness import Run
 from llm_unlearn.report.plots import MARKS, RUNS
+from llm_unlearn.report.templates import template
 from llm_unlearn.report.texts import readable
 from llm_unlearn.report.verdict import BAD, by_set, settings_text, shown, value_of
 
@@ -37,16 +38,13 @@ def write_comparison(comparison: Mapping[str, Any], runs: Sequence[Run], path: P
 
 def comparison_page(comparison: Mapping[str, Any], runs: Sequence[Run]) -> str:
     """The page as text. All that comes from data or models is escaped, and the answers are data that no browser runs."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    files = FileSystemLoader(Path(__file__).parent)
-    jinja = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script = (Path(__file__).parent / SCRIPT).read_text(encoding="utf-8")
     columns = [_column(name, comparison) for name in comparison["columns"]]
     in_order = [_column(str(run["name"]), comparison) | {"run": run} for run in comparison["runs"]]
     answers = answers_of(comparison, runs)
-    return jinja.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         title=f"{len(runs)} run{'' if len(runs) == 1 else 's'} on {comparison['suite']}",
         comparison=comparison,
         columns=columns,
@@ -149,8 +147,10 @@ def answers_of(comparison: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, 
                 p.append(_probability(found.get("probability", {}).get(own)))
             rows.append({"id": readable(key), "q": readable(row["prompt"]), "t": readable(row["truth"]), "a": said, "p": p})
         if rows:
-            sets.append({"name": name, "rows": rows, "of": max(len(rows), _size(comparison, name))})
-    return {"columns": [_column(name, comparison) for name in names], "sets": sets, "texts": list(texts)}
+            sets.append({"name": readable(name), "rows": rows, "of": max(len(rows), _size(comparison, name))})
+    columns = [_column(name, comparison) for name in names]
+    columns = [column | {key: readable(column[key]) for key in ("name", "title")} for column in columns]
+    return {"columns": columns, "sets": sets, "texts": list(texts)}
 
 
 def _plain_answers(one: Mapping[str, Any], answers: Mapping[str, Any]) -> dict[str, Any]:

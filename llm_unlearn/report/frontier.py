@@ -50,7 +50,8 @@ def frontier_svg(board: Mapping[str, Any]) -> str:
         figure = Figure(figsize=SIZE)
         _draw(figure, board)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": "llm-unlearn bench"})
-    return file.getvalue()
+    head, mark, rest = file.getvalue().partition("<metadata>")
+    return f"{head}<title>What each method forgot against what it kept</title>\n {mark}{rest}"
 
 
 def frontier_plot(board: Mapping[str, Any]) -> Plot:

@@ -11,6 +11,7 @@ from typing import Any
 from llm_unlearn import folder
 from llm_unlearn.report.plots import MARKS, plots_of
 from llm_unlearn.report.summary import key_numbers, kind_of, standing, thresholds_of
+from llm_unlearn.report.templates import template
 from llm_unlearn.report.texts import readable
 from llm_unlearn.report.verdict import Number, by_set, columns_of, gained, judge, sentences, settings_text, shown
 
@@ -53,13 +54,10 @@ def write_page(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], pat
 
 def page(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
     """The page as text. All that comes from data or models is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    files = FileSystemLoader(Path(__file__).parent)
-    jinja = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     columns = columns_of(results)
-    return jinja.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         title=str(results["title"]),
         suite=str(results["suite"]),
         sentences=sentences(results),

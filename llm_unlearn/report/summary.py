@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm_unlearn.report.plots import MARKS
 from llm_unlearn.report.verdict import (
     AS_RETRAINED,
     BAD,
@@ -68,7 +69,7 @@ def key_numbers(results: Results, columns: Sequence[str]) -> list[dict[str, Any]
 def _card(number: Number, columns: Sequence[str]) -> dict[str, Any]:
     """One number with the value of each model, and where on a line from 0 to 1 they lie."""
     judgement = judge(number)
-    values = [_value(number, column) for column in columns]
+    values = [_value(number, column) for column in columns if column in MARKS or value_of(number, column) is not None]
     places = [value["place"] for value in values if value["place"] is not None]
     return {
         "title": number["title"],
