@@ -21,6 +21,7 @@ from llm_unlearn import folder, recipe
 from llm_unlearn.catalogue import Method
 from llm_unlearn.children import Child, carry_out
 from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import same_data
 from llm_unlearn.spec import Refused, fingerprint
 
@@ -74,14 +75,14 @@ class Run:
         return f"{self.method.name}/{self.seed}"
 
 
-def bench(asked: Asked, environment: Mapping[str, str]) -> int:
+def bench(asked: Asked, environment: Mapping[str, str]) -> Reply:
     """Carry out what is not finished, then write and print the leaderboard.
 
     Args:
         environment: of this process; the children get it with the threads shared out.
 
     Returns:
-        0 all runs are there · 1 some failed · 130 interrupted, and no leaderboard was written.
+        DONE, all runs are there · UNFIT, some failed; with the leaderboard · INTERRUPTED, and none was written.
 
     Raises:
         Refused: anything that can be known beforehand is wrong; nothing was started.
@@ -96,7 +97,7 @@ def bench(asked: Asked, environment: Mapping[str, str]) -> int:
     if failures is None:
         there = sum(run.state == "finished" for run in runs_of(asked))
         print(f"interrupted with {there} of {len(runs)} runs finished; the same command goes on from there.", file=sys.stderr)
-        return 130
+        return Reply(INTERRUPTED, {"finished": there, "runs": len(runs)})
     return _write_board(asked, runs, failures, left_out)
 
 
@@ -215,7 +216,7 @@ def command_of(run: Run) -> list[str]:
     return [sys.executable, "-m", "llm_unlearn", "run", str(run.method.path), *run.settings, how]
 
 
-def _write_board(asked: Asked, runs: Sequence[Run], failures: Mapping[str, str], left_out: Sequence[str]) -> int:
+def _write_board(asked: Asked, runs: Sequence[Run], failures: Mapping[str, str], left_out: Sequence[str]) -> Reply:
     from llm_unlearn.report.frontier import frontier_svg
     from llm_unlearn.report.leaderboard import Outcome, board_of, markdown, print_board
 
@@ -236,7 +237,7 @@ def _write_board(asked: Asked, runs: Sequence[Run], failures: Mapping[str, str],
     print(f"{asked.page}\n{asked.output / BOARD}")
     if failed:
         print("\n".join(failed), file=sys.stderr)
-    return int(bool(failed))
+    return Reply(UNFIT if failed else DONE, {"leaderboard": board, "failed": failed})
 
 
 def outcome_of(run: Run, failures: Mapping[str, str]) -> dict[str, Any] | str:

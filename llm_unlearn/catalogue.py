@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read
 from llm_unlearn.objectives.views import TOP
@@ -110,3 +111,9 @@ def needs_of(recipe: Recipe) -> list[str]:
     if recipe.model.quantize:
         needs.append(recipe.model.quantize)
     return needs
+
+
+def facts_of(method: Method, recipe: Recipe) -> dict[str, Any]:
+    """One method of the list as plain data."""
+    said = {"name": method.name, "path": str(method.path), "sentence": method.sentence, "paper": method.paper}
+    return said | {"objective": terms_of(recipe), "needs": needs_of(recipe)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -19,8 +21,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0 done, or ended by the recipe's own bound · 1 a loss was not finite · 2 refused, with the reason on standard error ·
-        130 interrupted.
+        The exit status of its reply (`reply.py`).
     """
     parser = parser_of_words()
     options, more = parser.parse_known_args(words)
@@ -32,20 +33,32 @@ def main(words: Sequence[str] | None = None) -> int:
     wait_briefly()
     options.words = list(sys.argv[1:] if words is None else words)
     options.cache, options.config, options.environment = cache_folder(), config_folder(), os.environ
+    from llm_unlearn.reply import INTERRUPTED, REFUSED, Reply
     from llm_unlearn.spec import Refused  # from here on something is done: settings may be read
 
     module, _, function = options.verb.partition(":")
-    verb: Callable[[argparse.Namespace], int] = getattr(import_module(f"llm_unlearn.{module}"), function)
-    try:
-        return verb(options)
-    except Refused as error:
-        if int(os.environ.get("RANK", "0")):
-            time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    verb: Callable[[argparse.Namespace], Reply] = getattr(import_module(f"llm_unlearn.{module}"), function)
+    with words_elsewhere(options.json):
+        try:
+            reply = verb(options)
+        except Refused as error:
+            if int(os.environ.get("RANK", "0")):
+                time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+            reply = Reply(REFUSED, {"errors": str(error).splitlines()})
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            reply = Reply(INTERRUPTED)
+    if options.json and not int(os.environ.get("RANK", "0")):
+        print(json.dumps({"status": reply.status, **reply.facts}, indent=1, ensure_ascii=False, default=str))
+    return reply.status
+
+
+@contextlib.contextmanager
+def words_elsewhere(wanted: bool) -> Iterator[None]:
+    """Inside, what is printed for people goes to standard error, so that standard output holds nothing but one JSON object."""
+    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield
 
 
 def launch(file: str) -> None:

@@ -31,7 +31,7 @@ ANY_RUN = re.compile(r"(seed|step|checkpoint)-\d+|adapter|model|checkpoints")
 RESERVED = ("before", "retrained")
 
 
-def compare(words: Sequence[str], output: Path | None, *, overwrite: bool = False, common: bool = False) -> None:
+def compare(words: Sequence[str], output: Path | None, *, overwrite: bool = False, common: bool = False) -> dict[str, Any]:
     """Compare what was evaluated, print it, and write it into a folder.
 
     Args:
@@ -44,7 +44,7 @@ def compare(words: Sequence[str], output: Path | None, *, overwrite: bool = Fals
     """
     check_output(output, overwrite)
     folders, left_out = found(words)
-    publish(read(folders), output, common=common, left_out=left_out)
+    return publish(read(folders), output, common=common, left_out=left_out)
 
 
 def check_output(output: Path | None, overwrite: bool) -> None:
@@ -63,7 +63,7 @@ def check_output(output: Path | None, overwrite: bool) -> None:
                 )
 
 
-def publish(runs: Sequence[Run], output: Path | None, *, common: bool = False, left_out: Sequence[str] = ()) -> None:
+def publish(runs: Sequence[Run], output: Path | None, *, common: bool = False, left_out: Sequence[str] = ()) -> dict[str, Any]:
     """The table in the terminal; in a folder, the JSON file and the page."""
     from llm_unlearn.report.comparison import comparison_of
     from llm_unlearn.report.comparison_page import write_comparison
@@ -77,6 +77,7 @@ def publish(runs: Sequence[Run], output: Path | None, *, common: bool = False, l
         folder.write(output / RESULTS, json.dumps(comparison, indent=1, ensure_ascii=False).encode("utf-8", "replace").decode())
         write_comparison(comparison, alike, output / PAGE)
         print(f"\n{output / PAGE}")
+    return comparison
 
 
 def found(words: Sequence[str]) -> tuple[list[Path], list[str]]:

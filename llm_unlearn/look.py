@@ -43,14 +43,15 @@ Encoded = dict[str, Mapping[str, EncodedSet]]
 class Look:
     """One look at a model: the suite's passes over its sets, from the cache where this model was asked before.
 
-    `controls` is what the retrained model left for others to be compared with; its own look fills `leave`.
+    `controls` is what the retrained model left for others to be compared with; its own look fills `leave`. Without a cache,
+    nothing is kept.
     """
 
     def __init__(
-        self, suite: Suite, loaded: Loaded, accelerator: Accelerator, cache: Path,
+        self, suite: Suite, loaded: Loaded, accelerator: Accelerator, cache: Path | None,
         controls: Mapping[str, Control] | None = None, leave: dict[str, Control] | None = None, encoded: Encoded | None = None,
     ) -> None:  # fmt: skip
-        self.suite, self.accelerator, self.cache = suite, accelerator, cache / "tables"
+        self.suite, self.accelerator, self.cache = suite, accelerator, cache / "tables" if cache else None
         self.controls, self.leave = controls, leave
         encoded, key = {} if encoded is None else encoded, spelling(loaded.tokenizer)
         if key not in encoded:
@@ -93,16 +94,20 @@ class Looks:
     shared: dict[tuple[str, str | None], Seen] = field(default_factory=dict)
     """Models that others are seen beside, before and retrained: each is looked at once."""
 
-    def __call__(self, asked: Mapping[str, tuple[Model, str | None]], name: str | None = None) -> dict[str, Seen]:
+    def __call__(self, asked: Mapping[str, tuple[Model, str | None] | Loaded], name: str | None = None) -> dict[str, Seen]:
         """Every column; the retrained model first, as the others are compared with it.
 
         Args:
-            asked: column -> model and adapter.
+            asked: column -> model and adapter, or a model that is there.
             name: of the model after, or of the only one; without it, its adapter or base.
         """
         found: dict[str, Seen] = {}
         for column in sorted(asked, key=lambda column: column != "retrained"):
-            model, adapter = asked[column]
+            one = asked[column]
+            if isinstance(one, Loaded):
+                found[column] = self._given(one, column)
+                continue
+            model, adapter = one
             if column in ("after", "model"):  # this candidate's own, which nobody asks for again
                 found[column] = self._see(model, adapter, name or adapter or model.base)
                 continue
@@ -117,9 +122,16 @@ class Looks:
         """Load a model, look at it, and let it go."""
         model = embedded(model, self.cache)
         loaded = load(model, self.accelerator.device, adapter=adapter)
+        return self._look(loaded, self.cache, leave).seen(loaded, name, name, model, adapter)
+
+    def _given(self, loaded: Loaded, column: str) -> Seen:
+        """Look at a model that is there. What decides its answers cannot be known from outside, so none of them is kept."""
+        name = str(loaded.causal.config.name_or_path or column)
+        return self._look(loaded, None).seen(loaded, name, name, Model(base=name, adapter=None))
+
+    def _look(self, loaded: Loaded, cache: Path | None, leave: dict[str, Control] | None = None) -> Look:
         controls = None if leave is not None else self.controls
-        look = Look(self.suite, loaded, self.accelerator, self.cache, controls, leave, self.encoded)
-        return look.seen(loaded, name, name, model, adapter)
+        return Look(self.suite, loaded, self.accelerator, cache, controls, leave, self.encoded)
 
 
 def attacked(suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llm_unlearn import compare, folder, sections
 from llm_unlearn.candidates import Candidate
 from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.reply import DONE, UNFIT, Reply
 from llm_unlearn.spec import Refused, fingerprint
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ class Asked:
     overwrite: bool
 
 
-def evaluate(asked: Asked, cache: Path) -> int:
+def evaluate(asked: Asked, cache: Path) -> Reply:
     """Measure what is not measured yet, one model after the other, and compare all.
 
     Returns:
-        0 all are there · 1 some could not be loaded, and were named.
+        DONE, all are there · UNFIT, some could not be loaded, and were named; with the comparison.
 
     Raises:
         Refused: the output folder holds other evaluations, or the models cannot be measured alike; nothing was changed.
@@ -75,12 +76,11 @@ def evaluate(asked: Asked, cache: Path) -> int:
             if new:
                 _keep(results, asked.suite, looks, one, folders[name])
             runs.append(Run(name, str(folders[name] or one.place), results, compare.log_in(one.run)))
-    if main and runs:
-        compare.publish(runs, asked.output)
+    comparison = compare.publish(runs, asked.output) if main and runs else None
     if main and failed:
         print("\n".join(f"not measured: {line}" for line in failed), file=sys.stderr)
     accelerator.wait_for_everyone()
-    return int(bool(failed))
+    return Reply(UNFIT if failed else DONE, {"comparison": comparison, "not_measured": failed})
 
 
 def _folders(output: Path | None, names: Sequence[str]) -> Iterator[Path | None]:
@@ -190,7 +190,9 @@ def _measure(asked: Asked, one: Candidate, look: Looks) -> tuple[dict[str, Any],
     else:
         looks = look(columns, one.place)
         attacks = attacked(asked.suite, looks, look.accelerator, look.cache)
-    return results_of(asked.suite, looks, attacks, title=one.place, suite_name=asked.suite_name, run=_facts(one, looks)), looks
+    return results_of(
+        asked.suite, looks, attacks, title=one.place, named=sections.Evaluation(suite=asked.suite_name), run=_facts(one, looks)
+    ), looks
 
 
 def see_checkpoint(one: Candidate, look: Looks) -> Seen:

@@ -48,11 +48,23 @@ def parser() -> argparse.ArgumentParser:
     _many(verb)
     _alternates(verb)
     _requests(verb("requests", "", "deletion requests: add, list, run, verify, export"))
+    _begin(verb)
+    return whole
+
+
+def _begin(verb: Verb) -> None:
+    """What one needs on the first day."""
+    one = verb("demo", "verbs:demo", "carry out the main recipe on the embedded default, in the folder where you are")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.steps=10")
+    one.add_argument("--overwrite", action="store_true", help="replace an earlier run in runs/forget_lora")
+    one = verb("doctor", "doctor:doctor", "say whether this machine is ready: versions, devices, hub login, disk")
+    one.add_argument("--online", action="store_true", help="also ask the hub whether the login is valid")
+    one = verb("completion", "completion:completion", "print a script that lets a shell complete verbs, options and recipe keys")
+    one.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     one = verb("new", "verbs:new", "write a recipe to start from")
     one.add_argument("name", metavar="NAME", help="the recipe is written to NAME.yaml")
     one = verb("schema", "verbs:show_schema", "print the JSON Schema of recipes, or of suites, for editors")
     one.add_argument("kind", nargs="?", choices=("recipe", "suite"), default="recipe")
-    return whole
 
 
 def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
@@ -60,7 +72,9 @@ def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
 
     def verb(name: str, function: str, text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text, epilog=epilog)
-        added.set_defaults(verb=function)
+        added.set_defaults(verb=function, json=False)
+        if function:  # a group of verbs does nothing itself
+            added.add_argument("--json", action="store_true", help="for scripts: one JSON object, and words to standard error")
         return added
 
     return verb
@@ -153,8 +167,7 @@ def _requests(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--dry-run", action="store_true", help="show what would be found, and change nothing")
     one.add_argument("--show-text", action="store_true", help="show what the rows say, too")
     one.add_argument("--yes-many", action="store_true", help="confirm a request for more than the service's `most` of all rows")
-    one = verb("list", "requests.verbs:show", "all requests with their states, those that are due first, first")
-    one.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    verb("list", "requests.verbs:show", "all requests with their states, those that are due first, first")
     one = verb("run", "requests.verbs:run", "serve what is pending, together or one by one; goes on with what was killed")
     one.add_argument("--one-by-one", action="store_true", help="a run for each request, each from what the one before left")
     one.add_argument("--show-text", action="store_true", help="print an error's words even if they repeat a row's")

@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,16 @@ from llm_unlearn.tree import locate
 GIB = 1 << 30
 
 
-def plan(recipe: Recipe, cache: Path) -> str:
-    """The plan as text. The model is built without weights; of a hub id, only its small files are read."""
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, in words and as plain data."""
+
+    text: str
+    facts: dict[str, Any]
+
+
+def plan(recipe: Recipe, cache: Path) -> Plan:
+    """What a run will do. The model is built without weights; of a hub id, only its small files are read."""
     if recipe.model.base.startswith("embedded:"):
         tokenizer = target.make_tokenizer()
         net: Any = target.make_model(len(tokenizer))
@@ -82,7 +91,16 @@ def plan(recipe: Recipe, cache: Path) -> str:
         lines.append(f"retrained  {name}: {'is in the cache' if there else 'is trained on first use, and kept in the cache'}")
     if Path(recipe.output).exists():
         lines.append(f"note       {recipe.output} exists already")
-    return "\n".join(lines)
+    facts = {
+        "output": recipe.output,
+        "recipe_hash": recipe.hash,
+        "steps": None if isinstance(recipe.method, Exact) else job.schedule.steps,
+        "examples": {name: len(found) for name, found in examples.streams.items()},
+        "trainable": moved,
+        "weights": base,
+        "memory_bytes": {name: round(size) for name, size in needed.items()},
+    }
+    return Plan("\n".join(lines), facts)
 
 
 def _steps(recipe: Recipe, job: Job, examples: Examples) -> list[str]:

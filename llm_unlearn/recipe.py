@@ -84,7 +84,15 @@ def load(path: Path, overrides: Iterable[str] = (), check: bool = True) -> Recip
     Raises:
         Refused: every wrong key at once, each with its place, what was found and what was expected.
     """
-    tree = read_tree(path, overrides)
+    return checked(read_tree(path, overrides), check)
+
+
+def checked(tree: Tree, check: bool = True) -> Recipe:
+    """The recipe that a tree is.
+
+    Raises:
+        Refused: as for a file.
+    """
     if isinstance(tree.data.get("evaluation"), str):
         tree.data["evaluation"] = {"suite": tree.data["evaluation"]}
     if isinstance(objective := tree.data.get("objective"), dict):  # `retain: null` takes a term out

@@ -20,7 +20,9 @@ from llm_unlearn.evaluation.tasks import task_numbers
 from llm_unlearn.look import COLUMNS, Seen
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
+from llm_unlearn.sections import Evaluation
 from llm_unlearn.spec import fingerprint, plain, to_yaml
+from llm_unlearn.thresholds import findings
 from llm_unlearn.training.guard import Outcome
 
 if TYPE_CHECKING:
@@ -35,10 +37,14 @@ def results_of(
     attacks: list[dict[str, Any]],
     *,
     title: str,
-    suite_name: str,
+    named: Evaluation,
     run: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything that `evaluation.json` says."""
+    """Everything that `evaluation.json` says.
+
+    Args:
+        named: the suite's name, and what must hold of its numbers.
+    """
     columns = [column for column in COLUMNS if column in seen]
     models = {column: seen[column].tables for column in columns}
     found = numbers(suite, models) + task_numbers(suite.tasks, {column: seen[column].answered for column in columns})
@@ -46,12 +52,13 @@ def results_of(
     return {
         "format": 1,
         "title": title,
-        "suite": suite_name,
+        "suite": named.suite,
         "suite_hash": fingerprint(suite),
         "suite_settings": plain(suite),  # so that `compare` can say in what two suites differ
         "run": run,
         "models": {column: {"name": seen[column].name, "identity": seen[column].target.identity} for column in columns},
         "numbers": found,
+        "thresholds": findings(named.thresholds or (), found),
         "attacks": attacks,
         "robustness": robustness_of(attacks, found),
         "curves": curves(suite, models),
@@ -95,14 +102,17 @@ def flattened(recipe: Recipe) -> str:
 
 
 def publish(
-    results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path | None, log: Path | None = None
-) -> None:
-    """The terminal table, and in a folder what is kept."""
+    results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path | None, log: Path | None = None,
+    show: bool = True,
+) -> None:  # fmt: skip
+    """The terminal table, where it is to be shown, and in a folder what is kept."""
     from llm_unlearn.report.terminal import print_table
 
-    print_table(results)
+    if show:
+        print_table(results)
     if folder:
         keep(results, suite, seen, folder, log)
+    if folder and show:
         print(f"\n{folder / run_folder.REPORT}")
 
 

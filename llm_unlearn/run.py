@@ -34,7 +34,7 @@ from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.results import flattened, publish, results_of, run_facts
-from llm_unlearn.sections import Model
+from llm_unlearn.sections import Evaluation, Model
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import secret, sharded
 from llm_unlearn.training.before import Shelf
@@ -108,7 +108,7 @@ def run(
         after = after or load(again[0], accelerator.device, again[1])
         seen["after"] = look.seen(after, "the model after", str(folder), *again)
         del after  # an attack needs the memory
-        _conclude(suite, seen, accelerator, cache, folder, (str(folder), recipe.evaluation.suite), facts)
+        _conclude(suite, seen, accelerator, cache, folder, str(folder), recipe.evaluation, facts)
     if accelerator.is_main_process:
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -142,34 +142,48 @@ def _become(loaded: Loaded, model: Any, combination: Combination | None, saved: 
 
 
 def evaluate(
-    suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None]], *, cache: Path, output: Path | None
-) -> None:
+    suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None] | Loaded], *, cache: Path,
+    output: Path | None,
+    show: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Run a suite on models that are there.
 
     Args:
-        asked: "before" | "after" | "model" | "retrained" -> model and adapter, in the order of the table.
-        output: folder for `evaluation.json`, `evaluation.parquet` and `report.html`; None prints the table only.
+        asked: "before" | "after" | "model" | "retrained" -> model and adapter, or a model that is there, in the order of the table.
+        output: folder for `evaluation.json`, `evaluation.parquet` and `report.html`; None keeps nothing.
+        show: print the table.
+
+    Returns:
+        What `evaluation.json` says; on processes but the first, nothing.
     """
-    accelerator = start(next(iter(asked.values()))[0])
+    named = [one[0] for one in asked.values() if not isinstance(one, Loaded)]
+    accelerator = start(named[0] if named else Model(base="", adapter=None))
+    for one in asked.values():
+        if isinstance(one, Loaded) and one.model.device != accelerator.device:
+            raise Refused(f"model: found on {one.model.device}; this process computes on {accelerator.device}: move it there.")
     seen = Looks(suite, accelerator, cache)(asked)
-    _conclude(suite, seen, accelerator, cache, output, (suite_name, suite_name))
+    results = _conclude(suite, seen, accelerator, cache, output, suite_name, Evaluation(suite=suite_name), show=show)
     accelerator.wait_for_everyone()
+    return results
 
 
 def _conclude(
-    suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path, folder: Path | None, titles: tuple[str, str],
-    facts: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+    suite: Suite, seen: Mapping[str, Seen], accelerator: Accelerator, cache: Path, folder: Path | None, title: str,
+    named: Evaluation, facts: dict[str, Any] | None = None, show: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """The suite's attacks, and all that was found printed and kept.
 
     Args:
-        titles: of the page, and the suite's name.
+        title: of the page.
+        named: the suite's name, and what must hold of the numbers.
         facts: of the run, if it was one; its log is drawn then.
     """
     attacks = attacked(suite, seen, accelerator, cache)
     if accelerator.is_main_process:
-        results = results_of(suite, seen, attacks, title=titles[0], suite_name=titles[1], run=facts)
-        publish(results, suite, seen, folder, folder / run_folder.LOG if folder and facts else None)
+        results = results_of(suite, seen, attacks, title=title, named=named, run=facts)
+        publish(results, suite, seen, folder, folder / run_folder.LOG if folder and facts else None, show)
+        return results
+    return {}
 
 
 def start(model: Model) -> Accelerator:

@@ -7,7 +7,7 @@ from dataclasses import field
 from typing import Literal
 
 from llm_unlearn.source import Source
-from llm_unlearn.spec import NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Share, spec
+from llm_unlearn.spec import FiniteFloat, NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Share, spec
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.gradients import AnyRule
 from llm_unlearn.training.privacy import Privacy
@@ -130,6 +130,32 @@ class Train:
 
 
 @spec
+class Threshold:
+    """What a number of the suite must be: one of `at_most`, `at_least` and `judged`."""
+
+    measure: str
+    """Title of a measure, as the table shows it, such as `extraction strength`."""
+    set: str
+    """A set of the suite; of deletion requests, `forget` is measured on the rows of each by themselves."""
+    at_most: FiniteFloat | None = None
+    """Largest value that will do."""
+    at_least: FiniteFloat | None = None
+    """Smallest value that will do."""
+    of: Literal["before", "retrained"] | None = None
+    """Take the bound times this model's value: `at_least: 0.95, of: before`. Before is the model before the first request."""
+    judged: Literal["as retrained"] | None = None
+    """The table's judgement must be this."""
+
+    @property
+    def asked(self) -> str:
+        """The bound in words."""
+        if self.judged:
+            return self.judged
+        bound = f"at most {self.at_most:g}" if self.at_most is not None else f"at least {self.at_least:g}"
+        return f"{bound} of {self.of}" if self.of else bound
+
+
+@spec
 class Evaluation:
     """Which suite tells what is left."""
 
@@ -139,6 +165,8 @@ class Evaluation:
     """The model that never saw the forget set, or a recipe that makes it (kept in the cache); without it, what the suite names."""
     every: PositiveInt | None = None
     """Also run the suite every so many optimizer steps."""
+    thresholds: tuple[Threshold, ...] | None = None
+    """What must hold of the numbers: where one does not, the run says so, ends with status 1, and is not pushed."""
 
 
 Problems = Iterable[tuple[str, ...]]

@@ -8,67 +8,110 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
 from llm_unlearn.auditing import request as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
+from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import is_recipe, missing
-from llm_unlearn.spec import Refused, schema
+from llm_unlearn.spec import Refused, dotted, schema
+from llm_unlearn.thresholds import problems, reason_of
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    suite = suites.load(locate(wanted.evaluation.suite, path)) if wanted.evaluation else None
+    suite, named = suite_of(wanted, path)
     if folder.check(wanted, options.resume, options.overwrite):
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
-        return 0
-    named = (wanted.evaluation.retrained if wanted.evaluation else None) or (suite.retrained if suite else None)
+        return Reply(facts={"output": wanted.output, **_measured(wanted, options)})
     outcome = command.engine(wanted)(
         wanted, suite, cache=options.cache, resume=options.resume, overwrite=options.overwrite,
-        retrained=_made(named, options.cache) if named else None,
+        retrained=made(named, options.cache) if named else None,
     )  # fmt: skip
     if outcome.status == "interrupted":
         print(
             f"interrupted after step {outcome.step}; the same command with --resume goes on from there.",
             file=sys.stderr,
         )
-        return 130
+        return Reply(INTERRUPTED, {"output": wanted.output, "step": outcome.step})
     if outcome.reason:
         kept = f"the weights after step {outcome.kept} were kept" if outcome.kept else "the model was left as it was"
         print(f"{outcome.status}: {outcome.reason}; {kept}.", file=sys.stderr)
-    return int(outcome.broken)
+    ended = {"status": outcome.status, "steps": outcome.step, "kept_step": outcome.kept, "reason": outcome.reason}
+    asked = bool(wanted.evaluation and wanted.evaluation.thresholds)
+    failed = reason_of(folder.results_in(Path(wanted.output)).get("thresholds", ())) if asked else ""
+    if failed:
+        print(f"thresholds do not hold: {failed}.", file=sys.stderr)
+    return Reply(UNFIT if outcome.broken or failed else DONE, {"output": wanted.output, "run": ended, **_measured(wanted, options)})
 
 
-def plan(options: argparse.Namespace) -> int:
+def suite_of(wanted: recipe.Recipe, path: Path) -> tuple[suites.Suite | None, str | None]:
+    """A recipe's suite, and the retrained model that it is compared with.
+
+    Raises:
+        Refused: a threshold reads nothing that the suite has.
+    """
+    if not (named := wanted.evaluation):
+        return None, None
+    suite = suites.load(locate(named.suite, path))
+    control = named.retrained or suite.retrained
+    wrong = problems(named.thresholds or (), suite, named.suite, control)
+    if lines := [f"{path}: {dotted(('evaluation', 'thresholds', *keys))}: {text}" for keys, text in wrong]:
+        raise Refused("\n".join(lines))
+    return suite, control
+
+
+def _measured(wanted: recipe.Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """What a run's evaluation found, where there is one and somebody asks."""
+    home = Path(wanted.output)
+    return {"evaluation": folder.results_in(home)} if options.json and (home / folder.RESULTS).is_file() else {}
+
+
+def demo(options: argparse.Namespace) -> Reply:
+    """The main recipe, from any folder; an earlier demo is gone on with, or said to be there."""
+    options.recipe, options.resume = Path(MAIN), not options.overwrite
+    reply = run(options)
+    if reply.status == DONE:
+        print(f"next: llm-unlearn evaluate eval/audit.yaml --model embedded:target --adapter {reply.facts['output']}")
+        print("      llm-unlearn new my_recipe      # for a model and data of your own")
+    return reply
+
+
+MAIN = "recipes/forget_lora.yaml"
+"""The main job on the embedded default."""
+
+
+def plan(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    if wanted.evaluation:
-        suites.load(locate(wanted.evaluation.suite, path))
+    suite_of(wanted, path)
     from llm_unlearn.plan import plan as make
 
-    print(make(wanted, options.cache))
-    return 0
+    found = make(wanted, options.cache)
+    print(found.text)
+    return Reply(facts=found.facts)
 
 
-def audit(options: argparse.Namespace) -> int:
+def audit(options: argparse.Namespace) -> Reply:
     wanted = recipe.load(locate(str(options.recipe)), options.overrides)
     asked = auditing.check(wanted, canaries=options.canaries, guesses=options.guesses, seed=options.seed, output=options.output)
     if found := auditing.held(asked, options.overwrite):
         print(auditing.said(found, asked.output))
-        return 0
+        return Reply(facts=found)
     from llm_unlearn.auditing.trial import trial
 
     if not trial(asked, options.cache, options.overwrite):
         words = "the same command without --overwrite" if options.overwrite else "the same command"
         print(f"interrupted; {words} goes on from there.", file=sys.stderr)
-        return 130
-    return 0
+        return Reply(INTERRUPTED)
+    return Reply(facts=auditing.held(asked, overwrite=False) or {})
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def evaluate(options: argparse.Namespace) -> Reply:
     suite = suites.load(locate(options.suite), options.overrides)
     if candidates.is_many(options.model, options.adapter, options.before):
         return _evaluate_many(suite, options)
@@ -89,12 +132,12 @@ def evaluate(options: argparse.Namespace) -> int:
     from llm_unlearn.run import evaluate as carry_out
 
     if retrained:
-        asked["retrained"] = (replace(model, base=_made(retrained, options.cache)), None)
-    carry_out(suite, options.suite, asked, cache=options.cache, output=options.output)
-    return 0
+        asked["retrained"] = (replace(model, base=made(retrained, options.cache)), None)
+    results = carry_out(suite, options.suite, asked, cache=options.cache, output=options.output)
+    return Reply(facts={"evaluation": results})
 
 
-def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> int:
+def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> Reply:
     retrained = options.retrained or suite.retrained
     if retrained and missing(retrained):
         raise Refused(f"--retrained: no such folder: {retrained} (looked from {Path.cwd()}).")
@@ -102,14 +145,14 @@ def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> int:
         suite=suite,
         suite_name=options.suite,
         candidates=candidates.candidates_of(options.model, options.adapter, options.before, options.quantize),
-        retrained=_made(retrained, options.cache) if retrained else None,
+        retrained=made(retrained, options.cache) if retrained else None,
         output=options.output,
         overwrite=options.overwrite,
     )
     return many.evaluate(asked, options.cache)
 
 
-def _made(retrained: str, cache: Path) -> str:
+def made(retrained: str, cache: Path) -> str:
     """A model's folder or id; a recipe's model is made now."""
     if not is_recipe(retrained):
         return folder.model_in(retrained)
@@ -118,12 +161,12 @@ def _made(retrained: str, cache: Path) -> str:
     return str(found(retrained, cache))
 
 
-def compare_runs(options: argparse.Namespace) -> int:
-    compare.compare(options.runs, options.output, overwrite=options.overwrite, common=options.common)
-    return 0
+def compare_runs(options: argparse.Namespace) -> Reply:
+    found = compare.compare(options.runs, options.output, overwrite=options.overwrite, common=options.common)
+    return Reply(facts={"comparison": found})
 
 
-def methods(options: argparse.Namespace) -> int:
+def methods(options: argparse.Namespace) -> Reply:
     found: list[tuple[catalogue.Method, recipe.Recipe]] = []
     problems: list[str] = []
     for method in catalogue.methods_in(options.folder):
@@ -137,10 +180,10 @@ def methods(options: argparse.Namespace) -> int:
         print_methods(found)
     if problems:  # those that can be read were listed
         raise Refused("\n".join(problems))
-    return 0
+    return Reply(facts={"methods": [catalogue.facts_of(*one) for one in found]})
 
 
-def bench(options: argparse.Namespace) -> int:
+def bench(options: argparse.Namespace) -> Reply:
     from llm_unlearn import bench as room
 
     suite = locate(options.suite)
@@ -159,28 +202,29 @@ def bench(options: argparse.Namespace) -> int:
     return room.bench(asked, options.environment)
 
 
-def write_alternates(options: argparse.Namespace) -> int:
+def write_alternates(options: argparse.Namespace) -> Reply:
     wanted = alternates.check(
         recipe.load(locate(str(options.recipe)), options.overrides),
         stream=options.stream, k=options.k, temperature=options.temperature, prompt=options.prompt,
         output=options.output or Path(f"{options.recipe.stem}_alternates.jsonl"), overwrite=options.overwrite,
     )  # fmt: skip
     alternates.make(wanted, options.cache)
-    return 0
+    return Reply(facts={"output": str(wanted.output)})
 
 
-def new(options: argparse.Namespace) -> int:
+def new(options: argparse.Namespace) -> Reply:
     path = Path(options.name if options.name.endswith((".yaml", ".yml")) else f"{options.name}.yaml")
     if path.exists():
         raise Refused(f"{path}: exists already. Nothing was changed; choose another name.")
-    pattern = (shipped() / "recipes" / "forget_lora.yaml").read_text(encoding="utf-8")
+    pattern = (shipped() / MAIN).read_text(encoding="utf-8")
     body = pattern[pattern.index(LAUNCH_FIRST) :].replace("output: runs/forget_lora", f"output: runs/{path.stem}")
     assert body.rstrip().endswith(LAUNCH_LAST)
     folder.write(path, f"# What this makes a model forget, and how.\n#   accelerate launch {path} [key=value ...]\n{body}")
     print(f"{path}\nnext: llm-unlearn plan {path}")
-    return 0
+    return Reply(facts={"path": str(path)})
 
 
-def show_schema(options: argparse.Namespace) -> int:
-    print(json.dumps(schema(recipe.Recipe if options.kind == "recipe" else suites.Suite), indent=1))
-    return 0
+def show_schema(options: argparse.Namespace) -> Reply:
+    found = schema(recipe.Recipe if options.kind == "recipe" else suites.Suite)
+    print(json.dumps(found, indent=1))
+    return Reply(facts={"schema": found})

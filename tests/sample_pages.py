@@ -22,6 +22,8 @@ from llm_unlearn.report.comparison_page import write_comparison
 from llm_unlearn.report.frontier import frontier_svg
 from llm_unlearn.report.likeness import Run
 from llm_unlearn.report.page import write_page
+from llm_unlearn.sections import Threshold
+from llm_unlearn.thresholds import findings
 
 FILE = Path(__file__).with_name("real_runs.json")
 KEPT = 10
@@ -81,14 +83,13 @@ def with_everything(results: dict[str, Any], attacks: list[Any], robustness: Map
     made["attacks"][1]["curves"]["after"] = {"missing": HOSTILE[1]}
     made["attacks"][1]["gap"] |= {"gap": None, "came_back": None, "leaks": False}
     made["attacks"][1]["gap"]["best"].pop("after")
-    made["thresholds"] = [
-        {"measure": "extraction strength", "set": "forget", "asked": "at most 0.3", "value": 0.227, "bound": 0.3,
-         "holds": True, "why": ""},
-        {"measure": "exact memorization", "set": "forget", "asked": "at most 1 of retrained", "value": 0.909, "bound": 0.866,
-         "holds": False, "why": "exact memorization on forget is 0.909, at most 1 of retrained = 0.866"},
-        {"measure": HOSTILE[0], "set": HOSTILE[1], "asked": HOSTILE[7], "value": None, "bound": None, "holds": False,
-         "why": f"{HOSTILE[2]} was not measured"},
-    ]  # fmt: skip
+    asked = [
+        Threshold(measure="extraction strength", set="forget", at_most=0.3),
+        Threshold(measure="exact memorization", set="forget", at_most=1.0, of="retrained"),
+        Threshold(measure="probability", set="forget", judged="as retrained"),
+        Threshold(measure=HOSTILE[0], set=HOSTILE[1], at_least=0.5),
+    ]
+    made["thresholds"] = findings(asked, made["numbers"])
     answers = made["answers"]["forget"]
     for i, text in enumerate(HOSTILE):
         said = dict.fromkeys(made["models"], text)

@@ -1,5 +1,6 @@
 """The command line: what each verb writes and refuses, its exit codes, and when a run folder may be written."""
 
+import argparse
 import ast
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ import pytest
 import llm_unlearn
 from llm_unlearn import folder, recipe, tree
 from llm_unlearn.cli import cache_folder, launch, main
+from llm_unlearn.options import parser
 from llm_unlearn.spec import Refused, plain, to_yaml
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST
 
@@ -236,7 +238,7 @@ def test_a_shipped_recipe_is_found_from_anywhere(asked: Asked) -> None:
 @pytest.mark.parametrize(
     ("outcome", "status", "said"),
     [
-        (SimpleNamespace(status="finished", reason="", broken=False), 0, ""),
+        (SimpleNamespace(status="finished", step=7, kept=7, reason="", broken=False), 0, ""),
         (
             SimpleNamespace(status="stopped", step=7, kept=4, reason="forget not finite", broken=True),
             1,
@@ -586,3 +588,43 @@ def test_help_and_wrong_words_are_answered_before_anything_of_ours_is_read() -> 
         done = subprocess.run([sys.executable, "-c", code.replace("{words}", words)], capture_output=True, text=True, check=True)
         *_, said, modules = done.stdout.splitlines()
         assert (said, modules) == (str(status), "['llm_unlearn.cli', 'llm_unlearn.options']")
+
+
+# -------------------------------------------------------------------------------------------------------- for scripts
+
+
+def leaves(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Every verb that does something, with its parser: `run`, `requests add`, …"""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        return {parser.prog.partition(" ")[2]: parser}
+    return {name: leaf for group in groups for one in group.choices.values() for name, leaf in leaves(one).items()}
+
+
+def test_every_verb_can_be_asked_for_json() -> None:
+    found = leaves(parser())
+    assert {"run", "evaluate", "requests add", "schema"} <= found.keys()
+    assert all("--json" in leaf._option_string_actions for leaf in found.values())
+
+
+def test_json_is_all_that_stands_on_standard_output(path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", "mine", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"status": 0, "path": "mine.yaml"} and "next: llm-unlearn plan mine.yaml" in said.err
+    assert main(["run", "r.yaml", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["output"], found["run"]["steps"]) == ("runs/x", 3)
+    asked.outcome = SimpleNamespace(status="interrupted", step=2, kept=2, reason="", broken=False)
+    assert main(["run", "r.yaml", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert main(["methods", str(ROOT / "recipes" / "methods"), "--json"]) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["methods"]}
+    assert "npo" in found["npo"]["objective"] and "LoRA" in found["npo"]["needs"]
+
+
+def test_a_refusal_under_json_names_every_error(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "r.yaml", "train.lrr=1", "train.epochs=-1", "--json"]) == 2
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["status"] == 2 and len(found["errors"]) == 2 and "did you mean 'lr'" in found["errors"][1] + found["errors"][0]
+    assert said.err.count("error: ") == 2

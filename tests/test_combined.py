@@ -255,7 +255,7 @@ def test_a_combined_model_is_no_control_no_shadow_and_no_begin_of_a_later_reques
 ) -> None:
     monkeypatch.chdir(ROOT)
     name = "recipes/methods/uld.yaml"
-    assert "the model runs 2 times for every token" in plan(recipe.load(Path(name)), tmp_path)
+    assert "the model runs 2 times for every token" in plan(recipe.load(Path(name)), tmp_path).text
     for one in (name, "recipes/methods/sisa.yaml"):
         with pytest.raises(Refused, match=f"retrained: {one}: {Path(one).stem} makes a model of several parts"):
             retrained.found(one, tmp_path)

@@ -474,7 +474,7 @@ def test_what_does_not_fit_is_refused(words: list[str], place: str, reason: str,
 
 def test_a_plan_names_the_strengths(tmp_path: Path) -> None:
     wanted = a_recipe(tmp_path, "method={name: influence, scale: [0.5, 1.0]}", "train.stop={until: 9.0}")
-    text = plan(wanted, Path())
+    text = plan(wanted, Path()).text
     assert "strengths  scale 0.5, 1" in text and "steps  " not in text
     assert (
         "of the strengths, that with which the forget set is most nearly at perplexity 9.0, before retain perplexity is 1.5" in text

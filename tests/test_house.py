@@ -16,6 +16,7 @@ PACKAGE = ROOT / "llm_unlearn"
 
 ROOMS = (
     "options",  # the words of the command line: imports nothing
+    "reply",  # what a verb answers
     "spec",
     "tree",
     "objectives",
@@ -41,6 +42,7 @@ ROOMS = (
     "evaluation.rows",
     "look",
     "report",
+    "thresholds",
     "results",
     "run",
     "retrained",  # carries out a recipe, for others to be compared with its model
@@ -54,8 +56,11 @@ ROOMS = (
     "children",
     "bench",
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
+    "doctor",
+    "completion",
     "verbs",
     "cli",
+    "api",  # for programs and notebooks; the cache is where the command line has it
 )
 """In the order in which they are built: a room imports only itself and rooms that stand before it."""
 
@@ -184,7 +189,7 @@ def test_the_walker_sees_every_kind_of_import() -> None:
 def test_imports_go_one_way(module: Module) -> None:
     """Rule 10: no import runs back up the plan, those inside functions and for type checkers included."""
     if module.file in ("__init__.py", "__main__.py"):
-        assert {ours(one) for one in module.imports} <= {"cli", None}
+        assert {ours(one) for one in module.imports if not one.typing} <= {"cli", None}
         return
     mine = room(module.name)
     if mine is None:
@@ -264,7 +269,12 @@ LIGHT = {
     "__init__.py",
     "__main__.py",
     "cli.py",
+    "api.py",
     "options.py",
+    "reply.py",
+    "doctor.py",
+    "completion.py",
+    "thresholds.py",
     "verbs.py",
     "alternates/__init__.py",
     "alternates/request.py",
@@ -348,6 +358,7 @@ LIBRARIES = {  # rule 5: who may import what
     "liger_kernel": r"models/kernels\.py",  # an extra, imported late
     "kronfluence": r"training/ekfac\.py",  # an extra: edits.py imports that file late
     "pyarrow": r"report/columns\.py",
+    "pandas": r"api\.py",
     "opacus": r"training/privacy\.py",  # an extra, imported late
     "sqlite3": r"requests/(records|ledger|chain)\.py",
     "rapidfuzz": r"requests/matching\.py",
@@ -454,12 +465,17 @@ def test_no_room_is_for_anything_and_everything(module: Module) -> None:
 
 @each_module
 def test_init_files_hand_names_on_and_define_nothing(module: Module) -> None:
-    """Rule 8."""
+    """Rule 8; the package's own hands most names on when they are asked for."""
     if not module.file.endswith("__init__.py"):
         return
+    late = ("__getattr__", "TYPE_CHECKING") if module.file == "__init__.py" else ()
     for node in module.tree.body:
         names = [ast.unparse(target) for target in node.targets] if isinstance(node, ast.Assign) else []
         text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node is module.tree.body[0]
+        if (isinstance(node, ast.FunctionDef) and node.name in late) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) in late
+        ):
+            continue
         assert text or isinstance(node, (ast.Import, ast.ImportFrom)) or names in (["__all__"], ["__version__"]), (
             f"{module.file}:{node.lineno}"
         )

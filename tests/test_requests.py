@@ -23,12 +23,14 @@ import torch
 from safetensors.torch import load_file
 
 from llm_unlearn.cli import main
+from llm_unlearn.reply import BUSY, DONE, INTERRUPTED, UNFIT
 from llm_unlearn.requests import chain, derived, judging, matching, service, verifying, ways
 from llm_unlearn.requests.certificate import files_of, public_text, read, signature_problems, signing_key
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, RUNNING, WITHDRAWN, Row, Verdict, canonical
-from llm_unlearn.requests.service import Office, Threshold
-from llm_unlearn.requests.serving import BUSY, DONE, INTERRUPTED, SOME, Desk, row_of
+from llm_unlearn.requests.service import Office
+from llm_unlearn.requests.serving import Desk, row_of
+from llm_unlearn.sections import Threshold
 from llm_unlearn.spec import Refused
 
 TOWNS = {
@@ -501,7 +503,7 @@ def test_served_together_and_only_once(office: Office) -> None:
 def test_one_by_one_each_begins_where_the_last_ended_and_checks_the_earlier(office: Office) -> None:
     ask(0, 1, 2)
     one, way = desk(office, {1: 2.0}, {1: 2.0, 2: 2.0}, {1: 1.1, 2: 2.0, 3: 2.0}, one_by_one=True)
-    assert one.serve() == SOME and states(one) == {1: ATTENTION, 2: FULFILLED, 3: FULFILLED}
+    assert one.serve() == UNFIT and states(one) == {1: ATTENTION, 2: FULFILLED, 3: FULFILLED}
     assert [list(work.requests) for work in way.works] == [[1], [2], [3]] and [len(work.before) for work in way.works] == [0, 1, 2]
     assert way.works[2].earlier == {1: [0], 2: [1]} and set(way.works[0].gone) == {1, 2}, "rows to be forgotten are never kept"
     reason = one.ledger.request(1).reason
@@ -518,7 +520,7 @@ def test_a_run_that_fulfils_nothing_changes_neither_model_nor_earlier_requests(o
     assert one.serve() == DONE
     ask(1)
     one, _ = desk(office, {1: 1.0, 2: 1.2})
-    assert one.serve() == SOME and states(one) == {1: FULFILLED, 2: ATTENTION}
+    assert one.serve() == UNFIT and states(one) == {1: FULFILLED, 2: ATTENTION}
     assert [run.state for run in one.ledger.runs()] == ["accepted", "rejected"] and everything_fits(one) == []
     assert main(["requests", "retry", "2"]) == 0
     one, way = desk(office, {1: 2.0, 2: 2.0})
@@ -545,7 +547,7 @@ def test_a_changed_service_begins_anew(office: Office, here: Path) -> None:
 def test_a_refusal_is_kept_without_the_words_of_a_row(office: Office, capsys: pytest.CaptureFixture[str]) -> None:
     ask(0, 1)
     one, _ = desk(office, Refused("row 1 holds 'Ada Brisk lives in N…'"), Refused("no adapter fits"), one_by_one=True)
-    assert one.serve() == SOME and set(states(one).values()) == {ATTENTION}
+    assert one.serve() == UNFIT and set(states(one).values()) == {ATTENTION}
     first, second = (one.ledger.request(n).reason for n in (1, 2))
     assert "repeats words of the rows" in first and second == "no adapter fits" and "Brisk" not in capsys.readouterr().out
 
@@ -555,7 +557,7 @@ def test_rows_that_changed_or_left_are_not_served(office: Office, here: Path) ->
     one, _ = desk(office, {1: 2.0}, one_by_one=True)
     changed = [{**PEOPLE[1], "answer": "Bo Crane has moved."} if row["id"] == 1 else row for row in PEOPLE if row["id"] != 2]
     (here / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
-    assert one.serve() == SOME and states(one) == {1: FULFILLED, 2: ATTENTION, 3: ATTENTION}
+    assert one.serve() == UNFIT and states(one) == {1: FULFILLED, 2: ATTENTION, 3: ATTENTION}
     assert "1 of its 1 rows were changed" in one.ledger.request(2).reason
     assert "1 of its 1 rows are gone from the data" in one.ledger.request(3).reason
     (here / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed if row["id"] != 0))
@@ -660,9 +662,9 @@ def test_add_shows_what_it_found_and_lists_it(office: Office, capsys: pytest.Cap
     assert main(["requests", "add", "--where", "person=Ed Fenn", "--dry-run"]) == 0
     assert "1 of 8 rows of people.jsonl:\n  4  100\n" in capsys.readouterr().out and not office.ledger.exists()
     assert main(["requests", "add", "--where", "person=Ed Fenn", "--due", "2020-02-03", "--key", "case 9"]) == 0
+    capsys.readouterr()
     assert main(["requests", "list", "--json"]) == 0
-    said = capsys.readouterr().out
-    (found,) = json.loads(said[said.index("[") :])
+    (found,) = json.loads(capsys.readouterr().out)["requests"]
     assert (found["state"], found["rows"], found["overdue"], found["kind"]) == ("pending", 1, True, "where person")
     assert main(["requests", "list"]) == 0
     said = capsys.readouterr().out

@@ -39,7 +39,7 @@ def test_rules_and_weights_are_read_and_written(tmp_path: Path) -> None:
     assert stop.budget == Harm(retain_accuracy=0.02, retain_perplexity=1.5)
     (tmp_path / "again.yaml").write_text(to_yaml(plain(wanted)), encoding="utf-8")
     assert recipe.load(tmp_path / "again.yaml") == wanted
-    assert "0…2 × npo" in plan(wanted, Path()) and "(1, held at 0.5) × nll" in plan(wanted, Path())
+    assert "0…2 × npo" in plan(wanted, Path()).text and "(1, held at 0.5) × nll" in plan(wanted, Path()).text
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ from llm_unlearn.cli import main
 from llm_unlearn.exact import measuring, pieces, verify
 from llm_unlearn.exact.manifest import read as manifest_of
 from llm_unlearn.exact.verify import problems
+from llm_unlearn.reply import DONE, UNFIT
 from llm_unlearn.requests import service
 from llm_unlearn.requests.certificate import read, signing_key
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.records import ATTENTION, FULFILLED
-from llm_unlearn.requests.serving import DONE, SOME, Desk
+from llm_unlearn.requests.serving import Desk
 from llm_unlearn.requests.stores import exact_ids, way_of
 from llm_unlearn.spec import Refused
 
@@ -148,12 +149,12 @@ def test_what_is_deleted_stays_deleted_whatever_its_thresholds_say(here: Path) -
     (here / "requests.yaml").write_text(SERVICE.replace("at_least: 1.5", "at_least: 1000000.0"))
     ask(0)
     one = desk()
-    assert one.serve() == SOME and states(one) == {1: ATTENTION} and [run.state for run in one.ledger.runs()] == ["accepted"]
+    assert one.serve() == UNFIT and states(one) == {1: ATTENTION} and [run.state for run in one.ledger.runs()] == ["accepted"]
     first, before = weights(), values("run-1", "retain")["before"]
     (here / "requests.yaml").write_text(SERVICE.replace("1000000.0", "1.0"))
     assert main(["requests", "retry", "1"]) == 0
     one = desk()
-    assert one.serve() == SOME and same(first, weights()) and len(manifest_of(STORE).deletions) == 1, "nothing is done twice"
+    assert one.serve() == UNFIT and same(first, weights()) and len(manifest_of(STORE).deletions) == 1, "nothing is done twice"
     assert one.ledger.request(1).reason.endswith(f"at most 1 of before = {before:,.0f}"), "before the first request"
 
 
@@ -162,7 +163,7 @@ def test_a_store_that_does_not_verify_certifies_nothing(here: Path) -> None:
     one = desk()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "problems", lambda store: ["a piece was changed"])
-        assert one.serve() == SOME
+        assert one.serve() == UNFIT
     assert one.ledger.request(1).reason == "llm-unlearn verify store finds 1 problems" and one.ledger.certificates() == {}
     assert [run.state for run in one.ledger.runs()] == ["rejected"] and main(["requests", "retry", "1"]) == 0
     assert one.serve() == DONE and len(manifest_of(STORE).deletions) == 1
@@ -238,7 +239,7 @@ def test_a_run_that_did_not_finish_is_no_store(here: Path, capsys: pytest.Captur
             main(["run", "recipe.yaml"])
     ask(0)
     one = desk()
-    assert one.serve() == SOME and "its run is not finished; go on with it" in one.ledger.request(1).reason
+    assert one.serve() == UNFIT and "its run is not finished; go on with it" in one.ledger.request(1).reason
     assert main(["run", "recipe.yaml", "--resume"]) == 0 and main(["requests", "retry", "1"]) == 0
     assert one.serve() == DONE and len(manifest_of(STORE).deletions) == 2, "the recipe's forget set, then the request"
 

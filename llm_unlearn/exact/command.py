@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llm_unlearn.folder import RESULTS
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
+from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 
 if TYPE_CHECKING:
     from llm_unlearn.training.guard import Outcome
@@ -26,7 +27,7 @@ def engine(wanted: Recipe) -> Callable[..., Outcome]:
     return straight
 
 
-def forget(options: argparse.Namespace) -> int:
+def forget(options: argparse.Namespace) -> Reply:
     """Delete rows, measure again where the run was measured, and print what it cost."""
     from llm_unlearn.exact import measuring
     from llm_unlearn.exact.forgetting import forget as delete
@@ -40,7 +41,7 @@ def forget(options: argparse.Namespace) -> int:
         facts, outcome = delete(run, options.ids, where=where, cache=options.cache)
     if outcome.status == "interrupted":
         print(f"interrupted; llm-unlearn forget {options.run} goes on from there.", file=sys.stderr)
-        return 130
+        return Reply(INTERRUPTED)
     if facts:  # one process speaks
         (run / measuring.PENDING).unlink(missing_ok=True)  # of a deletion that --no-evaluation brought to its end
         print(said(facts))
@@ -48,10 +49,10 @@ def forget(options: argparse.Namespace) -> int:
             new = f"The numbers in {RESULTS} are of the adapter before and after this."
             old = f"The numbers in {RESULTS} are of the adapter before this; llm-unlearn evaluate makes new ones."
             print(new if measured else old)
-    return 0
+    return Reply(facts={"deletion": facts})
 
 
-def verify(options: argparse.Namespace) -> int:
+def verify(options: argparse.Namespace) -> Reply:
     """Print what is wrong with a run folder, line by line; 1 where something is."""
     from llm_unlearn.exact.verify import problems, retrained
 
@@ -63,4 +64,4 @@ def verify(options: argparse.Namespace) -> int:
     again = f"; {options.retrain} was trained again and has the same bits" if options.retrain else ""
     well = f"{options.run}: every weight is as its manifest says, and none saw a deleted row{again}."
     print(f"{len(found)} problem{'s' if len(found) > 1 else ''}" if found else well)
-    return int(bool(found))
+    return Reply(UNFIT if found else DONE, {"problems": found})

@@ -203,7 +203,7 @@ def run(
         seen = Looks(suite, accelerator, cache)(asked, str(folder))
         attacks = attacked(suite, seen, accelerator, cache)
         if session.main:
-            results = results_of(suite, seen, attacks, title=str(folder), suite_name=recipe.evaluation.suite, run=facts)
+            results = results_of(suite, seen, attacks, title=str(folder), named=recipe.evaluation, run=facts)
             shutil.rmtree(folder / BEFORE, ignore_errors=True)  # before anything says that the run is finished
             publish(results, suite, seen, folder)
     elif session.main:

@@ -25,9 +25,10 @@ from llm_unlearn.models.load import read_tokenizer
 from llm_unlearn.report.terminal import print_table
 from llm_unlearn.results import keep_numbers, results_of, run_facts
 from llm_unlearn.run import start
-from llm_unlearn.sections import Model
+from llm_unlearn.sections import Evaluation, Model
 from llm_unlearn.source import left_out, same_data
 from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.thresholds import findings
 from llm_unlearn.training.guard import Outcome
 from llm_unlearn.tree import Tree, build
 
@@ -88,8 +89,10 @@ class Measured:
             serving = [load_file(path) for path in (self.store / run_folder.ADAPTER).rglob(WEIGHTS)]  # one, or several averaged
             about = run_facts(recipe, outcome, accelerator, began, sum(one.numel() for part in serving for one in part.values()))
             facts = {"deletions": manifest.deletions, "before": {key: earlier[key] for key in ("deletions", "adapter")}}
+            asked_for = recipe.evaluation.thresholds if recipe.evaluation else None
             run = {"run": about | (self.says.get("run") or {}) | facts}
             results = beside(earlier["results"], after) | self.says | run
+            results["thresholds"] = findings(asked_for or (), results["numbers"])
             print_table(results)
             keep_numbers(results, self.home)
             (self.home / PENDING).unlink()
@@ -106,7 +109,7 @@ class Measured:
         accelerator = start(recipe.model)
         name = f"{self.store} {column} this deletion"
         seen = Looks(self.suite, accelerator, self.tables)(asked, name)
-        found = results_of(self.suite, seen, [], title=str(self.home), suite_name=self.suite_name, run=None)
+        found = results_of(self.suite, seen, [], title=str(self.home), named=Evaluation(suite=self.suite_name), run=None)
         found["models"][column]["name"] = name
         return found | {"answers": {}}
 

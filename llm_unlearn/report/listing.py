@@ -53,6 +53,19 @@ def print_requests(found: Sequence[Sequence[str]], console: Console | None = Non
     console.print(table)
 
 
+def print_findings(found: Sequence[tuple[str, str, str]], console: Console | None = None) -> None:
+    """Print what was looked at, a line each: what, its state, what is said of it."""
+    console, _ = _sized(console)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    styles = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    for what, state, said in found:
+        cells = (writable(printable(cell), console) for cell in (what, state, said))
+        table.add_row(*(Text(cell, style=style) for cell, style in zip(cells, ("", styles[state], ""), strict=True)))
+    console.print(table)
+
+
 def _sized(console: Console | None) -> tuple[Console, bool]:
     """A console of the right width, and whether it is a terminal."""
     console = console or Console()

@@ -6,12 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llm_unlearn.report.verdict import Number, current, judge, shown, value_of
+from llm_unlearn.report.verdict import Number
 from llm_unlearn.requests.derived import set_of
-from llm_unlearn.requests.service import Threshold
-
-Finding = dict[str, Any]
-"""measure, set, asked, value, bound, holds, and why not."""
+from llm_unlearn.sections import Threshold
+from llm_unlearn.thresholds import Finding, find, finding
 
 
 def findings(thresholds: Iterable[Threshold], numbers: Sequence[Number], request: int, first: Sequence[Number]) -> list[Finding]:
@@ -25,36 +23,9 @@ def findings(thresholds: Iterable[Threshold], numbers: Sequence[Number], request
 
 
 def _finding(one: Threshold, numbers: Sequence[Number], request: int, first: Sequence[Number]) -> Finding:
-    name = set_of(one.set, request)
-    found: Finding = {"measure": one.measure, "set": one.set, "asked": one.asked, "value": None, "holds": False, "why": ""}
-    number = find(numbers, name, one.measure) or find(
-        numbers, one.set, one.measure
-    )  # of other data than the training data: as it is
-    if number is None:
-        return found | {"why": f"{one.measure} on {one.set} was not measured"}
-    column = current(number)
-    value = value_of(number, column)
-    if value is None:
-        reason = number["values"].get(column, {}).get("missing", "it has no value")
-        return found | {"why": f"{one.measure} on {one.set}: {reason}"}
-    found["value"] = value
-    number = _as_first(number, find(first, str(number["set"]), one.measure))
-    if one.judged:
-        word = judge(number)
-        said = {} if word == one.judged else {"why": f"{one.measure} on {one.set} is {shown(value)}: {word or 'no judgement'}"}
-        return found | {"holds": word == one.judged} | said
-    factor = 1.0 if one.of is None else value_of(number, one.of)
-    if factor is None:
-        return found | {"why": f"{one.measure} on {one.set}: the model {one.of} has no value to compare with"}
-    bound = factor * float(one.at_most if one.at_most is not None else one.at_least or 0.0)
-    holds = value <= bound if one.at_most is not None else value >= bound
-    why = "" if holds else f"{one.measure} on {one.set} is {shown(value)}, {one.asked}" + (f" = {shown(bound)}" if one.of else "")
-    return found | {"holds": holds, "bound": bound, "why": why}
-
-
-def find(numbers: Iterable[Number], name: str, title: str) -> Number | None:
-    """The number of one measure on one set."""
-    return next((one for one in numbers if (one["set"], one["title"]) == (name, title)), None)
+    # of other data than the training data: as it is
+    number = find(numbers, set_of(one.set, request), one.measure) or find(numbers, one.set, one.measure)
+    return finding(one, number and _as_first(number, find(first, str(number["set"]), one.measure)))
 
 
 def _as_first(number: Number, first: Number | None) -> Number:
@@ -72,11 +43,6 @@ def of_request(numbers: Iterable[Number], request: int) -> list[Number]:
 def _is_own(name: str, request: int) -> bool:
     kind, _, rest = name.partition("_")
     return kind == "forget" and rest.endswith(f"_{request}")
-
-
-def reason_of(found: Iterable[Finding]) -> str:
-    """Why a request is not fulfilled, in words; empty where it is."""
-    return "; ".join(one["why"] for one in found if not one["holds"])
 
 
 def plainly(numbers: Iterable[Mapping[str, Any]]) -> list[Number]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from llm_unlearn import recipe as recipes
 from llm_unlearn.evaluation import suite as suites
-from llm_unlearn.evaluation.numbers import titles
 from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
+from llm_unlearn.sections import Threshold
 from llm_unlearn.source import Source, same_data, source_problems
-from llm_unlearn.spec import FiniteFloat, NonNegativeFloat, Portion, Refused, dotted, fingerprint, nearest, spec
+from llm_unlearn.spec import NonNegativeFloat, Portion, Refused, dotted, fingerprint, spec
+from llm_unlearn.thresholds import problems
 from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
 
 TEMPLATE = """\
@@ -44,32 +44,6 @@ class Training:
     """Split of a hub data set; without it, train."""
     id: str
     """Column that names each row; no two rows may have the same."""
-
-
-@spec
-class Threshold:
-    """What a number of the suite must be. At most one of `at_most` and `at_least`, or `judged`."""
-
-    measure: str
-    """Title of a measure, as the table shows it, such as `extraction strength`."""
-    set: str
-    """A set of the suite; `forget` is measured on the rows of each request by themselves."""
-    at_most: FiniteFloat | None = None
-    """Largest value that will do."""
-    at_least: FiniteFloat | None = None
-    """Smallest value that will do."""
-    of: Literal["before", "retrained"] | None = None
-    """Take the bound times this model's value: `at_least: 0.95, of: before`. Before is the model before the first request."""
-    judged: Literal["as retrained"] | None = None
-    """The table's judgement must be this."""
-
-    @property
-    def asked(self) -> str:
-        """The bound in words."""
-        if self.judged:
-            return self.judged
-        bound = f"at most {self.at_most:g}" if self.at_most is not None else f"at least {self.at_least:g}"
-        return f"{bound} of {self.of}" if self.of else bound
 
 
 @spec
@@ -154,9 +128,9 @@ def load(path: Path) -> Office:
     office = Office(
         service, recipe, suites.load(suite_at), name, path.parent / service.ledger, path.resolve().parent / service.output
     )
-    problems = list(_problems(office, tree))
-    if problems:
-        raise Refused("\n".join(problems))
+    wrong = list(_problems(office, tree))
+    if wrong:
+        raise Refused("\n".join(wrong))
     return office
 
 
@@ -188,19 +162,6 @@ def _threshold_problems(office: Office, say: Callable[..., str]) -> Iterable[str
         yield say("found none; expected at least one, or every request would be fulfilled.", "thresholds")
     elif all(one.set.partition("_")[0] != "forget" for one in service.thresholds):
         yield say("none reads the set `forget`; a request would be fulfilled without anything forgotten.", "thresholds")
-    known = {(measure.set, title) for measure, title in zip(suite.measures, titles(suite), strict=True)}
-    has_control = bool((office.recipe.evaluation and office.recipe.evaluation.retrained) or suite.retrained)
-    for i, one in enumerate(service.thresholds):
-        if one.set not in {name for name, _ in known}:
-            yield say(f"found {one.set!r}; {nearest(one.set, sorted({name for name, _ in known}))}", "thresholds", i, "set")
-        elif (one.set, one.measure) not in known:
-            valid = [title for name, title in known if name == one.set]
-            yield say(f"found {one.measure!r}; {nearest(one.measure, sorted(valid))}", "thresholds", i, "measure")
-        if sum(bound is not None for bound in (one.at_most, one.at_least, one.judged)) != 1:
-            yield say("expected one of at_most, at_least, judged.", "thresholds", i)
-        if one.of and one.judged:
-            yield say("goes with at_most or at_least.", "thresholds", i, "of")
-        if (one.judged or one.of == "retrained") and not has_control:
-            yield say(f"compares with the retrained model, and {office.suite_name} names none.", "thresholds", i)
-        if one.judged and one.set.partition("_")[0] != "forget":
-            yield say("is said of sets that are to be forgotten only; give at_least and of: before.", "thresholds", i, "judged")
+    control = (office.recipe.evaluation and office.recipe.evaluation.retrained) or suite.retrained
+    for keys, text in problems(service.thresholds, suite, office.suite_name, control):
+        yield say(text, "thresholds", *keys)

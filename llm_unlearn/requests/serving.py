@@ -9,20 +9,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.data.sources import Row as DataRow
+from llm_unlearn.reply import BUSY, DONE, INTERRUPTED, UNFIT
 from llm_unlearn.requests.certificate import signed
-from llm_unlearn.requests.judging import Finding, findings, of_request, reason_of
+from llm_unlearn.requests.judging import findings, of_request
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.matching import RowId, read_training, texts_of
 from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, RUNNING, WITHDRAWN, Request, Row, Run, Verdict, now
 from llm_unlearn.requests.service import Office
 from llm_unlearn.requests.ways import Served, Way, Work, withheld
 from llm_unlearn.spec import Refused, plain
+from llm_unlearn.thresholds import Finding, reason_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-DONE, SOME, BUSY, INTERRUPTED = 0, 1, 3, 130
-"""All that was pending is fulfilled, or nothing was · some need attention · another process serves this model · Ctrl-C."""
 
 
 @dataclass
@@ -42,7 +41,8 @@ class Desk:
         """Serve all that is pending, and go on with what was killed.
 
         Returns:
-            DONE, SOME, BUSY or INTERRUPTED.
+            DONE, all that was pending is fulfilled, or nothing was · UNFIT, some need attention · BUSY, another process serves
+            this model · INTERRUPTED.
         """
         from filelock import FileLock, Timeout
 
@@ -80,7 +80,7 @@ class Desk:
                 if problem := rows_problem(self.ledger.rows_of(one.id), self.data, self.office, self.ledger):
                     self.ledger.move(one.id, [PENDING], ATTENTION, ATTENTION, problem)
                     self.say(f"request {one.id}: {ATTENTION}: {problem}")
-                    worst = SOME
+                    worst = UNFIT
             under_way = self.ledger.runs("running", model=model)
             run = under_way[0] if under_way else self.ledger.claim(model, self.office.hash, 1 if self.one_by_one else None)
             if run is None:
@@ -113,7 +113,7 @@ class Desk:
             texts = [text for row in forgotten for column in self.office.columns for text in texts_of(row[column])]
             said = withheld(error, texts)
             self._end(run, "rejected", [Verdict(one.id, ATTENTION, said, None, None) for one in mine], [], [])
-            return SOME
+            return UNFIT
         if served is None:
             print(f"interrupted; llm-unlearn requests run goes on with run {run.id}.", file=sys.stderr)
             return INTERRUPTED
@@ -175,7 +175,7 @@ class Desk:
         if not accepted and work.earlier and not served.lasting:
             notes.append("its weights are not taken: earlier requests stand on the model as it was")
         self._end(run, "accepted" if accepted else "rejected", verdicts, served.numbers, notes)
-        return SOME if any(reasons[one.request] for one in verdicts) else DONE
+        return UNFIT if any(reasons[one.request] for one in verdicts) else DONE
 
     @staticmethod
     def _first(request: Request, served: Served) -> dict[str, Any] | None:

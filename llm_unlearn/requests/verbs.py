@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import socket
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from datetime import date
 from pathlib import Path
 
 from llm_unlearn import folder
+from llm_unlearn.reply import DONE, UNFIT, Reply
 from llm_unlearn.requests import service
 from llm_unlearn.requests.certificate import PUBLIC, public_pem, public_text, read_public, signing_key
 from llm_unlearn.requests.ledger import Ledger
@@ -40,15 +40,15 @@ def _ledger(office: Office) -> Ledger:
     return Ledger(office.ledger, f"{getpass.getuser()}@{socket.gethostname()}")
 
 
-def new(options: argparse.Namespace) -> int:
+def new(options: argparse.Namespace) -> Reply:
     if options.service.exists():
         raise Refused(f"{options.service}: exists already. Nothing was changed; choose another name with --service.")
     folder.write(options.service, service.TEMPLATE)
     print(f"{options.service}\nnext: llm-unlearn requests add --dry-run --where column=value")
-    return 0
+    return Reply(facts={"path": str(options.service)})
 
 
-def add(options: argparse.Namespace) -> int:
+def add(options: argparse.Namespace) -> Reply:
     office = _office(options)
     name = options.model or office.model
     if missing(name) and name != office.model:
@@ -82,7 +82,7 @@ def add(options: argparse.Namespace) -> int:
         exact_ids(office, [one.id for one in found])
     if options.dry_run:
         print("dry run: nothing was added")
-        return 0
+        return Reply(facts={"request": None, "rows": [one.id for one in found]})
     ledger = _ledger(office)
     data = office.service.data
     request, is_new = ledger.add(
@@ -96,7 +96,8 @@ def add(options: argparse.Namespace) -> int:
     print(f"request {request.id}: {'added, ' if is_new else 'is there already, '}{request.state}")
     if not is_new and request.state == ATTENTION:
         print(f"to have it served again: llm-unlearn requests retry {request.id}")
-    return 0
+    said = {"request": request.id, "state": request.state, "added": is_new}
+    return Reply(facts={**said, "rows": [one.id for one in found]})
 
 
 def _text(word: str) -> str:
@@ -119,18 +120,15 @@ def _preview(found: Sequence[Found], office: Office, of: int, show_text: bool) -
         print(f"  … and {len(found) - SHOWN} more")
 
 
-def show(options: argparse.Namespace) -> int:
+def show(options: argparse.Namespace) -> Reply:
     _, ledger = _open(options)
     today = date.today().isoformat()
     found = [(one, len(ledger.rows_of(one.id)), is_overdue(one, today)) for one in ledger.requests()]
-    if options.json:
-        keys = ("id", "state", "reason", "kind", "model", "due", "added", "run")
-        said = [{key: getattr(one, key) for key in keys} | {"rows": rows, "overdue": late} for one, rows, late in found]
-        print(json.dumps(said, indent=1))
-        return 0
+    keys = ("id", "state", "reason", "kind", "model", "due", "added", "run")
+    said = [{key: getattr(one, key) for key in keys} | {"rows": rows, "overdue": late} for one, rows, late in found]
     if not found:
         print("no requests")
-        return 0
+        return Reply(facts={"requests": said})
     from llm_unlearn.report.listing import print_requests
 
     print_requests(
@@ -148,7 +146,7 @@ def show(options: argparse.Namespace) -> int:
             for one, rows, late in found
         ]
     )
-    return 0
+    return Reply(facts={"requests": said})
 
 
 def is_overdue(request: Request, today: str) -> bool:
@@ -156,17 +154,18 @@ def is_overdue(request: Request, today: str) -> bool:
     return request.due is not None and request.due < today and request.state not in (FULFILLED, WITHDRAWN)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Reply:
     office, ledger = _open(options)
     key = signing_key(options.config)
     from llm_unlearn.requests.serving import Desk
     from llm_unlearn.requests.stores import way_of
 
     desk = Desk(office, ledger, way_of(office, options.cache), key, one_by_one=options.one_by_one, show_text=options.show_text)
-    return desk.serve()
+    status = desk.serve()
+    return Reply(status, {"states": {str(one.id): one.state for one in ledger.requests()}})
 
 
-def verify(options: argparse.Namespace) -> int:
+def verify(options: argparse.Namespace) -> Reply:
     alone = options.certificates and not options.service.is_file()  # who receives a certificate has no ledger
     office, ledger = (None, None) if alone else _open(options)
     trusted = read_public(options.key) if options.key else None
@@ -190,10 +189,10 @@ def verify(options: argparse.Namespace) -> int:
         print(line, file=sys.stderr)
     signer = f"signed with {trusted}" if trusted else "by whom was not checked: give --key PEM"
     print(f"{what}: {f'{len(found)} things do not fit' if found else f'all fits; {signer}'}")
-    return int(bool(found))
+    return Reply(UNFIT if found else DONE, {"problems": found, "signed_with": trusted})
 
 
-def export(options: argparse.Namespace) -> int:
+def export(options: argparse.Namespace) -> Reply:
     _, ledger = _open(options)
     newest = {request: (run, text) for (request, run), text in ledger.certificates().items()}
     key = signing_key(options.config)
@@ -205,10 +204,10 @@ def export(options: argparse.Namespace) -> int:
     for request in newest:
         if states[request] != FULFILLED:
             print(f"request {request} is {states[request]} now; its certificate is of an earlier run", file=sys.stderr)
-    return 0
+    return Reply(facts={"folder": str(options.folder), "requests": list(newest)})
 
 
-def model(options: argparse.Namespace) -> int:
+def model(options: argparse.Namespace) -> Reply:
     office, ledger = _open(options)
     if options.folder.exists():
         raise Refused(f"{options.folder}: exists already. Nothing was changed; choose another name.")
@@ -222,16 +221,18 @@ def model(options: argparse.Namespace) -> int:
 
     release(way_of(office, options.cache).model(name, [office.output / run.folder for run in runs]), options.folder, options.cache)
     print(f"{options.folder}: {name} after run{'s' * (len(runs) > 1)} {', '.join(str(run.id) for run in runs)}")
-    return 0
+    return Reply(facts={"folder": str(options.folder), "model": name, "runs": [run.id for run in runs]})
 
 
-def withdraw(options: argparse.Namespace) -> int:
+def withdraw(options: argparse.Namespace) -> Reply:
     _, ledger = _open(options)
-    print(f"request {options.request}: {ledger.move(options.request, [PENDING, ATTENTION], WITHDRAWN, WITHDRAWN).state}")
-    return 0
+    state = ledger.move(options.request, [PENDING, ATTENTION], WITHDRAWN, WITHDRAWN).state
+    print(f"request {options.request}: {state}")
+    return Reply(facts={"request": options.request, "state": state})
 
 
-def retry(options: argparse.Namespace) -> int:
+def retry(options: argparse.Namespace) -> Reply:
     _, ledger = _open(options)
-    print(f"request {options.request}: {ledger.move(options.request, [ATTENTION], PENDING, 'retried').state}")
-    return 0
+    state = ledger.move(options.request, [ATTENTION], PENDING, "retried").state
+    print(f"request {options.request}: {state}")
+    return Reply(facts={"request": options.request, "state": state})
