@@ -6,7 +6,6 @@ Needs nothing heavy, so that a wrong word is refused before a model is loaded.
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from llm_unlearn import compare, folder, recipe, sections
+from llm_unlearn.hub.fetching import ADAPTER_FILE, COMBINATION_FILE, adapter_on_hub, base_of
 from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused
 
 Bits = Literal["nf4", "fp4", "int8"] | None
-ADAPTER_FILE, MODEL_FILE = "adapter_config.json", "config.json"
+MODEL_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def is_many(models: Sequence[str], adapters: Sequence[str], before: str | None) 
     if len(models) > 1 or len(adapters) > 1 or before or any(_is_glob(word) for word in (*models, *adapters)):
         return True
     path = Path(models[0]).expanduser()
+    if not adapters and adapter_on_hub(models[0]):
+        return True
     plain = (path / folder.MODEL).is_dir() or (path / MODEL_FILE).is_file()
     return not adapters and path.is_dir() and not plain
 
@@ -113,7 +115,7 @@ def _of(word: str, quantize: Bits) -> list[Candidate]:
     """The models that one path or hub id stands for; a folder that is none itself stands for those below it."""
     path = Path(word).expanduser()
     if not path.exists():
-        return [] if missing(word) else [Candidate(word, _model(word, quantize))]
+        return [] if missing(word) else [_on_hub(word, quantize)]
     if not path.is_dir():
         return []
     itself = _in(path, quantize)
@@ -137,15 +139,22 @@ def _in(path: Path, quantize: Bits) -> list[Candidate]:
             return [Candidate(str(path), after, None, base)]
         steps = sorted(str(one) for one in (path / folder.CHECKPOINTS).glob("step-*") if not one.suffix)
         return [Candidate(steps[-1], base, steps[-1], base, under_way=wanted)] if steps else []
-    if (path / ADAPTER_FILE).is_file():
-        name = json.loads((path / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not name:
-            raise Refused(
-                f"{path / ADAPTER_FILE}: base_model_name_or_path is empty; name the model: --model BASE --adapter {path}."
-            )
-        base = _model(str(name), quantize)
-        return [Candidate(str(path), base, str(path), base)]
+    if (path / ADAPTER_FILE).is_file() or (path / COMBINATION_FILE).is_file():
+        return [_adapted(str(path), path, quantize)]
     return [Candidate(str(path), _model(str(path), quantize))] if (path / MODEL_FILE).is_file() else []
+
+
+def _on_hub(word: str, quantize: Bits) -> Candidate:
+    """What a hub id stands for: an adapter with the base that it names, or a model."""
+    place = adapter_on_hub(word)
+    return _adapted(word, place, quantize) if place else Candidate(word, _model(word, quantize))
+
+
+def _adapted(word: str, place: Path, quantize: Bits) -> Candidate:
+    """An adapter that is no run's, with the base that it names."""
+    name, revision = base_of(place, word)
+    base = replace(_model(name, quantize), revision=revision)
+    return Candidate(word, base, str(place), base)
 
 
 def _model(base: str, quantize: Bits) -> sections.Model:

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--common", action="store_true", help="of runs measured by different suites, compare what is the same")
     _many(verb)
     _alternates(verb)
+    _push(verb)
     _requests(verb("requests", "", "deletion requests: add, list, run, verify, export"))
     _begin(verb)
     return whole
@@ -138,6 +139,21 @@ def _alternates(verb: Verb) -> None:
     )
     one.add_argument("--output", type=Path, metavar="FILE.jsonl", help="the data set; without it, RECIPE_alternates.jsonl here")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+
+
+def _push(verb: Verb) -> None:
+    one = verb("push", "hub.command:push", "publish a finished run on a model hub: weights, recipe, evaluation, and a model card")
+    one.epilog = (
+        "Exit status: 0 pushed · 2 refused, and nothing was pushed · 3 somebody else pushes there · 4 the hub did not answer · "
+        "130 interrupted. After 3, 4 and 130 the same command goes on. Log in before: hf auth login."
+    )
+    one.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as runs/forget_lora")
+    one.add_argument("--repo-id", required=True, metavar="USER/NAME", help="the repository; it is made if it is not there")
+    one.add_argument("--public", action="store_true", help="everybody may read it; without it, private")
+    one.add_argument("--merge", action="store_true", help="the whole model, its adapter merged, instead of the adapter")
+    one.add_argument("--revision", default="main", metavar="BRANCH", help="the branch; it is made if it is not there; default main")
+    one.add_argument("--anyway", action="store_true", help="also a run that does not hold what it should; its card says so")
+    one.add_argument("--dry-run", action="store_true", help="show files and card; write nothing and ask nobody")
 
 
 def _requests(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ ROOMS = (
     "recipe",
     "folder",
     "catalogue",
+    "hub.fetching",  # hub ids, which models are loaded by
     "data",
     "models",
     "training",
@@ -58,6 +59,7 @@ ROOMS = (
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
     "doctor",
     "completion",
+    "hub",  # reads what a run left, and merges as `requests` releases
     "verbs",
     "cli",
     "api",  # for programs and notebooks; the cache is where the command line has it
@@ -320,6 +322,13 @@ LIGHT = {
     "methods/registry.py",
     "exact/command.py",
     "auditing/request.py",
+    "hub/fetching.py",
+    "hub/describing.py",
+    "hub/contents.py",
+    "hub/limits.py",
+    "hub/card.py",
+    "hub/pushing.py",
+    "hub/command.py",
 }
 
 
@@ -360,6 +369,8 @@ LIBRARIES = {  # rule 5: who may import what
     "pyarrow": r"report/columns\.py",
     "pandas": r"api\.py",
     "opacus": r"training/privacy\.py",  # an extra, imported late
+    "huggingface_hub": r"hub/\w+\.py|models/load\.py|doctor\.py",  # imported late
+    "httpx2": r"hub/pushing\.py",  # the errors of huggingface_hub's own client
     "sqlite3": r"requests/(records|ledger|chain)\.py",
     "rapidfuzz": r"requests/matching\.py",
     "cryptography": r"requests/(certificate|serving)\.py",  # serving.py: the type only

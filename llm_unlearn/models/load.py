@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_unlearn.data.examples import PLAIN_TEMPLATE
 from llm_unlearn.folder import adapter_in
+from llm_unlearn.hub.fetching import MODEL_FILES, SMALL_FILES, named
 from llm_unlearn.models import combined, kernels
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.sections import Adapter, Model
@@ -28,9 +29,6 @@ from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused, fingerprint
 
 transformers_logging.disable_progress_bar()  # weights load in a moment; the bars here are those of our own long work
-
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
-MODEL_FILES = ("*.safetensors", *SMALL_FILES)
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,9 @@ def folder_of(name: str, revision: str | None = None, files: tuple[str, ...] = M
         raise Refused(f"{name}: no such folder (looked from {Path.cwd()}).")
     from huggingface_hub import snapshot_download
 
+    repo, revision = named(name, revision)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise Refused(f"{name}: neither a folder here (looked from {Path.cwd()}) nor readable from the hub ({reason}).") from error

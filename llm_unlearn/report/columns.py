@@ -20,3 +20,12 @@ def write_columns(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Records of these columns only; of a column that is not there, nothing."""
+    from pyarrow import parquet
+
+    there = [name for name in names if name in parquet.read_schema(path).names]
+    found: list[dict[str, Any]] = parquet.read_table(path, columns=there).to_pylist()
+    return found

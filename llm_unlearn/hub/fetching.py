@@ -1,0 +1,71 @@
+"""Ids of a model hub: with the revision that may stand behind them, and whether what lies there is an adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from llm_unlearn.source import missing
+from llm_unlearn.spec import Refused
+
+ADAPTER_FILE, COMBINATION_FILE = "adapter_config.json", "combination.json"
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+MODEL_FILES = ("*.safetensors", *SMALL_FILES)
+"""What is fetched of a model or adapter."""
+HUB_ID = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+
+
+def named(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """`USER/NAME@REVISION` in its two parts; a name without one keeps the revision that is given beside it."""
+    start, sign, end = name.partition("@")
+    return (start, end) if sign and start and end else (name, revision)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only mean something on the hub: it is shaped so, and nothing here has it."""
+    return bool(HUB_ID.fullmatch(named(name)[0])) and not missing(name) and not Path(name).expanduser().exists()
+
+
+def adapter_on_hub(name: str) -> Path | None:
+    """The local copy of a hub repository that holds an adapter, or several that are combined; None of anything else, and where the
+    hub cannot be asked and has not been before. Weights come with it.
+
+    Raises:
+        Refused: it holds one, and its files could not be fetched.
+    """
+    if not is_hub_id(name):
+        return None
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    repo, revision = named(name)
+    for file in (ADAPTER_FILE, COMBINATION_FILE):
+        try:
+            hf_hub_download(repo, file, revision=revision)
+        except (HfHubHTTPError, HFValidationError, OSError):
+            continue  # no such file or repository: whoever loads the model says which
+        try:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
+        except Exception as error:
+            raise Refused(f"{name}: an adapter on the hub, and its files cannot be read ({str(error).splitlines()[0]}).") from error
+    return None
+
+
+def base_of(folder: Path, name: str) -> tuple[str, str | None]:
+    """The base that the adapter in a folder names, and the revision of it; of combined ones, that of the first.
+
+    Raises:
+        Refused: it names none; `name` is what the user called the adapter.
+    """
+    place = folder / ADAPTER_FILE
+    if not place.is_file():
+        place = next(iter(sorted(folder.glob(f"*/{ADAPTER_FILE}"))), place)
+    try:
+        found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{place}: cannot be read ({error}); name the model: --model BASE --adapter {name}.") from None
+    if not found.get("base_model_name_or_path"):
+        raise Refused(f"{place}: base_model_name_or_path is empty; name the model: --model BASE --adapter {name}.")
+    return str(found["base_model_name_or_path"]), found.get("revision")
