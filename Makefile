@@ -1,9 +1,10 @@
 # make demo: set up and run the main job · make test: set up and run the tests · make test-long: those that take minutes each · make check: lint, format, types
+# make docs: build the site into site/, where a warning is an error
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-long check clean
+.PHONY: setup demo test test-long check docs clean
 
 setup: $(VENV)/.ready
 
@@ -27,5 +28,8 @@ test-long: setup
 check: setup
 	scripts/check
 
+docs: setup
+	scripts/docs
+
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) .cache runs site

@@ -146,11 +146,21 @@ def _setting_problems(asked: Asked) -> Iterable[str]:
     for word in asked.overrides:
         if re.split(r"[.=]", word)[0] in OWN:
             yield f"command line: {word}: `bench` sets {', '.join(OWN)} itself; use --seeds, --output and --suite."
-    if not asked.suite.retrained:
-        yield f"{asked.suite_path}: retrained: missing; a leaderboard compares with the model that never saw the forget set."
-    judged = {measure.set for measure in asked.suite.measures if measure.name != "forget_quality"}
+    yield from unjudged(asked.suite, asked.suite_path, asked.suite.retrained, "a leaderboard")
+
+
+def unjudged(suite: Suite, path: Path, retrained: str | None, who: str) -> Iterable[str]:
+    """Why a suite cannot tell who forgot and who kept.
+
+    Args:
+        retrained: the model that never saw the forget set, named by the suite or by what reads it.
+        who: needs to know.
+    """
+    if not retrained:
+        yield f"{path}: retrained: missing; {who} compares with the model that never saw the forget set."
+    judged = {measure.set for measure in suite.measures if measure.name != "forget_quality"}
     if "forget" not in judged or not judged - {"forget", "holdout"}:
-        yield f"{asked.suite_path}: measures: a leaderboard needs some on the set `forget`, and some on a set that is to be kept."
+        yield f"{path}: measures: {who} needs some on the set `forget`, and some on a set that is to be kept."
 
 
 def _page_problems(asked: Asked) -> Iterable[str]:

@@ -66,7 +66,6 @@ def check_output(output: Path | None, overwrite: bool) -> None:
 def publish(runs: Sequence[Run], output: Path | None, *, common: bool = False, left_out: Sequence[str] = ()) -> dict[str, Any]:
     """The table in the terminal; in a folder, the JSON file and the page."""
     from llm_unlearn.report.comparison import comparison_of
-    from llm_unlearn.report.comparison_page import write_comparison
     from llm_unlearn.report.comparison_terminal import print_comparison
     from llm_unlearn.report.likeness import comparable
 
@@ -74,10 +73,17 @@ def publish(runs: Sequence[Run], output: Path | None, *, common: bool = False, l
     comparison = comparison_of(alike, notes, left_out)
     print_comparison(comparison)
     if output:
-        folder.write(output / RESULTS, json.dumps(comparison, indent=1, ensure_ascii=False).encode("utf-8", "replace").decode())
-        write_comparison(comparison, alike, output / PAGE)
+        write(comparison, alike, output)
         print(f"\n{output / PAGE}")
     return comparison
+
+
+def write(comparison: Mapping[str, Any], alike: Sequence[Run], output: Path) -> None:
+    """The JSON file and the page."""
+    from llm_unlearn.report.comparison_page import write_comparison
+
+    folder.write(output / RESULTS, json.dumps(comparison, indent=1, ensure_ascii=False).encode("utf-8", "replace").decode())
+    write_comparison(comparison, alike, output / PAGE)
 
 
 def found(words: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--common", action="store_true", help="of runs measured by different suites, compare what is the same")
     _show(verb)
     _many(verb)
+    _sweep(verb)
     _alternates(verb)
     _push(verb)
     _requests(verb("requests", "", "deletion requests: add, list, run, verify, export"))
@@ -130,6 +131,30 @@ def _many(verb: Verb) -> None:
     one.add_argument(
         "--write", type=Path, metavar="PAGE", help="the leaderboard's page; default leaderboard.md in the output folder"
     )
+
+
+def _sweep(verb: Verb) -> None:
+    one = verb("sweep", "sweeping.command:sweep", "try out settings of a recipe, show what nothing beats, and choose one")
+    one.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as recipes/forget_lora.yaml")
+    one.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="what is tried: key=a,b,c or key=low..high, with @log or @step=…; key=value is a setting of all trials",
+    )
+    one.add_argument("--suite", help="measures every trial; default: the recipe's")
+    one.add_argument(
+        "--output", type=Path, default=Path("runs/sweep"), metavar="DIR", help="folder of the sweep; default runs/sweep"
+    )
+    one.add_argument("--trials", type=_count, metavar="N", help="so many in the end; default: of lists alone all, else 20")
+    one.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at a time; default 1")
+    one.add_argument("--sampler", choices=("tpe", "nsga2", "random", "grid"), help="default: grid for lists alone, else tpe")
+    one.add_argument("--seed", type=int, default=0, metavar="S", help="what they are drawn from; default 0")
+    one.add_argument(
+        "--storage", metavar="URL", help="a database for the study, such as sqlite:///sweep.db; default: a file in DIR"
+    )
+    one.add_argument("--no-prune", action="store_true", help="let every trial run to its end")
+    one.add_argument("--pick", metavar="RULE", help="kept>=0.95 or forgotten>=0.9: most of the other side; default: harmonic mean")
 
 
 def _alternates(verb: Verb) -> None:

@@ -60,6 +60,7 @@ ROOMS = (
     "children",
     "bench",
     "following",
+    "sweeping",  # runs one recipe many times, as bench runs many once
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
     "doctor",
     "completion",
@@ -297,6 +298,14 @@ LIGHT = {
     "many.py",
     "children.py",
     "bench.py",
+    "sweeping/command.py",
+    "sweeping/space.py",
+    "sweeping/held.py",
+    "sweeping/study.py",
+    "sweeping/pruning.py",
+    "sweeping/running.py",
+    "sweeping/choosing.py",
+    "sweeping/saying.py",
     "requests/service.py",
     "requests/records.py",
     "requests/ledger.py",
@@ -356,6 +365,8 @@ def test_what_refuses_a_recipe_imports_nothing_heavy_at_the_top(module: Module) 
                 "rouge_score",
                 "rich",
                 "jinja2",
+                "optuna",
+                "sqlalchemy",
             )
             assert not heavy or one.late or one.typing, f"{module.file}:{one.line}: {one.module}"
 
@@ -381,6 +392,8 @@ LIBRARIES = {  # rule 5: who may import what
     "huggingface_hub": r"hub/\w+\.py|models/load\.py|doctor\.py",  # imported late
     "httpx2": r"hub/pushing\.py",  # the errors of huggingface_hub's own client
     "sqlite3": r"requests/(records|ledger|chain)\.py",
+    "optuna": r"sweeping/study\.py",  # an extra, imported late
+    "sqlalchemy": r"sweeping/study\.py",  # comes with it
     "rapidfuzz": r"requests/matching\.py",
     "cryptography": r"requests/(certificate|serving)\.py",  # serving.py: the type only
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -223,7 +222,7 @@ def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens
             return Answered(missing="the value is infinite")
     if lm.shortened and accelerator.is_main_process:
         text = f"{task.task}: {lm.shortened} of {lm.asked} texts are longer than the model reads and lost their beginning."
-        print(text, file=sys.stderr)
+        print(text)
     scores, documents = scores_of(task, found, results)
     lost = f"the value is NaN, as the model's logits are on {lm.lost} of {lm.asked} texts" if lm.lost else ""
     return Answered([] if lost else scores, documents, lost)

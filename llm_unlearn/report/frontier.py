@@ -1,4 +1,4 @@
-"""What each method forgot against what it kept, as an SVG file that stands beside the leaderboard's page."""
+"""What each method, or each trial of a sweep, forgot against what it kept, as an SVG file."""
 
 from __future__ import annotations
 
@@ -30,15 +30,20 @@ WHITE: dict[Any, Any] = {
 
 SIZE, SMALL = (9.6, 6.4), 9
 """Inches of the plot; points of a label."""
-FEW, MANY, CROWD = (HALF, 5.4), (WHOLE, 9.0), 12
+FEW, MANY, CROWD = (HALF, 4.8), (WHOLE, 8.0), 12
 """The same inside a page, in one column of it or, with more than so many runs, in both."""
 LEGEND = "●  frontier: nothing beats it     ○  ranked     ✖ ▼  collapsed, ▼ below this plot     crosses: 95 % intervals over seeds"
 MARGIN, LEAST = 0.12, 0.04
 """Free share of an axis round the points, and the shortest axis."""
 
 
-def frontier_svg(board: Mapping[str, Any]) -> str:
-    """The plot as text; the same board gives the same text."""
+def frontier_svg(board: Mapping[str, Any], *, legend: str = LEGEND, maker: str = "llm-unlearn bench") -> str:
+    """The plot as text; the same board gives the same text.
+
+    Args:
+        board: its `methods`, each with a name, as `ranking.ranked` gives them.
+        maker: the command that writes the file, and may replace it.
+    """
     from io import StringIO
 
     from matplotlib import rc_context
@@ -48,23 +53,24 @@ def frontier_svg(board: Mapping[str, Any]) -> str:
     with rc_context(STYLE | WHITE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that matplotlib's font lacks: the browser has it
         figure = Figure(figsize=SIZE)
-        _draw(figure, board)
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": "llm-unlearn bench"})
-    return file.getvalue()
+        _draw(figure, board, legend)
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": maker})
+    head, mark, rest = file.getvalue().partition("<metadata>")
+    return f"{head}<title>What each method forgot against what it kept</title>\n {mark}{rest}"
 
 
 def frontier_plot(board: Mapping[str, Any]) -> Plot:
     """The same plot of single runs as a part of a page, in the page's colours; larger where there are many."""
     count = len(board["methods"])
-    caption = f"What each run forgot against what it kept. {LEGEND.rpartition('     ')[0]}"
+    caption = f"Frontier: what each run forgot against what it kept. {LEGEND.rpartition('     ')[0]}"
     size = FEW if count <= CROWD else MANY
-    svg = drawing(lambda figure: _draw(figure, board, title=False), *size, caption, layout=None)
+    svg = drawing(lambda figure: _draw(figure, board), *size, caption, layout=None)
     for colour, variable in PAGE.items():
         svg = svg.replace(colour, f"var(--{variable})")
-    return Plot(caption, svg, wide=count > CROWD)
+    return Plot(caption, svg, wide=count > CROWD, large=count > CROWD)
 
 
-def _draw(figure: Figure, board: Mapping[str, Any], title: bool = True) -> None:
+def _draw(figure: Figure, board: Mapping[str, Any], title: str = "") -> None:
     left, low = 0.86 / figure.get_figwidth(), 0.58 / figure.get_figheight()
     axes = figure.subplots(gridspec_kw={"left": left, "right": 0.98, "bottom": low, "top": 0.94})
     shown = [one for one in board["methods"] if one["state"] != "failed" and one["score"]["mean"] is not None]
@@ -75,7 +81,7 @@ def _draw(figure: Figure, board: Mapping[str, Any], title: bool = True) -> None:
     axes.set_xlabel("forgotten: 0 as the model before, 1 as the retrained model")
     axes.set_ylabel("kept: share of the scores on everything else")
     if title:
-        axes.set_title(LEGEND, loc="left", fontsize=SMALL)
+        axes.set_title(title, loc="left", fontsize=SMALL)
 
     best = sorted((one["forgotten"]["mean"], one["kept"]["mean"]) for one in standing if one["frontier"])
     if best:
@@ -120,7 +126,7 @@ def _label(axes: Axes, words: Sequence[tuple[float, float, str, str]]) -> None:
     low, high = ([dots * float(at) for at in corner] for corner in (axes.bbox.min, axes.bbox.max))
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in marks]
     for (x, y), (at_x, at_y, text, colour) in zip(marks, words, strict=True):
-        wide, tall = 0.56 * SMALL * len(text), 1.2 * SMALL
+        wide, tall = 0.62 * SMALL * len(text), 1.2 * SMALL
 
         def box(radius: float, angle: float, x: float = x, y: float = y, wide: float = wide, tall: float = tall) -> Box:
             """The text's rectangle, its near edge or corner on a circle round the mark."""

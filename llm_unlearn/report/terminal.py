@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llm_unlearn.report.summary import thresholds_of
 from llm_unlearn.report.verdict import BAD, Number, by_set, columns_of, gained, has_collapsed, headline, judge, printable, shown
 
 NARROW = 100
@@ -45,6 +46,8 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
     console.print(table, width=width)
     if attacks := results.get("attacks"):
         console.print(_attacks(attacks, columns, text), width=width)
+    for words, holds in _thresholds(results):
+        console.print(text(words, "" if holds else "yellow"), width=width)
     for reason, places in _reasons(results).items():
         console.print(text(f"— {reason} ({places})", "dim"), width=width)
     console.print()
@@ -65,6 +68,15 @@ def _attacks(attacks: Sequence[Mapping[str, Any]], columns: Sequence[str], text:
             text(f"{one['title']}: {one['y']['name'].replace('_', ' ')}"), *values, text("" if gap is None else f"{gap:+.3f}"), back
         )
     return table
+
+
+def _thresholds(results: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """A line for each threshold: what was asked, what came, and whether it holds."""
+    lines = []
+    for one in thresholds_of(results):
+        said = f"{one['measure']} on {one['set']}: asked {one['asked']}, came {one['value']}"
+        lines.append((f"{'holds' if one['holds'] else 'DOES NOT HOLD'}  {said}", bool(one["holds"])))
+    return lines
 
 
 def _value(number: Number, column: str) -> str:
