@@ -147,4 +147,7 @@ def _write(results: Mapping[str, Any], folder: Path, log: Path | None) -> None:
 
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log and log.is_file() else []
     write_page(results, rows, folder / run_folder.REPORT)
-    run_folder.write(folder / run_folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    if (folder / run_folder.RECIPE).is_file():  # a run, not an evaluation alone
+        run_folder.seal(folder, {run_folder.RESULTS: text})
+    run_folder.write(folder / run_folder.RESULTS, text)

@@ -107,9 +107,7 @@ def run(
             seen["after"] = look.seen(after, "the model after", str(folder), *again)
             del after  # an attack needs the memory
             _conclude(suite, seen, accelerator, cache, folder, str(folder), recipe.evaluation, facts)
-        if accelerator.is_main_process:
-            shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
-        accelerator.wait_for_everyone()
+        _end(folder, accelerator)
         return outcome
 
 
@@ -122,6 +120,15 @@ def _begin(recipe: Recipe, job: Job, examples: Examples, accelerator: Accelerato
         run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
         secret.begin(job.noisy, folder)
         _say_what_was_read(examples)
+    accelerator.wait_for_everyone()
+
+
+def _end(folder: Path, accelerator: Accelerator) -> None:
+    """Nothing is left of what was under way. An unmeasured run vouches for its files now; others did with their numbers."""
+    if accelerator.is_main_process:
+        if not (folder / run_folder.HASHES).is_file():
+            run_folder.seal(folder)
+        shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 

@@ -263,7 +263,9 @@ def test_how_a_run_ended_is_said(
     monkeypatch.setattr("llm_unlearn.folder.check", lambda *_: False)
     assert (
         verbs.run(
-            SimpleNamespace(recipe=Path("recipes/forget_lora.yaml"), overrides=[], resume=False, overwrite=False, cache=Path())
+            SimpleNamespace(
+                recipe=Path("recipes/forget_lora.yaml"), overrides=[], resume=False, overwrite=False, cache=Path(), json=False
+            )
         )
         == status
     )

@@ -62,6 +62,7 @@ ROOMS = (
     "following",
     "sweeping",  # runs one recipe many times, as bench runs many once
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
+    "checking",
     "doctor",
     "completion",
     "hub",  # reads what a run left, and merges as `requests` releases
@@ -279,6 +280,7 @@ LIGHT = {
     "api.py",
     "options.py",
     "reply.py",
+    "checking.py",
     "doctor.py",
     "completion.py",
     "thresholds.py",
@@ -377,7 +379,7 @@ LIBRARIES = {  # rule 5: who may import what
     # an attack that trains has an accelerator of its own (audit), and says so (finding); many.py, results.py: the type only
     "accelerate": r"training/\w+\.py|run\.py|evaluation/(passes|likelihood|generation|harness)\.py|embedded/target\.py"
     r"|attacks/(audit|finding)\.py|look\.py|many\.py|results\.py"
-    r"|auditing/trial\.py"  # the type only
+    r"|auditing/trial\.py|checking\.py"  # the type only
     r"|exact/(pieces|forgetting)\.py",  # lines are dealt to processes
     "yaml": r"(spec|tree)\.py",
     "pydantic": r"(spec|tree)\.py",

@@ -222,6 +222,7 @@ def _carry_out(session: Session, suite: Suite | None, began: float, retrained: s
             tell_numbers(accelerator, results["numbers"])
     elif session.main:
         shutil.rmtree(folder / BEFORE, ignore_errors=True)
+        run_folder.seal(folder)
     accelerator.wait_for_everyone()
     return outcome
 
@@ -312,4 +313,6 @@ def forget(
     if session.main and (folder / run_folder.RESULTS).is_file():
         without_texts(folder)
     manifest, outcome = session.delete(asked)
+    if session.main and outcome.status != "interrupted" and (folder / run_folder.HASHES).is_file():
+        run_folder.seal(folder)
     return ({} if outcome.status == "interrupted" or not session.main else manifest.deletions[-1]), outcome

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.data.schedule import Schedule, by_key
-from llm_unlearn.exact.manifest import PIECES, WEIGHTS, WORK, Manifest, Piece, State, adapter_files, save, sha256
+from llm_unlearn.exact.manifest import PIECES, WEIGHTS, WORK, Manifest, Piece, State, adapter_files, save
 from llm_unlearn.exact.rows import STREAM, Known, digest
 from llm_unlearn.methods.exact import Exact, Line, Stage
 from llm_unlearn.models.joined import Weights, adapter_blocks, served
@@ -186,7 +186,7 @@ class Workshop:
             cost_file = self.folder / PIECES / one.piece.key / COST
             cost = json.loads(cost_file.read_text()) if cost_file.is_file() else _cost(before[one.piece.key])
             above = found[one.piece.parent].sha256 if one.piece.parent else None
-            own = sha256(self.folder / PIECES / one.piece.key / WEIGHTS)
+            own = run_folder.sha256(self.folder / PIECES / one.piece.key / WEIGHTS)
             found[one.piece.key] = Piece(**{**asdict(one.piece), **cost, "sha256": own, "parent_sha256": above})
         return list(found.values())
 
