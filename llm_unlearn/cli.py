@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llm_unlearn.options import parser as parser_of_words
+from llm_unlearn.streams import be_patient
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         The exit status of its reply (`reply.py`).
     """
+    be_patient()
     parser = parser_of_words()
     options, more = parser.parse_known_args(words)
     if more and (any(word.startswith("-") for word in more) or not hasattr(options, "overrides")):

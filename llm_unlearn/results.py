@@ -108,10 +108,10 @@ def publish(
     """The terminal table, where it is to be shown, and in a folder what is kept."""
     from llm_unlearn.report.terminal import print_table
 
-    if show:
-        print_table(results)
     if folder:
         keep(results, suite, seen, folder, log)
+    if show:
+        print_table(results)
     if folder and show:
         print(f"\n{folder / run_folder.REPORT}")
 

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "llm_unlearn"
 ROOMS = (
     "options",  # the words of the command line: imports nothing
     "reply",  # what a verb answers
+    "streams",
     "spec",
     "bars",  # what long work shows of itself
     "tree",
@@ -280,6 +281,7 @@ LIGHT = {
     "api.py",
     "options.py",
     "reply.py",
+    "streams.py",
     "checking.py",
     "doctor.py",
     "completion.py",
