@@ -29,6 +29,6 @@ def _shown(output: dict[str, Any]) -> Iterator[str]:
         yield f'<img alt="{"".join(data["text/plain"])}" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
     elif "text/html" in data:
         html = re.sub(r"<style.*?</style>|\n\s*", "", "".join(data["text/html"]), flags=re.DOTALL)
-        yield re.sub(r' border="\d+"', "", html)
+        yield re.sub(r' (border|class|style)="[^"]*"', "", html)  # the site's own
     elif text := "".join(data.get("text/plain", output.get("text", "") if output.get("name") == "stdout" else "")).strip("\n"):
         yield f"```text\n{text}\n```"
