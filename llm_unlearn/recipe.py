@@ -22,7 +22,7 @@ from llm_unlearn.spec import (
     spec,
 )
 from llm_unlearn.training.gradients import AnyRule, Bilevel, Latent, Orthogonal, Project, Saliency, TrustRegion
-from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
+from llm_unlearn.tree import Tree, build, is_file, locate, no_such_file, read_tree
 
 
 @spec
@@ -119,7 +119,7 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
     yield from _privacy_problems(recipe, say)
     for name in recipe.train.window.keys() - recipe.sources.keys():
         yield say(f"no such stream; {nearest(name, recipe.sources)}", "train", "window", name)
-    if recipe.evaluation and not (path := locate(recipe.evaluation.suite, Path(tree.file))).is_file():
+    if recipe.evaluation and not is_file(path := locate(recipe.evaluation.suite, Path(tree.file))):
         yield say(no_such_file(path), "evaluation", "suite")
     looked_at = {"holdout": recipe.data.holdout} if recipe.data.holdout else {}
     for name, source in {**recipe.sources, **looked_at}.items():
@@ -153,7 +153,7 @@ def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         yield say(f"no such folder: {recipe.model.base} (looked from {Path.cwd()}).", "model", "base")
     for start in filter(missing, recipe.model.starts):
         yield say(f"no such folder: {start} (looked from {Path.cwd()}).", "model", "start")
-    if recipe.model.chat_template and not Path(recipe.model.chat_template).is_file():
+    if recipe.model.chat_template and not is_file(Path(recipe.model.chat_template)):
         yield say(f"no such file: {recipe.model.chat_template} (looked from {Path.cwd()}).", "model", "chat_template")
 
 

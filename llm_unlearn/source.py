@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +116,7 @@ EMBEDDED = (*SPLITS, "refusals", "german")
 def missing(name: str) -> bool:
     """A name that can only be meant as a local path, and is not there. (`org/name` may be a hub id, `a/b.jsonl` may not.)"""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILES
-    return looks_local and not name.startswith("embedded:") and not Path(name).expanduser().exists()
+    return looks_local and not name.startswith("embedded:") and not os.path.exists(os.path.expanduser(name))
 
 
 class Read(Protocol):

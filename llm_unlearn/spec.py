@@ -50,18 +50,29 @@ by_name = pydantic.Field(discriminator="name")
 """Marks a union of specs whose `name` says which one is meant: `Annotated[NPO | KL, by_name]`. The union is the registry."""
 
 
+def shown(found: object, most: int = 200, as_it_is: bool = False) -> str:
+    """What was found, as an error shows it: on one line, and not longer than one reads.
+
+    Args:
+        as_it_is: it is text of ours, and needs no quotes.
+    """
+    text = str(found) if as_it_is else repr(found)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
+
 def dotted(path: Iterable[str | int]) -> str:
     """A key path as one writes it: `objective.forget.loss`, `measures[2].set`."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        name = part if isinstance(part, int) or (len(part) <= 100 and part.isprintable()) else shown(part, 100)
+        text += f"[{part}]" if isinstance(part, int) else f".{name}" if text else str(name)
     return text
 
 
 def nearest(found: object, valid: Iterable[str]) -> str:
     """' Did you mean X? ' when a valid name is near, and always the list of valid names."""
     names = list(valid)
-    near = difflib.get_close_matches(str(found), names, 1, cutoff=0.5)
+    near = difflib.get_close_matches(str(found)[:200], names, 1, cutoff=0.5)
     return (f"did you mean {near[0]!r}? " if near else "") + "Valid: " + ", ".join(names) + "."
 
 

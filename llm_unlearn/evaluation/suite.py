@@ -30,7 +30,7 @@ from llm_unlearn.evaluation.text import ExactMatch, Fluency, KeywordRecall, Roug
 from llm_unlearn.evaluation.utility import ModelUtility, MultipleChoice, OptionProbability
 from llm_unlearn.source import Source, missing, source_problems
 from llm_unlearn.spec import NaturalInt, PositiveInt, Refused, by_name, dotted, nearest, parts_of, spec
-from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
+from llm_unlearn.tree import Tree, build, is_file, locate, no_such_file, read_tree
 
 AnyMeasure = Annotated[
     Perplexity
@@ -145,7 +145,7 @@ def _read_by_attacks(suite: Suite) -> Iterable[tuple[tuple[str | int, ...], str]
         if isinstance(part, Source):
             yield from (((*where, *key), text) for key, text in source_problems(part))
     for i, attack in enumerate(suite.attacks):
-        if isinstance(attack, Shadows) and not (path := locate(attack.recipe)).is_file():
+        if isinstance(attack, Shadows) and not is_file(path := locate(attack.recipe)):
             yield ("attacks", i, "recipe"), no_such_file(path)
 
 
