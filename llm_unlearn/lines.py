@@ -6,22 +6,21 @@ Plain data is text, numbers, true, false, null, lists and keys: no tag makes an 
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llm_unlearn.spec import Refused, dotted, shown
+from llm_unlearn.spec import FLOAT, Refused, dotted, shown
 
 Path_ = tuple[str | int, ...]
 
 DEEPEST = 50
 """Lists and keys inside each other; a recipe has eight."""
-REPEATED = 1_000_000
+REPEATED = 100_000
 """Characters that all aliases (*name) may stand for together."""
-LARGEST = 1 << 24
-"""Bytes of a settings file: 200,000 row ids are 2 million."""
+LARGEST, MOST = 1 << 22, 500_000
+"""Bytes of a settings file, and values in it: 200,000 row ids are 2 million bytes. A value takes half a kilobyte as it is read."""
 DIGITS = 400
 """Characters of a number."""
 PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "map", "seq", "merge")}
@@ -30,21 +29,23 @@ PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool",
 class _Yaml(yaml.SafeLoader):
     """YAML 1.1 with the numbers of YAML 1.2: `1e-5` is a float, as everybody expects, not a string."""
 
-    depth = 0
+    depth = count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """One node with all below it, which is refused where it goes too deep: each level takes some of Python's stack."""
-        self.depth += 1
-        if self.depth > DEEPEST:
+        """One node with all below it, which is refused where it goes too deep (each level takes some of Python's stack) or on and
+        on."""
+        self.depth, self.count = self.depth + 1, self.count + 1
+        if self.depth > DEEPEST or self.count > MOST:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels inside each other", mark)
+            found = f"{MOST:,} values" if self.count > MOST else f"{DEEPEST} levels inside each other"
+            raise yaml.composer.ComposerError(None, None, f"more than {found}", mark)
         try:
             return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         finally:
             self.depth -= 1
 
 
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 
 class Lines:

@@ -11,7 +11,7 @@ from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Data, Evaluation, Model, Train
-from llm_unlearn.source import Source, missing, source_problems
+from llm_unlearn.source import Source, missing, source_problems, unnameable
 from llm_unlearn.spec import (
     NaturalInt,
     Refused,
@@ -19,6 +19,7 @@ from llm_unlearn.spec import (
     fingerprint,
     nearest,
     plain,
+    readable,
     spec,
 )
 from llm_unlearn.training.gradients import AnyRule, Bilevel, Latent, Orthogonal, Project, Saliency, TrustRegion
@@ -110,8 +111,10 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
     """What no single type can say: how the parts of a recipe must fit together."""
 
     def say(text: str, *path: str) -> str:
-        return f"{tree.place(path)}: {dotted(path)}: {text}"
+        return readable(f"{tree.place(path)}: {dotted(path)}: {text}")
 
+    if not recipe.output.strip() or unnameable(recipe.output):
+        yield say("no folder can have this name; expected one such as runs/first.", "output")
     yield from _model_problems(recipe, say)
     yield from _speed_problems(recipe, say)
     yield from _stop_problems(recipe, say)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import json
 import os
 import re
@@ -135,7 +136,8 @@ def _value(text: str, key: str) -> Any:
     try:
         return Lines(text, "command line", numbered=False).data
     except Refused as error:
-        reason = shown(str(error), 400, as_it_is=True)
+        reason = str(error).removeprefix("command line: ").removeprefix("the whole: ").removeprefix("not valid YAML. ")
+        reason = shown(reason, 400, as_it_is=True)
         raise Refused(f"command line: {shown(key, as_it_is=True)}: {shown(text)} is not valid YAML ({reason}).") from None
 
 
@@ -262,6 +264,12 @@ def _explain(errors: list[Any], tree: Tree, path: Path_, schema: dict[str, Any])
             return f"{where}: {key}: found {found}; expected {', or '.join(dict.fromkeys(messages))}."
 
 
+@functools.cache
+def _schema_of(kind: type[object]) -> dict[str, Any]:
+    """The JSON schema of a type, of which there are few, and each takes longer than all else that is said of a wrong key."""
+    return TypeAdapter(kind).json_schema()
+
+
 SAID = 50
 """So many wrong keys are said one by one."""
 
@@ -277,7 +285,7 @@ def build(kind: type[T], tree: Tree) -> T:
         # JSON mode is pydantic's way to be strict about scalars and still accept lists as tuples and mappings as classes.
         return adapter.validate_json(json.dumps(tree.data, default=str), strict=True)
     except pydantic.ValidationError as error:
-        schema = adapter.json_schema()
+        schema = _schema_of(kind)  # type: ignore[arg-type]
         by_path: dict[Path_, list[Any]] = {}
         for one in error.errors(include_url=False):
             by_path.setdefault(_loc_to_path(one["loc"], tree.data, one["type"] in ABOUT_A_KEY), []).append(one)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.reply import BUG, UNABLE, Reply
+from llm_unlearn.spec import readable
 
 TODO: Mapping[int, str] = {
     errno.ENOSPC: "Make room; then the same command.",
@@ -50,7 +51,7 @@ def _of_the_machine(error: Exception) -> str | None:
         if error.errno is None:
             return text
         named = " -> ".join(str(one) for one in (error.filename, error.filename2) if one is not None)
-        return f"{named}: {error.strerror}. {TODO.get(error.errno, '')}".removeprefix(": ").strip()
+        return readable(f"{named}: {error.strerror}. {TODO.get(error.errno, '')}".removeprefix(": ").strip())
     if type(error).__module__ == "sqlite3" and type(error).__name__ == "OperationalError":
         return f"a database cannot be read or written: {text}."
     return None
@@ -62,8 +63,7 @@ def _out_of_memory(error: Exception, text: str) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no reason given"
-    return text if len(text) <= 300 else f"{text[:300]}…"
+    return readable(" ".join(str(error).split()) or "no reason given")
 
 
 def place_of(error: Exception) -> str:

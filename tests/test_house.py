@@ -17,8 +17,8 @@ PACKAGE = ROOT / "llm_unlearn"
 ROOMS = (
     "options",  # the words of the command line: imports nothing
     "reply",  # what a verb answers
-    "troubles",  # what is said of an error that no verb refused
     "spec",
+    "troubles",  # what is said of an error that no verb refused
     "lines",
     "tree",
     "objectives",

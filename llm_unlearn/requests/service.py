@@ -13,7 +13,7 @@ from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.sections import Threshold
 from llm_unlearn.source import Source, same_data, source_problems
-from llm_unlearn.spec import NonNegativeFloat, Portion, Refused, dotted, fingerprint, spec
+from llm_unlearn.spec import NonNegativeFloat, Portion, Refused, dotted, fingerprint, readable, spec
 from llm_unlearn.thresholds import problems
 from llm_unlearn.tree import Tree, build, is_file, locate, no_such_file, read_tree
 
@@ -136,7 +136,7 @@ def load(path: Path) -> Office:
 
 def _problems(office: Office, tree: Tree) -> Iterable[str]:
     def say(text: str, *path: str | int) -> str:
-        return f"{tree.place(path)}: {dotted(path)}: {text}"
+        return readable(f"{tree.place(path)}: {dotted(path)}: {text}")
 
     service, suite, method = office.service, office.suite, office.recipe.method
     if isinstance(method, Contrast):
