@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn.data.sources import Row, read, rows
@@ -115,10 +116,10 @@ def encode(
     asked: list[Turn] | None = None
     prompt = ""
     for turns in conversations:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = rendered(turns, tokenizer)
         if turns[:-1] != asked:  # several answers to one question follow each other
             asked = turns[:-1]
-            prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+            prompt = rendered(asked, tokenizer, asks=True)
         same = takewhile(lambda ab: ab[0] == ab[1], zip(text, prompt, strict=False))
         begins.append(len(prompt) if text.startswith(prompt) else sum(1 for _ in same))
         after = text.rfind(turns[-1]["content"]) + len(turns[-1]["content"])
@@ -132,6 +133,25 @@ def encode(
         answer = max(1, next((t for t, (_, end) in enumerate(offsets) if end > begin), len(offsets)))
         examples.append(Example(tuple(ids), answer, stream, i) if answer < len(ids) else None)
     return examples
+
+
+def rendered(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, asks: bool = False) -> str:
+    """Turns as one text, by the tokenizer's template, which a model brings and which sees nothing but them.
+
+    Args:
+        asks: up to where the assistant goes on.
+
+    Raises:
+        Refused: the template cannot do that, or would do more.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
+    except (TemplateError, TypeError, OverflowError) as error:
+        said = type(error).__name__ if str(turns[-1]["content"]) in str(error) else str(error).splitlines()[0]
+        raise Refused(
+            f"{tokenizer.name_or_path}: its chat template cannot lay out {len(turns)} turns ({said}). "
+            "Name another with model.chat_template: FILE.jinja."
+        ) from None
 
 
 def encode_text(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int) -> list[Example]:

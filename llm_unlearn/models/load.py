@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from llm_unlearn.data.examples import PLAIN_TEMPLATE
 from llm_unlearn.folder import adapter_in
 from llm_unlearn.hub.fetching import MODEL_FILES, SMALL_FILES, named
-from llm_unlearn.models import combined, kernels
+from llm_unlearn.models import combined, kernels, strangers
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import missing
@@ -85,9 +85,9 @@ def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a chat template in every case: the recipe's, its own, or the plain layout."""
     folder = folder_of(model.base, model.revision, SMALL_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # unsaid, it asks on the terminal
     except (OSError, ValueError) as error:
-        raise Refused(f"{model.base}: no tokenizer can be read there ({str(error).splitlines()[0]}).") from error
+        raise Refused(f"{model.base}: no tokenizer can be read there ({strangers.why(error)}).") from error
     if not tokenizer.is_fast:
         raise Refused(f"{model.base}: its tokenizer has no fast version (tokenizer.json), which tells where an answer begins.")
     if model.chat_template:
@@ -102,9 +102,10 @@ def read_config(model: Model) -> Any:
     their number."""
     folder = folder_of(model.base, model.revision, SMALL_FILES)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise Refused(f"{model.base}: no model can be read there ({str(error).splitlines()[0]}).") from error
+        raise Refused(f"{model.base}: no model can be read there ({strangers.why(error)}).") from error
+    strangers.check_kernels(config, model.base)
     for name, value in vars(config).items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -130,15 +131,16 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     if model.kernels and train:
         kernels.known(device)  # said before anything is read
     folder = folder_of(model.base, model.revision)
+    strangers.check_weights(folder, model.base, "*.safetensors")
     dtype = dtype_of(model, device)
     weights = torch.float32 if train and not model.adapter else dtype
     try:
         net = AutoModelForCausalLM.from_pretrained(
             folder, config=read_config(model), dtype=weights, device_map={"": device}, use_safetensors=True,
-            quantization_config=_quantization(model, dtype), attn_implementation=model.attention,
+            quantization_config=_quantization(model, dtype), attn_implementation=model.attention, trust_remote_code=False,
         )  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
-        raise Refused(f"{model.base}: cannot be loaded ({str(error).splitlines()[0]}).") from error
+        raise Refused(f"{model.base}: cannot be loaded ({strangers.why(error)}).") from error
     if model.quantize in ("nf4", "fp4") and device.type == "cpu":
         _prepare_4bit_on_cpu(net)
     tokenizer = read_tokenizer(model)
@@ -171,6 +173,8 @@ def put_on(net: Any, folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            for place in [folder / name for name in wanted.adapters] if wanted else [folder]:
+                strangers.check_adapter(place, str(place))
             if not wanted:
                 return peft.PeftModel.from_pretrained(net, str(folder))
             one, *others = wanted.adapters
