@@ -15,8 +15,10 @@ from importlib import import_module
 from pathlib import Path
 
 from llm_unlearn.options import parser as parser_of_words
+from llm_unlearn.outward import guarded
 
 
+@guarded(os.environ)
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb.
 

@@ -17,11 +17,16 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from llm_unlearn.outward import without_secrets
+
 T = TypeVar("T")
 
 
 class Refused(ValueError):
     """A setting, file or row that cannot be used. Its text names the place, what was found, what was expected and what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(without_secrets(text))
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

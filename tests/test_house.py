@@ -17,6 +17,7 @@ PACKAGE = ROOT / "llm_unlearn"
 ROOMS = (
     "options",  # the words of the command line: imports nothing
     "reply",  # what a verb answers
+    "outward",  # words on their way out: without secrets, and harmless
     "spec",
     "tree",
     "objectives",
@@ -275,6 +276,7 @@ LIGHT = {
     "api.py",
     "options.py",
     "reply.py",
+    "outward.py",
     "doctor.py",
     "completion.py",
     "thresholds.py",
