@@ -9,12 +9,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from llm_unlearn.bars import Bar
 from llm_unlearn.training.signals import signals
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -77,15 +75,13 @@ def carry_out(children: Sequence[Child], jobs: int, environment: Mapping[str, st
     Returns:
         The names of those that failed -> how; None if Ctrl-C or SIGTERM ended those under way.
     """
-    from tqdm.auto import tqdm
-
     orders = InOrder(list(children), done)
-    with tqdm(total=done + len(children), initial=done, desc="bench", unit="run") as bar:
+    with Bar("bench", done + len(children), "run", done=done, stays=True) as bar:
         finished = keep_busy(orders, jobs, environment, bar, made=done > 0)
     return orders.failures if finished else None
 
 
-def keep_busy(orders: Orders, jobs: int, environment: Mapping[str, str], bar: tqdm[None], made: bool) -> bool:
+def keep_busy(orders: Orders, jobs: int, environment: Mapping[str, str], bar: Bar, made: bool) -> bool:
     """Run what the orders say, at most `jobs` at a time, until they say nothing more and nothing runs.
 
     Args:
@@ -102,7 +98,7 @@ def keep_busy(orders: Orders, jobs: int, environment: Mapping[str, str], bar: tq
             while not asked.is_set():
                 while len(running) < (jobs if made else 1) and (child := orders.next()):
                     running[_start(child, env)] = child
-                    bar.set_postfix_str(", ".join(one.name for one in running.values()))
+                    bar.update(0, {"running": ", ".join(one.name for one in running.values())})
                 if not running:
                     break
                 asked.wait(0.1)
@@ -110,7 +106,7 @@ def keep_busy(orders: Orders, jobs: int, environment: Mapping[str, str], bar: tq
                 for process in ended if not asked.is_set() else []:  # Ctrl-C in a terminal reaches the children too
                     child = running.pop(process)
                     if said := orders.ended(child, process.returncode):
-                        bar.write(said, file=sys.stderr)
+                        print(said, file=sys.stderr)
                     bar.update(orders.done - bar.n)
                     made = made or not process.returncode
                 for child in list(orders.unwanted(running.values())):

@@ -71,9 +71,10 @@ def publish(runs: Sequence[Run], output: Path | None, *, common: bool = False, l
 
     alike, notes = comparable(runs, common)
     comparison = comparison_of(alike, notes, left_out)
-    print_comparison(comparison)
     if output:
         write(comparison, alike, output)
+    print_comparison(comparison)
+    if output:
         print(f"\n{output / PAGE}")
     return comparison
 

@@ -9,15 +9,21 @@ runs/forget_lora/
     evaluation.parquet the values of every row that these numbers are made of
     report.html        the same for people
     privacy.json       of a private run: what was spent, and what the guarantee rests on
+    trackers/          files of experiment trackers, where the recipe names some
+    process.json       who is at work here, or how it ended before the run's end; not in a finished run
+    hashes.json        SHA-256 of all these, as the run left them; `llm-unlearn verify` compares
     checkpoints/       while the run is under way; with the key that a private run draws from
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llm_unlearn import recipe
@@ -26,6 +32,10 @@ from llm_unlearn.spec import Refused
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
 RESULTS, REPORT, CHECKPOINTS, ALONG = "evaluation.json", "report.html", "checkpoints", "evaluations.jsonl"
 ROWS, INFLUENCES, PRIVACY = "evaluation.parquet", "influence.parquet", "privacy.json"
+TRACKERS, PROCESS = "trackers", "process.json"
+HASHES = "hashes.json"
+SEALED = (RECIPE, ADAPTER, MODEL, LOG, ALONG, RESULTS, ROWS, REPORT, INFLUENCES, PRIVACY)
+"""Files, and folders with all that is in them, whose content a run vouches for."""
 KEYS = {"title", "suite", "suite_hash", "models", "numbers", "curves", "answers"}
 """What an `evaluation.json` cannot be without."""
 
@@ -76,6 +86,54 @@ def write(path: Path, text: str) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def seal(folder: Path, to_come: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write down what every file of a run holds, so that a later change can be seen.
+
+    Args:
+        to_come: texts of files that are written next, by name: what says that a run is finished comes last of all.
+    """
+    found = {name: sha256(folder / name) for name in _sealed(folder)}
+    found |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in to_come.items()}
+    write(folder / HASHES, json.dumps({"format": 1, "files": dict(sorted(found.items()))}, indent=1))
+
+
+def unlike(folder: Path) -> list[str]:
+    """What is not as the run left it, a line for each file; empty where all is.
+
+    Raises:
+        Refused: the run wrote no hashes, or they cannot be read.
+    """
+    try:
+        files = json.loads((folder / HASHES).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        text = "the run is not finished, or of a version before 0.2"
+        raise Refused(f"{folder}: has no {HASHES}; {text}. Nothing can be compared.") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise Refused(f"{folder / HASHES}: cannot be read ({error}); it was changed since the run wrote it.") from None
+    here, found = set(_sealed(folder)), []
+    for name in sorted(here | set(files)):
+        if name not in here:
+            found.append(f"{name}: is gone")
+        elif name not in files:
+            found.append(f"{name}: was added after the run")
+        elif sha256(folder / name) != files[name]:
+            found.append(f"{name}: was changed after the run")
+    return found
+
+
+def _sealed(folder: Path) -> list[str]:
+    """Names, from the folder, of the files that are there and that a run vouches for."""
+    places = (folder / name for name in SEALED)
+    files = (path for place in places for path in (place.rglob("*") if place.is_dir() else [place]) if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in files]
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def results_in(path: Path) -> dict[str, Any]:

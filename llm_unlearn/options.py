@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--output", type=Path, help="folder for comparison.json and comparison.html")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
     one.add_argument("--common", action="store_true", help="of runs measured by different suites, compare what is the same")
+    _show(verb)
     _many(verb)
     _sweep(verb)
     _alternates(verb)
@@ -82,6 +83,12 @@ def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
     return verb
 
 
+def _show(verb: Verb) -> None:
+    one = verb("show", "following.command:show", "say what a run is and where it stands, finished or under way")
+    one.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run, a store, an audit, a bench or an evaluation")
+    one.add_argument("--follow", action="store_true", help="show it again and again until the run ends; Ctrl-C leaves it alone")
+
+
 def _exact(verb: Verb) -> None:
     one = verb(
         "forget", "exact.command:forget", "delete rows from a finished run of an exact method; without rows, finish a deletion"
@@ -90,9 +97,17 @@ def _exact(verb: Verb) -> None:
     one.add_argument("--ids", nargs="+", default=[], metavar="ID", help="rows, by the column that the method names as id")
     one.add_argument("--where", nargs="+", type=_pair, default=[], metavar="column=value", help="rows that say so in all of these")
     one.add_argument("--no-evaluation", action="store_true", help="do not measure the run's suite again, before and after")
-    one = verb("verify", "exact.command:verify", "check a run's manifest: that no kept weight depends on a deleted row")
-    one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
-    one.add_argument("--retrain", metavar="LINE", help="also train one line again, such as 'shard 1', and compare bits")
+    one = verb("verify", "checking:verify", "check a run: its files, a sample of its numbers, the proof of an exact one")
+    one.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    one.add_argument(
+        "--rows",
+        type=_rows,
+        default=4,
+        metavar="N",
+        help="rows of each set that are asked again: 0 none, all for every number",
+    )
+    one.add_argument("--seed", type=int, metavar="S", help="draw the same rows as an earlier check; default: at random")
+    one.add_argument("--retrain", metavar="LINE", help="of an exact run, train one line again, such as 'shard 1', and compare bits")
 
 
 def _audit(verb: Verb) -> None:
@@ -245,6 +260,12 @@ def _count(word: str) -> int:
     if not word.isdigit() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"found {word!r}; expected a whole number from 1 on")
     return int(word)
+
+
+def _rows(word: str) -> int | str:
+    if word != "all" and not word.isdigit():
+        raise argparse.ArgumentTypeError(f"found {word!r}; expected a whole number from 0 on, or all")
+    return word if word == "all" else int(word)
 
 
 def _takes_recipe(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from llm_unlearn.streams import be_patient
+
 HIDDEN = "…"
 """What stands in the place of a secret."""
 SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY)S?$", re.IGNORECASE)
@@ -22,7 +24,7 @@ SHAPES = re.compile(
     r"(?P<before>://)[^\s/@'\"<>]+(?P<after>@)"  # who logs in, in an address
     r"|(?P<key>[?&][\w.\-]*(?:token|key|password|secret|signature|credential|sig)=)[^&\s'\"<>]+"
     r"|(?P<bearer>\bauthorization\W{1,5}(?:bearer|basic)\s+)[^\s'\"]+"
-    r"|\bhf_[A-Za-z0-9]{20,}\b"
+    r"|hf_[A-Za-z0-9]{20,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -32,6 +34,8 @@ COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff\ud800-\udfff]")
 """Control characters but for the tabulator and the end of a line, letters that turn the direction of others around, halves of
 characters."""
+MOVES = re.compile(r"((?:\x1b\[[0-9;:?]*[A-Za-z]|\r)+)")
+"""What draws in a terminal: colours, and the cursor on its way."""
 BAR = re.compile(r"(?:\r|(?:\n|\x1b\[A)+\Z)?")
 """How a progress bar goes back to its line: at the beginning of what it writes, or as all of it."""
 
@@ -68,7 +72,9 @@ class Guarded:
         """Write what is harmless of a text. A progress bar may go back to its line."""
         begin = BAR.match(text)
         moved = begin[0] if begin else ""
-        self.beneath.write(moved + harmless(without_secrets(text[len(moved) :])))
+        said = harmless(without_secrets(text[len(moved) :]))
+        encoding = getattr(self.beneath, "encoding", None) or "utf-8"  # what it cannot write is written out, too
+        self.beneath.write(moved + said.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -81,17 +87,47 @@ class Guarded:
         return getattr(self.beneath, name)
 
 
-def beneath(stream: TextIO) -> TextIO:
-    """The stream itself, for who writes colours to it, and has made its words harmless before."""
-    return stream.beneath if isinstance(stream, Guarded) else stream
+class Drawn:
+    """One of the two streams for who draws: moves of the cursor and colours pass, and the words between them as ever."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, text: str) -> int:
+        """Write a text with what moves in it."""
+        parts = MOVES.split(text)  # words and moves by turns
+        own(self.name).write("".join(part if i % 2 else harmless(without_secrets(part)) for i, part in enumerate(parts)))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else one asks a stream for is the stream's."""
+        return getattr(own(self.name), name)
+
+
+def canvas(name: str) -> TextIO:
+    """`stdout` or `stderr`, whatever stands there when something is drawn."""
+    return cast(TextIO, Drawn(name))
+
+
+def own(name: str) -> Any:
+    """A stream without what this room, or rich while it draws, has put before it."""
+    stream: Any = getattr(sys, name)
+    while True:
+        if isinstance(stream, Guarded):
+            stream = stream.beneath
+        elif (proxied := getattr(stream, "rich_proxied_file", None)) is not None:
+            stream = proxied
+        else:
+            return stream
 
 
 @contextlib.contextmanager
 def guarded(environment: Mapping[str, str]) -> Iterator[None]:
     """Inside, all that is printed passes through here, and the secrets of this user are known."""
+    be_patient()
     before, known = (sys.stdout, sys.stderr), set(_known)
     _known.update(secrets_of(environment))
-    sys.stdout, sys.stderr = (cast(TextIO, Guarded(beneath(stream))) for stream in before)
+    sys.stdout, sys.stderr = (cast(TextIO, stream if isinstance(stream, Guarded) else Guarded(stream)) for stream in before)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
-from llm_unlearn.sections import Data, Evaluation, Model, Train
+from llm_unlearn.sections import Data, Evaluation, Model, Track, Train, missing_tracker
 from llm_unlearn.source import Source, missing, source_problems
 from llm_unlearn.spec import (
     NaturalInt,
@@ -42,6 +42,8 @@ class Recipe:
     train: Train = Train()
     evaluation: Evaluation | None = None
     """A suite file, or {suite, retrained, every}."""
+    track: Track | None = None
+    """Experiment trackers: one name, several, or {to, project, name, every}."""
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -67,8 +69,8 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """Stands for everything that decides the outcome: all but the name of the run folder."""
-        return fingerprint({key: value for key, value in plain(self).items() if key != "output"})
+        """Stands for everything that decides the outcome: all but the name of the run folder, and who is told of it."""
+        return fingerprint({key: value for key, value in plain(self).items() if key not in ("output", "track")})
 
 
 EMBEDDED_MODELS = ("embedded:target", "embedded:retrained", "embedded:base")
@@ -95,6 +97,10 @@ def checked(tree: Tree, check: bool = True) -> Recipe:
     """
     if isinstance(tree.data.get("evaluation"), str):
         tree.data["evaluation"] = {"suite": tree.data["evaluation"]}
+    if isinstance(track := tree.data.get("track"), (str, list)):
+        tree.data["track"] = track = {"to": track}
+    if isinstance(track, dict) and isinstance(track.get("to"), str):
+        track["to"] = [track["to"]]
     if isinstance(objective := tree.data.get("objective"), dict):  # `retain: null` takes a term out
         tree.data["objective"] = {name: term for name, term in objective.items() if term is not None}
     elif objective is None:  # and `objective: null` all of them, for a method in their place
@@ -121,6 +127,8 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
         yield say(f"no such stream; {nearest(name, recipe.sources)}", "train", "window", name)
     if recipe.evaluation and not (path := locate(recipe.evaluation.suite, Path(tree.file))).is_file():
         yield say(no_such_file(path), "evaluation", "suite")
+    if recipe.track and (lacking := missing_tracker(recipe.track)):
+        yield say(lacking, "track", "to")
     looked_at = {"holdout": recipe.data.holdout} if recipe.data.holdout else {}
     for name, source in {**recipe.sources, **looked_at}.items():
         yield from (say(text, "data", name, *where) for where, text in source_problems(source))

@@ -108,10 +108,10 @@ def publish(
     """The terminal table, where it is to be shown, and in a folder what is kept."""
     from llm_unlearn.report.terminal import print_table
 
-    if show:
-        print_table(results)
     if folder:
         keep(results, suite, seen, folder, log)
+    if show:
+        print_table(results)
     if folder and show:
         print(f"\n{folder / run_folder.REPORT}")
 
@@ -147,4 +147,7 @@ def _write(results: Mapping[str, Any], folder: Path, log: Path | None) -> None:
 
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log and log.is_file() else []
     write_page(results, rows, folder / run_folder.REPORT)
-    run_folder.write(folder / run_folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    if (folder / run_folder.RECIPE).is_file():  # a run, not an evaluation alone
+        run_folder.seal(folder, {run_folder.RESULTS: text})
+    run_folder.write(folder / run_folder.RESULTS, text)

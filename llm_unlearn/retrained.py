@@ -44,7 +44,7 @@ def found(name: str | None, cache: Path) -> str | None:
     with FileLock(final.parent.with_suffix(".lock")) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()  # another run may have made it while this one waited for the lock
         if not final.is_dir():
-            _make(replace(wanted, output=str(final.parent), evaluation=None), cache, final)
+            _make(replace(wanted, output=str(final.parent), evaluation=None, track=None), cache, final)
     return str(final)
 
 
@@ -56,7 +56,7 @@ def home_of(wanted: Recipe, cache: Path) -> Path:
     made = key_of((model.base.removeprefix("embedded:"),)) if model.base in EMBEDDED_MODELS else None
     folders = [folder_identity(Path(one).expanduser()) for one in named if Path(one).expanduser().is_dir()]
     read = {name: rows(wanted.sources[name]) for name in wanted.window}
-    settings = {key: value for key, value in plain(wanted).items() if key not in ("output", "evaluation")}
+    settings = {key: value for key, value in plain(wanted).items() if key not in ("output", "evaluation", "track")}
     return cache / "retrained" / fingerprint(settings, made, folders, read)
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from llm_unlearn import folder as run_folder
+from llm_unlearn.at_work import at_work
 from llm_unlearn.data.examples import Examples, read_examples
 from llm_unlearn.data.schedule import Schedule, build, poisson
 from llm_unlearn.embedded.target import embedded, folder_of
@@ -46,6 +47,7 @@ from llm_unlearn.training.guard import Outcome, aim_of
 from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import check, train
 from llm_unlearn.training.privacy import mechanism
+from llm_unlearn.training.tracking import tell_numbers, tracked
 
 
 def run(
@@ -81,6 +83,37 @@ def run(
     loaded = load(model_before := embedded(recipe.model, cache), accelerator.device, train=True)
     check(job, loaded.model)
     look = Look(suite, loaded, accelerator, cache, controls, encoded=encoded) if suite else None
+    _begin(recipe, job, examples, accelerator, overwrite)
+    with at_work(folder, job.schedule.steps, accelerator.is_main_process) as ended, tracked(recipe, accelerator):
+        if look:
+            seen["before"] = look.seen(loaded, "the model before", recipe.model.base, model_before)
+
+        model = prepare(loaded.model, recipe.model, job, accelerator)
+        along, kept = _along(look, loaded, model, recipe, folder), Shelf(cache / "reference", loaded.identity)
+        with sharded.spread():
+            outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along, kept)
+            if outcome.status == "interrupted":
+                ended.append("interrupted")
+                return outcome
+            saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
+        facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
+        facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
+
+        if look and suite and recipe.evaluation:
+            after = _become(loaded, model, combination, saved, whole)
+            again = (replace(model_before, base=str(saved), start=None), None) if whole else (model_before, str(saved))
+            del along, loaded, model
+            after = after or load(again[0], accelerator.device, again[1])
+            seen["after"] = look.seen(after, "the model after", str(folder), *again)
+            del after  # an attack needs the memory
+            _conclude(suite, seen, accelerator, cache, folder, str(folder), recipe.evaluation, facts)
+        _end(folder, accelerator)
+        return outcome
+
+
+def _begin(recipe: Recipe, job: Job, examples: Examples, accelerator: Accelerator, overwrite: bool) -> None:
+    """The run folder, from which on there is a run; one process makes it and says what was read."""
+    folder = Path(recipe.output)
     if accelerator.is_main_process:
         if overwrite:
             run_folder.clear(folder)
@@ -88,31 +121,15 @@ def run(
         secret.begin(job.noisy, folder)
         _say_what_was_read(examples)
     accelerator.wait_for_everyone()
-    if look:
-        seen["before"] = look.seen(loaded, "the model before", recipe.model.base, model_before)
 
-    model = prepare(loaded.model, recipe.model, job, accelerator)
-    along, kept = _along(look, loaded, model, recipe, folder), Shelf(cache / "reference", loaded.identity)
-    with sharded.spread():
-        outcome, combination = _carry_out(recipe, job, model, accelerator, folder, resume, along, kept)
-        if outcome.status == "interrupted":
-            return outcome
-        saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
-    facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
-    facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
 
-    if look and suite and recipe.evaluation:
-        after = _become(loaded, model, combination, saved, whole)
-        again = (replace(model_before, base=str(saved), start=None), None) if whole else (model_before, str(saved))
-        del along, loaded, model
-        after = after or load(again[0], accelerator.device, again[1])
-        seen["after"] = look.seen(after, "the model after", str(folder), *again)
-        del after  # an attack needs the memory
-        _conclude(suite, seen, accelerator, cache, folder, str(folder), recipe.evaluation, facts)
+def _end(folder: Path, accelerator: Accelerator) -> None:
+    """Nothing is left of what was under way. An unmeasured run vouches for its files now; others did with their numbers."""
     if accelerator.is_main_process:
+        if not (folder / run_folder.HASHES).is_file():
+            run_folder.seal(folder)
         shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
     accelerator.wait_for_everyone()
-    return outcome
 
 
 def _carry_out(
@@ -182,6 +199,7 @@ def _conclude(
     if accelerator.is_main_process:
         results = results_of(suite, seen, attacks, title=title, named=named, run=facts)
         publish(results, suite, seen, folder, folder / run_folder.LOG if folder and facts else None, show)
+        tell_numbers(accelerator, results["numbers"])
         return results
     return {}
 
@@ -254,6 +272,7 @@ def _along(look: Look | None, loaded: Loaded, model: Any, recipe: Recipe, folder
                 rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
                 rows = [row for row in rows if row["step"] < step]  # a resumed run passes some steps again
                 rows.append({"step": step, "numbers": numbers(look.suite, {"after": tables})})
+                tell_numbers(look.accelerator, rows[-1]["numbers"], step)
                 run_folder.write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     return at

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import Literal
+from importlib.util import find_spec
+from typing import Annotated, Literal
 
 from llm_unlearn.source import Source
-from llm_unlearn.spec import FiniteFloat, NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Share, spec
+from llm_unlearn.spec import FiniteFloat, NaturalInt, NonNegativeFloat, PositiveFloat, PositiveInt, Share, at_least_one, spec
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.gradients import AnyRule
 from llm_unlearn.training.privacy import Privacy
@@ -167,6 +168,33 @@ class Evaluation:
     """Also run the suite every so many optimizer steps."""
     thresholds: tuple[Threshold, ...] | None = None
     """What must hold of the numbers: where one does not, the run says so, ends with status 1, and is not pushed."""
+
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "aim", "dvclive", "swanlab"]
+PACKAGES = {name: f"llm-unlearn[{name}]" for name in ("tensorboard", "wandb", "mlflow", "trackio")} | {"comet_ml": "comet-ml"}
+"""Tracker -> what pip installs, where it goes by another name."""
+
+
+@spec
+class Track:
+    """Experiment trackers that are told what `log.jsonl` says, the recipe and the evaluation's numbers; they decide no outcome."""
+
+    to: Annotated[tuple[TrackerName, ...], at_least_one]
+    """One or several; each is a package of its own. Their files lie in the run folder."""
+    project: str = "llm_unlearn"
+    """What the runs of many recipes are gathered under."""
+    name: str | None = None
+    """Of the run; without it, its folder's."""
+    every: PositiveInt = 1
+    """Optimizer steps between two that are told; looks at the dose are told whenever they are made."""
+
+
+def missing_tracker(track: Track) -> str:
+    """How to get the first tracker whose package is not there; "" where all are."""
+    for name in track.to:
+        if find_spec(name) is None:
+            return f"{name} is not installed; install it with: pip install '{PACKAGES.get(name, name)}', or take it out."
+    return ""
 
 
 Problems = Iterable[tuple[str, ...]]

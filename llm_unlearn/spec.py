@@ -51,6 +51,9 @@ Part = Annotated[float, pydantic.Field(gt=0, lt=1)]
 Portion = Annotated[float, pydantic.Field(gt=0, le=1)]
 """A share of something, or all of it."""
 
+at_least_one = pydantic.Field(min_length=1)
+"""Marks what may not be empty: `Annotated[tuple[str, ...], at_least_one]`."""
+
 by_name = pydantic.Field(discriminator="name")
 """Marks a union of specs whose `name` says which one is meant: `Annotated[NPO | KL, by_name]`. The union is the registry."""
 

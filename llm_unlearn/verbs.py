@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> Reply:
     if folder.check(wanted, options.resume, options.overwrite):
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return Reply(facts={"output": wanted.output, **_measured(wanted, options)})
+    if wanted.track:  # the one tracker whose place only its environment says
+        options.environment.setdefault("TRACKIO_DIR", str((Path(wanted.output) / folder.TRACKERS / "trackio").absolute()))
     outcome = command.engine(wanted)(
         wanted, suite, cache=options.cache, resume=options.resume, overwrite=options.overwrite,
         retrained=made(named, options.cache) if named else None,

@@ -149,6 +149,12 @@ def before(folder: Path) -> None:
     torch.save({"taken": taken, "gradients": found}, folder / f"{accelerator.process_index}.pt")
 
 
+def track(folder: Path) -> None:
+    from test_track import trained
+
+    trained(folder, make_llama, "tensorboard")
+
+
 KINDS = {
     "rules": every_rule,
     "budget": budget,
@@ -163,6 +169,7 @@ KINDS = {
     "golden": golden,
     "sharded": sharded,
     "before": before,
+    "track": track,
 }
 
 for kind in sys.argv[2:]:

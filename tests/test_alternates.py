@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from jobs import RECIPE
-from tqdm.auto import tqdm
 
 from llm_unlearn import recipe
 from llm_unlearn.alternates.request import TEMPLATE, check, filled
 from llm_unlearn.alternates.usage import Usage
 from llm_unlearn.alternates.writing import Question, bare, questions, recipe_lines, runs, summary
+from llm_unlearn.bars import Bar
 from llm_unlearn.cli import main
 from llm_unlearn.embedded import population
 from llm_unlearn.spec import Refused
@@ -181,7 +181,7 @@ def test_a_draw_depends_on_its_key_alone(make_model: Callable[..., Any], tokeniz
     ]
 
     def draw(chosen: list[Ask], batch_tokens: int) -> list[str | None]:
-        return writing_pass(loaded, chosen, Accelerator(cpu=True), batch_tokens, tqdm(disable=True, total=len(chosen)))
+        return writing_pass(loaded, chosen, Accelerator(cpu=True), batch_tokens, Bar("asked", len(chosen), "answer", quiet=True))
 
     together = draw(asks, 10**6)
     assert draw(asks, 60) == together == draw(asks[::-1], 200)[::-1]

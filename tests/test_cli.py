@@ -587,7 +587,8 @@ def test_help_and_wrong_words_are_answered_before_anything_of_ours_is_read() -> 
     for words, status in (("'--help'", 0), ("'requests', 'add', '--help'", 0), ("'rn'", 2)):
         done = subprocess.run([sys.executable, "-c", code.replace("{words}", words)], capture_output=True, text=True, check=True)
         *_, said, modules = done.stdout.splitlines()
-        assert (said, modules) == (str(status), "['llm_unlearn.cli', 'llm_unlearn.options', 'llm_unlearn.outward']")
+        light = "['llm_unlearn.cli', 'llm_unlearn.options', 'llm_unlearn.outward', 'llm_unlearn.streams']"
+        assert (said, modules) == (str(status), light)
 
 
 # -------------------------------------------------------------------------------------------------------- for scripts
@@ -628,3 +629,23 @@ def test_a_refusal_under_json_names_every_error(path: Path, capsys: pytest.Captu
     found = json.loads(said.out)
     assert found["status"] == 2 and len(found["errors"]) == 2 and "did you mean 'lr'" in found["errors"][1] + found["errors"][0]
     assert said.err.count("error: ") == 2
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_reader_who_goes_away_ends_nothing(unbuffered: bool, tmp_path: Path) -> None:
+    """`llm-unlearn … | head -1`: the work goes on, and its exit status is its own."""
+    code = (
+        "import sys, pathlib\nfrom llm_unlearn import verbs\nfrom llm_unlearn.cli import main\n"
+        "from llm_unlearn.reply import Reply\n"
+        "def talk(options):\n    for i in range(3000):\n        print('words to somebody who may have gone', flush=True)\n"
+        "        print('and to the other', file=sys.stderr)\n"
+        "    from rich.console import Console\n    Console().print('[b]rich[/] words')\n"
+        "    pathlib.Path('done').touch()\n    return Reply(1)\n"
+        "verbs.show_schema = talk\nsys.exit(main(['schema']))\n"
+    )
+    command = [sys.executable, *(["-u"] if unbuffered else []), "-c", code]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout and child.stderr and child.stdout.readline().startswith(b"words")
+    child.stdout.close()
+    child.stderr.close()
+    assert child.wait(60) == 1 and (tmp_path / "done").exists()

@@ -261,12 +261,8 @@ def test_how_a_run_ended_is_said(
 
     monkeypatch.setattr("llm_unlearn.run.run", lambda *_, **__: outcome)
     monkeypatch.setattr("llm_unlearn.folder.check", lambda *_: False)
-    assert (
-        verbs.run(
-            SimpleNamespace(recipe=Path("recipes/forget_lora.yaml"), overrides=[], resume=False, overwrite=False, cache=Path())
-        )
-        == status
-    )
+    words = {"overrides": [], "resume": False, "overwrite": False, "cache": Path(), "json": False}
+    assert verbs.run(SimpleNamespace(recipe=Path("recipes/forget_lora.yaml"), **words)).status == status
     assert capsys.readouterr().err == said
 
 

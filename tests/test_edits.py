@@ -480,7 +480,7 @@ def test_a_plan_names_the_strengths(tmp_path: Path) -> None:
         "of the strengths, that with which the forget set is most nearly at perplexity 9.0, before retain perplexity is 1.5" in text
     )
     assert recipe.load(tmp_path / "r.yaml", ["method={name: task_vector, scale: [1.0]}"]).hash != wanted.hash
-    assert "steps  " in plan(a_recipe(tmp_path, "method={name: task_vector, scale: [1.0]}"), tmp_path)
+    assert "steps  " in plan(a_recipe(tmp_path, "method={name: task_vector, scale: [1.0]}"), tmp_path).text
 
 
 def test_a_null_objective_leaves_room_for_a_method(tmp_path: Path) -> None:

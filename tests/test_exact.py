@@ -260,7 +260,7 @@ def test_training_again_finds_other_bits(make: Make, tmp_path: Path) -> None:
     """A file and its hash in the manifest may both be forged; the training cannot."""
     from safetensors.torch import save_file
 
-    from llm_unlearn.exact.manifest import sha256
+    from llm_unlearn.folder import sha256
 
     wanted = make("run", IDS)
     folder = Path(wanted.output)
@@ -324,7 +324,7 @@ def test_what_is_asked_for_must_be_there(make: Make, tmp_path: Path, capsys: pyt
     assert main(["forget", str(folder), "--where", "ownr=owner1"]) == 2 and "'owner'" in capsys.readouterr().err
     assert main(["forget", str(folder), "--where", "owner=nobody"]) == 2 and "Nothing was changed" in capsys.readouterr().err
     assert main(["forget", str(folder), "--ids", IDS[0]]) == 0 and "deleted before" in capsys.readouterr().out
-    assert main(["verify", str(tmp_path)]) == 2 and "manifest.json" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 2 and "no run folder" in capsys.readouterr().err
     assert (folder / "manifest.json").read_bytes() == was
     data = Path(wanted.data.retain.source if wanted.data.retain else "")
     lines = data.read_text().splitlines()

@@ -17,12 +17,15 @@ PACKAGE = ROOT / "llm_unlearn"
 ROOMS = (
     "options",  # the words of the command line: imports nothing
     "reply",  # what a verb answers
+    "streams",
     "outward",  # words on their way out: without secrets, and harmless
     "spec",
+    "bars",  # what long work shows of itself
     "tree",
     "objectives",
     "embedded.population",
     "source",
+    "withheld",  # settings for strangers
     "training.vectors",
     "training.dose",
     "training.gradients",
@@ -31,6 +34,7 @@ ROOMS = (
     "methods",  # settings and equations: what is heavy is asked of a protocol
     "recipe",
     "folder",
+    "at_work",
     "catalogue",
     "hub.fetching",  # hub ids, which models are loaded by
     "data",
@@ -57,8 +61,10 @@ ROOMS = (
     "many",
     "children",
     "bench",
+    "following",
     "sweeping",  # runs one recipe many times, as bench runs many once
     "requests",  # runs a recipe and reads its numbers; its sub-verbs stand in its own verbs.py
+    "checking",
     "doctor",
     "completion",
     "hub",  # reads what a run left, and merges as `requests` releases
@@ -277,6 +283,8 @@ LIGHT = {
     "options.py",
     "reply.py",
     "outward.py",
+    "streams.py",
+    "checking.py",
     "doctor.py",
     "completion.py",
     "thresholds.py",
@@ -286,8 +294,10 @@ LIGHT = {
     "alternates/usage.py",
     "alternates/writing.py",
     "spec.py",
+    "bars.py",
     "recipe.py",
     "folder.py",
+    "at_work.py",
     "catalogue.py",
     "compare.py",
     "candidates.py",
@@ -333,8 +343,11 @@ LIGHT = {
     "methods/exact.py",
     "methods/registry.py",
     "exact/command.py",
+    "following/command.py",
+    "following/standing.py",
     "auditing/request.py",
     "hub/fetching.py",
+    "withheld.py",
     "hub/describing.py",
     "hub/contents.py",
     "hub/limits.py",
@@ -371,7 +384,7 @@ LIBRARIES = {  # rule 5: who may import what
     # an attack that trains has an accelerator of its own (audit), and says so (finding); many.py, results.py: the type only
     "accelerate": r"training/\w+\.py|run\.py|evaluation/(passes|likelihood|generation|harness)\.py|embedded/target\.py"
     r"|attacks/(audit|finding)\.py|look\.py|many\.py|results\.py"
-    r"|auditing/trial\.py"  # the type only
+    r"|auditing/trial\.py|checking\.py"  # the type only
     r"|exact/(pieces|forgetting)\.py",  # lines are dealt to processes
     "yaml": r"(spec|tree)\.py|evaluation/task_code\.py",  # there, to see what a file of the library's would run; nothing is built
     "pydantic": r"(spec|tree)\.py",

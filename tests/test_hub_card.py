@@ -22,11 +22,12 @@ from safetensors.numpy import save_file
 from llm_unlearn import recipe
 from llm_unlearn.hub import command, contents
 from llm_unlearn.hub.contents import Piece, Rows
-from llm_unlearn.hub.describing import described, shortcomings, told_of, without_paths
+from llm_unlearn.hub.describing import shortcomings, told_of
 from llm_unlearn.hub.markup import code, fenced, marked
 from llm_unlearn.reply import BUSY, UNREACHABLE, Reply
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.spec import Refused, plain, to_yaml
+from llm_unlearn.withheld import described, without_paths
 
 PERSON = "Ada Mustermann of Yarrowdale"
 EVIL = '<script>alert(1)</script> [x](javascript:alert(1)) | ![i](http://evil.example/p.png) `"\n---\n# H https://evil.example'

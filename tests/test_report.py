@@ -14,7 +14,9 @@ from rich.console import Console
 
 from llm_unlearn.report.page import MOST_ROWS, page, write_page
 from llm_unlearn.report.plots import plots_of
+from llm_unlearn.report.summary import key_numbers, standing
 from llm_unlearn.report.terminal import print_table
+from llm_unlearn.report.texts import MOST, readable
 from llm_unlearn.report.verdict import headline, judge, shown
 
 EVIL = "<script>alert(1)</script>"
@@ -303,7 +305,7 @@ def test_nothing_is_fetched(results: dict[str, Any]) -> None:
 def test_drawings_are_parts_of_the_page(results: dict[str, Any]) -> None:
     text = page(results, LOG)
     read = Reader(text)
-    assert read.tags.count("svg") == 5  # forget, retain, extraction, rows, training
+    assert read.tags.count("svg") == 4 + 4  # forget, retain, extraction, rows; four panels of the training
     assert "<?xml" not in text and text.lower().count("<!doctype") == 1 and "<metadata" not in text
     ids = [value for name, value in read.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -413,3 +415,81 @@ def test_the_points_of_an_attack_are_drawn_by_name(audited: dict[str, Any]) -> N
     (svg,) = [plot.svg for plot in plots_of(audited, []) if plot.caption.startswith("quantization")]
     assert "as it is" in svg and "nf4" in svg and "weights (bits)" in svg
     assert "var(--before)" in svg and "var(--after)" in svg and "var(--retrained)" not in svg
+
+
+# ---------------------------------------------------------------------------------------------------------- thresholds
+
+
+def asked(measure: str, value: float | None, holds: bool, why: str = "", **more: Any) -> dict[str, Any]:
+    """What a threshold came to, as `evaluation.json` has it."""
+    return {
+        "measure": measure,
+        "set": "forget",
+        "asked": "at most 0.3",
+        "value": value,
+        "bound": 0.3,
+        "holds": holds,
+        "why": why,
+    } | more
+
+
+def test_what_was_asked_and_did_not_come_is_said_first(results: dict[str, Any]) -> None:
+    before = headline(results)
+    for nothing in ([], None):
+        assert headline(results | {"thresholds": nothing}) == before and "hreshold" not in printed(results)
+    assert headline(results | {"thresholds": [asked("probability", 0.2, True)]}).startswith("The threshold holds. ")
+    results["thresholds"] = [
+        asked("probability", 0.2, True), asked("rouge", 0.5, False, "rouge on forget is 0.500, at most 0.3"),
+        asked("mmlu", None, False, bound=None),
+    ]  # fmt: skip
+    said = "2 of 3 thresholds do not hold: rouge on forget is 0.500, at most 0.3; mmlu on forget has no value, asked: at most 0.3."
+    assert headline(results) == f"{said} {before}"
+    assert standing(results) == {"word": "Thresholds not met", "kind": "bad"}
+    many = headline(results | {"thresholds": [asked(f"m{i}", 0.5, False, f"why {i}") for i in range(5)]})
+    assert many.startswith("5 of 5 thresholds do not hold: why 0; why 1; why 2; 2 more.")
+
+
+def test_thresholds_in_the_terminal_and_on_the_page(results: dict[str, Any]) -> None:
+    assert "hreshold" not in Reader(page(results, [])).text.split("*/")[-1]
+    results["thresholds"] = [asked("probability", 0.2, True), asked(EVIL, None, False, f"{EVIL} was not measured", judged=None)]
+    text = printed(results)
+    assert "holds  probability on forget: asked at most 0.3, came 0.200" in text and f"DOES NOT HOLD  {EVIL} on forget" in text
+    read = " ".join(Reader(page(results, [])).text.split())
+    assert "probability forget at most 0.3 0.300 0.200 ✓ holds" in read
+    assert f"{EVIL} forget at most 0.3 0.300 — ✗ does not hold {EVIL} was not measured" in read
+
+
+# --------------------------------------------------------------------------------------------------- what is seen first
+
+
+def test_a_word_for_the_whole(audited: dict[str, Any]) -> None:
+    assert standing(audited)["word"] == "Forgotten, but leaks"
+    audited["attacks"] = []
+    assert standing(audited) == {"word": "Forgotten", "kind": "good"}
+    audited["numbers"][1]["values"]["after"]["value"] = 1.01
+    assert standing(audited) == {"word": "Largely forgotten", "kind": "mixed"}
+    audited["numbers"][2]["values"]["after"]["value"] = 0.99
+    assert standing(audited) == {"word": "Not as retrained", "kind": "bad"}
+    assert standing(only_model(audited | {"numbers": audited["numbers"][:3]})) == {"word": "Not compared", "kind": "plain"}
+    audited["numbers"][0]["values"]["after"]["value"] = 0.01
+    assert standing(audited) == {"word": "Collapsed", "kind": "bad"}
+
+
+def test_the_key_numbers_are_of_what_was_to_go_and_of_what_was_to_stay(results: dict[str, Any]) -> None:
+    cards = key_numbers(results, MODELS)
+    assert [(one["title"], one["set"]) for one in cards] == [
+        ("probability", "forget"), ("membership", "forget"), ("perplexity", "forget"), ("rouge", "retain"),
+    ]  # fmt: skip
+    first = cards[0]
+    assert [(one["text"], one["now"]) for one in first["models"]] == [("0.997", False), ("0.503", True), ("0.544", False)]
+    assert first["judgement"] == "as retrained" and first["track"] and not cards[2]["track"]
+    assert (first["models"][1]["place"], first["models"][1]["low"], first["models"][1]["width"]) == (50.3, 49.0, 2.6)
+
+
+def test_texts_are_shown_as_they_are_and_no_longer_than_one_reads() -> None:
+    assert readable("plain é漢 👩‍🚀\n\tשלום") == "plain é漢 👩‍🚀\n\tשלום"
+    assert readable("a\x00b\x1b[31m\x7f\x85") == "a␀b␛[31m␡⟨U+0085⟩"
+    assert readable("\u202egnp.exe\u2066x") == "⟨U+202E⟩gnp.exe⟨U+2066⟩x"
+    assert readable("a\r\nb") == "a\nb"
+    cut = readable("x" * 10_000_000)
+    assert len(cut) < MOST + 60 and cut.endswith("… (cut: 10,000,000 characters in all)")

@@ -212,6 +212,9 @@ def test_ctrl_c_says_how_to_go_on(finished: Path, environment: Mapping[str, str]
     _, errors = running.communicate(timeout=100)
     assert running.returncode == 130 and "--resume" in errors
     assert list((tmp_path / "a" / "checkpoints").glob("step-*"))
+    assert "\r" not in errors and "\x1b" not in errors and "forgetting: step 1 of" in errors
+    facts = json.loads(call(["llm-unlearn", "show", str(tmp_path / "a"), "--json"], environment).stdout)
+    assert facts["state"] == "interrupted" and 0 < facts["step"] < facts["steps"] and facts["next"][0].endswith("--resume")
 
 
 def test_a_finished_run_is_never_overwritten_unasked(finished: Path, environment: Mapping[str, str]) -> None:

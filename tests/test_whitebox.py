@@ -17,7 +17,6 @@ import torch
 import transformers
 from accelerate import Accelerator
 from pydantic import TypeAdapter, ValidationError
-from tqdm.auto import tqdm
 
 from llm_unlearn.attacks import gcg as searching
 from llm_unlearn.attacks import soft_prompt as softly
@@ -31,6 +30,7 @@ from llm_unlearn.attacks.rewrites import TEMPLATES, Rewrites
 from llm_unlearn.attacks.rows import answers_of, embedding_table, insert, read, split, words_of
 from llm_unlearn.attacks.soft_prompt import SoftPrompt
 from llm_unlearn.attacks.two_model import TwoModel
+from llm_unlearn.bars import Bar
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.embedded import population
 from llm_unlearn.evaluation import generation as generating
@@ -712,7 +712,7 @@ def test_two_models_write_what_the_equations_say(scale: float, floor: float, att
     before, after = subject.load(), attacked(other_inside(subject.load().model, 1)).load()
     asked = replace(asked_of(subject.sets["forget"]), needs=frozenset({"answer", "generation"}))
     assert len({one.answer for one in asked.examples}) > 3, "prompts of different length, so that there is padding"
-    show = tqdm(disable=True, total=len(asked.ids))
+    show = Bar("asked", len(asked.ids), "answer", quiet=True)
     found = generation_pass(before, asked, subject.accelerator, 300, 5, show, Guide(after, scale, floor))
     alone = generation_pass(before, asked, subject.accelerator, 300, 5, show)
     expected = [by_hand(before.model, after.model, [*one.ids[: one.answer]], scale, floor, 5) for one in asked.examples]

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from llm_unlearn import folder
 from llm_unlearn.alternates.request import COLUMN, Request, filled
 from llm_unlearn.alternates.usage import Usage, words
+from llm_unlearn.bars import Bar
 from llm_unlearn.data.sources import Row, rows
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
@@ -166,7 +167,6 @@ def draw_all(asked: Sequence[Question], wanted: Request, usage: Usage, loaded: L
         Whether the answers were held against the data.
     """
     import torch
-    from tqdm.auto import tqdm
 
     from llm_unlearn.evaluation.generation import writing_pass
 
@@ -178,7 +178,7 @@ def draw_all(asked: Sequence[Question], wanted: Request, usage: Usage, loaded: L
         asks = [[*_asks(one, number, wanted, usage, loaded.tokenizer)] for one in lacking]
         flat = [ask for of_one in asks for ask in of_one]
         title = f"round {number + 1}: {_count(len(lacking))}"
-        show = tqdm(total=len(flat), desc=title, unit="answer", leave=False, disable=not accelerator.is_main_process)
+        show = Bar(title, len(flat), "answer", quiet=not accelerator.is_main_process)
         with show, torch.no_grad(), accelerator.autocast():
             texts = iter(writing_pass(loaded, flat, accelerator, wanted.recipe.train.batch_tokens, show))
         for one, of_one in zip(lacking, asks, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 
 from llm_unlearn.attacks.finding import Axis, Gain
 from llm_unlearn.attacks.rows import curve_of, set_of, with_original
+from llm_unlearn.bars import Bar
 from llm_unlearn.evaluation.tables import Floats
 from llm_unlearn.spec import FiniteFloat, Part, Refused, Share, spec
 
@@ -85,14 +86,12 @@ class TwoModel:
         return replace(answers_of(found, rows), answers=[rest[row] for row in rows], examples=[begun[row] for row in rows])
 
     def _written(self, subject: Subject, asked: EncodedSet, original: Loaded, other: Loaded | None, scale: float) -> list[str]:
-        from tqdm.auto import tqdm
-
         from llm_unlearn.evaluation.generation import Guide, generation_pass
 
         subject.tell(f"{self.name}: guidance scale {scale:g}")
         guide = Guide(other, scale, self.floor) if other else None
         most = max(one.targets for one in asked.examples)
-        silent = tqdm(disable=True, total=len(asked.ids))
+        silent = Bar(self.name, len(asked.ids), "answer", quiet=True)
         with subject.accelerator.autocast():
             return generation_pass(original, asked, subject.accelerator, subject.batch_tokens, most, silent, guide)
 

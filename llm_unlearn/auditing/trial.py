@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.attacks.canaries import Audited, refuted
 from llm_unlearn.attacks.canaries import audit as guess
 from llm_unlearn.auditing.request import FILE, Asked, said
+from llm_unlearn.bars import Bar
 from llm_unlearn.data.examples import Example, Examples, draw, encode, encode_text, read_examples
 from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import loss_pass
@@ -157,7 +157,7 @@ def losses(
     loaded: Loaded, examples: Sequence[Example], recipe: Recipe, accelerator: Accelerator, title: str
 ) -> NDArray[np.float64]:
     """(m,) mean −log p over the tokens of each answer."""
-    show = tqdm(total=len(examples), desc=title, unit="row", leave=False, disable=not accelerator.is_main_process)
+    show = Bar(title, len(examples), "row", quiet=not accelerator.is_main_process)
     with show, torch.no_grad(), accelerator.autocast():
         return loss_pass(loaded, examples, accelerator, recipe.train.batch_tokens, show)
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llm_unlearn.bars import Bar
 from llm_unlearn.embedded import population
 from llm_unlearn.sections import Model, Train
 from llm_unlearn.spec import Refused, fingerprint, nearest, plain
@@ -82,8 +83,6 @@ def embedded(model: Model, cache: Path) -> Model:
 
 
 def _train_all(names: tuple[str, ...], home: Path, show: bool) -> None:
-    from tqdm.auto import tqdm
-
     unfinished = home.with_suffix(f".{os.getpid()}")
     # The children are runs of their own: whatever launched this process must not make them look for its other ranks.
     launcher = (
@@ -107,13 +106,7 @@ def _train_all(names: tuple[str, ...], home: Path, show: bool) -> None:
             with (unfinished / name / "errors.txt").open("wb") as errors:
                 command = [sys.executable, "-m", "llm_unlearn.embedded.target", name, str(unfinished / name)]
                 children[name] = subprocess.Popen(command, env=env, stdout=errors, stderr=errors)
-        with tqdm(
-            total=100,
-            unit="%",
-            desc="first use: training the embedded models",
-            disable=not show,
-            bar_format="{l_bar}{bar}| {elapsed}",
-        ) as bar:
+        with Bar("first use: training the embedded models", 100, "percent", quiet=not show, stays=True) as bar:
             while any(child.poll() is None for child in children.values()):
                 time.sleep(0.2)
                 done = min(_share(unfinished / name) for name in names)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from llm_unlearn.bars import Bar
 from llm_unlearn.data.examples import draw
 from llm_unlearn.evaluation.desk import Desk, padded
 from llm_unlearn.evaluation.likelihood import dealt, gathered
@@ -40,7 +40,7 @@ class Guide:
 
 
 def generation_pass(
-    loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: tqdm[Any],
+    loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: Bar,
     guide: Guide | None = None,
 ) -> list[str]:  # fmt: skip
     """(R,) let the model answer every prompt of a set greedily, a second one guiding it or none."""
@@ -50,7 +50,7 @@ def generation_pass(
 
 
 def samples_pass(
-    loaded: Loaded, one: EncodedSet, draws: Draws, accelerator: Accelerator, batch_tokens: int, most: int, show: tqdm[Any]
+    loaded: Loaded, one: EncodedSet, draws: Draws, accelerator: Accelerator, batch_tokens: int, most: int, show: Bar
 ) -> list[list[str]]:
     """(R, n) let the model answer every prompt of a set n times, drawn at temperature 1 from its whole distribution.
 
@@ -160,7 +160,7 @@ class _Enough:
 
 
 def writing_pass(
-    loaded: Loaded, asks: Sequence[Ask], accelerator: Accelerator, batch_tokens: int, show: tqdm[Any], guide: Guide | None = None
+    loaded: Loaded, asks: Sequence[Ask], accelerator: Accelerator, batch_tokens: int, show: Bar, guide: Guide | None = None
 ) -> list[str | None]:
     """Let the model write one text for each ask; None where it came to no end within the limit and had to."""
     mine: list[tuple[int, str | None]] = []

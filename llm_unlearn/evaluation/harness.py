@@ -23,8 +23,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from llm_unlearn.bars import Bar
 from llm_unlearn.data.examples import Example
 from llm_unlearn.evaluation.generation import Ask, writing_pass
 from llm_unlearn.evaluation.kept import Part
@@ -48,7 +48,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
     """A loaded model with the three questions that the library asks of one. Every process gets all requests, takes its share of
     them, and ends with all answers; to the library there is only one process."""
 
-    def __init__(self, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: tqdm[Any]) -> None:
+    def __init__(self, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: Bar) -> None:
         super().__init__()
         self.loaded, self.accelerator, self.batch_tokens, self.show = loaded, accelerator, batch_tokens, show
         self.tokenizer: Any = loaded.tokenizer
@@ -181,8 +181,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
     def _expect(self, texts: int, passes: int) -> None:
         """Requests are known only now: let the bar say so."""
         self.asked += texts
-        self.show.total += passes
-        self.show.refresh()
+        self.show.more(passes)
 
 
 def answers_of(
@@ -210,8 +209,8 @@ def _from(part: Part) -> Answered:
     return Answered(**{**part, "scores": [Score(**one) for one in part["scores"]]})
 
 
-def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: tqdm[Any]) -> Answered:
-    show.set_postfix_str(task.task)
+def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: Bar) -> Answered:
+    show.update(0, {"task": task.task})
     with _seeded():
         found = _found(task)
         lm = Harness(loaded, accelerator, batch_tokens, show)
@@ -224,7 +223,8 @@ def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens
         except OverflowError:  # the library takes exp of a sum: of a model that is broken, that is beyond any number
             return Answered(missing="the value is infinite")
     if lm.shortened and accelerator.is_main_process:
-        show.write(f"{task.task}: {lm.shortened} of {lm.asked} texts are longer than the model reads and lost their beginning.")
+        text = f"{task.task}: {lm.shortened} of {lm.asked} texts are longer than the model reads and lost their beginning."
+        print(text)
     scores, documents = scores_of(task, found, results)
     lost = f"the value is NaN, as the model's logits are on {lm.lost} of {lm.asked} texts" if lm.lost else ""
     return Answered([] if lost else scores, documents, lost)

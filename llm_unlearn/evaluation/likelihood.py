@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from llm_unlearn.bars import Bar
 from llm_unlearn.data.batch import cut, lay_out
 from llm_unlearn.data.examples import Example
 from llm_unlearn.evaluation.kept import Part
@@ -46,7 +46,7 @@ class Control:
 
 
 def teacher_forced(
-    loaded: Loaded, examples: Sequence[Example], accelerator: Accelerator, batch_tokens: int, show: tqdm[Any], read: Read
+    loaded: Loaded, examples: Sequence[Example], accelerator: Accelerator, batch_tokens: int, show: Bar, read: Read
 ) -> list[dict[str, NDArray[Any]]]:
     """Score every example once. Returns the columns of each, cut to its own tokens."""
     scorer, head = Scorer(loaded.model), head_of(loaded.model)
@@ -67,7 +67,7 @@ def teacher_forced(
 
 
 def likelihood_pass(
-    loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, show: tqdm[Any],
+    loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, show: Bar,
     control: Control | None = None, keep_states: bool = False,
 ) -> Part:  # fmt: skip
     """Score every answer of a set, teacher-forced, once: the columns of `Likelihood`, and what else the set needs of it.
@@ -127,7 +127,7 @@ def sorted_samplers(one: EncodedSet) -> list[Sampler]:
 
 
 def loss_pass(
-    loaded: Loaded, examples: Sequence[Example], accelerator: Accelerator, batch_tokens: int, show: tqdm[Any]
+    loaded: Loaded, examples: Sequence[Example], accelerator: Accelerator, batch_tokens: int, show: Bar
 ) -> NDArray[np.float64]:
     """(R,) NLL/T of each example."""
     found = teacher_forced(loaded, examples, accelerator, batch_tokens, show, lambda scores, _: {"logp": scores.logps})
@@ -135,7 +135,7 @@ def loss_pass(
 
 
 def neighbours_pass(
-    loaded: Loaded, examples: Sequence[Example], n: int, accelerator: Accelerator, batch_tokens: int, show: tqdm[Any]
+    loaded: Loaded, examples: Sequence[Example], n: int, accelerator: Accelerator, batch_tokens: int, show: Bar
 ) -> NDArray[np.float64]:
     """(R,) the mean NLL/T of each answer's n neighbours: the answer with one token swapped, where the swap has the largest odds
     (fewer where the answer and the vocabulary have no more)."""
@@ -156,7 +156,7 @@ def neighbours_pass(
     return np.array([row.mean() for row in losses])
 
 
-def gradient_pass(loaded: Loaded, one: EncodedSet, accelerator: Accelerator, show: tqdm[Any]) -> NDArray[np.float64]:
+def gradient_pass(loaded: Loaded, one: EncodedSet, accelerator: Accelerator, show: Bar) -> NDArray[np.float64]:
     """(R,) the norm of the gradient of NLL/T of each row, one backward pass each."""
     mine: list[tuple[int, float]] = []
     rows = one.asked

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
+from llm_unlearn.bars import Bar
 from llm_unlearn.evaluation.generation import generation_pass, samples_pass
 from llm_unlearn.evaluation.kept import Part, read_part, write_part
 from llm_unlearn.evaluation.likelihood import (
@@ -45,7 +45,7 @@ class Job:
 
     key: str
     answers: int
-    make: Callable[[tqdm[Any]], Part]
+    make: Callable[[Bar], Part]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Asking:
                 found[need] = self._draws(one, need)
         return found
 
-    def _job(self, key: tuple[object, ...], answers: int, make: Callable[[tqdm[Any]], Part]) -> Job:
+    def _job(self, key: tuple[object, ...], answers: int, make: Callable[[Bar], Part]) -> Job:
         return Job(fingerprint(FORMAT, self.loaded.identity, self.accelerator.mixed_precision, *key), answers, make)
 
     def _likelihood(self, name: str) -> Job:
@@ -97,7 +97,7 @@ class Asking:
             self.loaded, one, self.accelerator, self.batch_tokens, show, control, keep
         ))  # fmt: skip
 
-    def _written(self, one: EncodedSet, show: tqdm[Any]) -> list[str]:
+    def _written(self, one: EncodedSet, show: Bar) -> list[str]:
         return generation_pass(self.loaded, one, self.accelerator, self.batch_tokens, self.max_new_tokens, show)
 
     def _shots(self, one: EncodedSet, shots: Shots) -> Job:
@@ -158,8 +158,8 @@ def made(
     if lacking:
         was_training = loaded.model.training
         loaded.model.eval()
-        show = tqdm(total=sum(job.answers for job in lacking.values()), unit="answer", leave=False,
-                    desc=f"asking {title}".strip(), disable=not accelerator.is_main_process)  # fmt: skip
+        count = sum(job.answers for job in lacking.values())
+        show = Bar(f"asking {title}".strip(), count, "answer", quiet=not accelerator.is_main_process)
         try:
             with show, torch.no_grad(), accelerator.autocast():
                 for at, job in lacking.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +53,20 @@ class EncodedSet:
     def fingerprint_asked(self) -> str:
         """Stands for the rows themselves."""
         return fingerprint(self.ids, self.prompts, self.answers, [[one.answer, *one.ids] for one in self.asked])
+
+
+def only(one: EncodedSet, chosen: Sequence[int]) -> EncodedSet:
+    """Some rows of a set; of what is asked of them only what each answers for itself: its own answer, and what is written."""
+    own, keep = one.asked, range(len(chosen))
+    return EncodedSet(
+        [one.ids[row] for row in chosen],
+        [one.prompts[row] for row in chosen],
+        [one.answers[row] for row in chosen],
+        list(keep),
+        ["answer" for _ in keep],
+        [own[row] for row in chosen],
+        one.needs & {"generation"},
+    )
 
 
 def behind(shots: Shots, one: EncodedSet, other: EncodedSet) -> list[Example]:

@@ -1,4 +1,4 @@
-"""What the command line asks of runs in pieces: the verbs `forget` and `verify`, and which engine carries out a recipe."""
+"""What the command line asks of runs in pieces: the verb `forget`, and which engine carries out a recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llm_unlearn.folder import RESULTS
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
-from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
+from llm_unlearn.reply import INTERRUPTED, Reply
 
 if TYPE_CHECKING:
     from llm_unlearn.training.guard import Outcome
@@ -30,8 +30,8 @@ def engine(wanted: Recipe) -> Callable[..., Outcome]:
 def forget(options: argparse.Namespace) -> Reply:
     """Delete rows, measure again where the run was measured, and print what it cost."""
     from llm_unlearn.exact import measuring
+    from llm_unlearn.exact.foreseen import said
     from llm_unlearn.exact.forgetting import forget as delete
-    from llm_unlearn.exact.forgetting import said
 
     run, where = options.run, dict(options.where)
     measured = (run / RESULTS).is_file() and not options.no_evaluation
@@ -50,18 +50,3 @@ def forget(options: argparse.Namespace) -> Reply:
             old = f"The numbers in {RESULTS} are of the adapter before this; llm-unlearn evaluate makes new ones."
             print(new if measured else old)
     return Reply(facts={"deletion": facts})
-
-
-def verify(options: argparse.Namespace) -> Reply:
-    """Print what is wrong with a run folder, line by line; 1 where something is."""
-    from llm_unlearn.exact.verify import problems, retrained
-
-    found = problems(options.run)
-    if options.retrain and not found:
-        found = retrained(options.run, options.retrain, options.cache)
-    for line in found:
-        print(f"{options.run}: {line}")
-    again = f"; {options.retrain} was trained again and has the same bits" if options.retrain else ""
-    well = f"{options.run}: every weight is as its manifest says, and none saw a deleted row{again}."
-    print(f"{len(found)} problem{'s' if len(found) > 1 else ''}" if found else well)
-    return Reply(UNFIT if found else DONE, {"problems": found})

@@ -1,7 +1,8 @@
-"""What a run in pieces will train, and what its deletion will cost, known before anything is trained."""
+"""What a run in pieces will train, and what its deletion will cost, known before anything is trained; and afterwards in words."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llm_unlearn.exact.manifest import new_manifest
@@ -44,3 +45,16 @@ def foreseen(recipe: Recipe, method: Exact, tokenizer: Any) -> list[str]:
 
 def _flat(chains: list[list[Wanted]]) -> list[Wanted]:
     return [one for chain in chains for one in chain]
+
+
+def said(facts: Mapping[str, Any]) -> str:
+    """A deletion's cost in words."""
+    if "note" in facts:
+        return str(facts["note"])
+    return (
+        f"deleted {facts['rows']} rows: {facts['retrained']} of {facts['serving']} pieces retrained"
+        + (f", {facts['dropped']} dropped" if facts["dropped"] > 0 else "")
+        + f"; {facts['steps']} of {facts['full_steps']} steps, {facts['examples']} of {facts['full_examples']} examples "
+        f"({100 * facts['share']:.1f} % of a full retrain; the formula expects {100 * facts['expected_share']:.1f} %), "
+        f"{facts['seconds']:g} s"
+    )

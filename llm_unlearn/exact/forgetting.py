@@ -14,8 +14,10 @@ from accelerate import Accelerator
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
+from llm_unlearn.at_work import at_work
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.exact.foreseen import said
 from llm_unlearn.exact.manifest import BEFORE, BEGUN, FILE, Manifest, State, new_manifest, read, save, settings_of
 from llm_unlearn.exact.pieces import Wanted, Workshop, wanted
 from llm_unlearn.exact.rows import Known, find, read_known
@@ -29,6 +31,7 @@ from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.training import sharded
 from llm_unlearn.training.guard import Outcome
+from llm_unlearn.training.tracking import tell_numbers, tracked
 
 
 def method_of(recipe: Recipe) -> Exact:
@@ -179,6 +182,16 @@ def run(
         retrained: the model that never saw the forget set: a folder, a hub id or embedded:….
     """
     began, session = time.perf_counter(), Session(recipe, cache, overwrite)
+    with at_work(session.folder, 0, session.main) as ended, tracked(recipe, session.accelerator):
+        outcome = _carry_out(session, suite, began, retrained)
+        if outcome.status == "interrupted":
+            ended.append("interrupted")
+    return outcome
+
+
+def _carry_out(session: Session, suite: Suite | None, began: float, retrained: str | None) -> Outcome:
+    """What is not done yet of training, deleting and measuring."""
+    recipe = session.recipe
     outcome = Outcome("finished", 0, 0)
     if session.manifest.state in BEGUN:
         manifest, outcome = session.train()
@@ -200,14 +213,16 @@ def run(
         asked["after"] = (model, str(folder / run_folder.ADAPTER))
         if retrained:
             asked["retrained"] = (replace(model, base=retrained, start=None), None)
-        seen = Looks(suite, accelerator, cache)(asked, str(folder))
-        attacks = attacked(suite, seen, accelerator, cache)
+        seen = Looks(suite, accelerator, session.cache)(asked, str(folder))
+        attacks = attacked(suite, seen, accelerator, session.cache)
         if session.main:
             results = results_of(suite, seen, attacks, title=str(folder), named=recipe.evaluation, run=facts)
             shutil.rmtree(folder / BEFORE, ignore_errors=True)  # before anything says that the run is finished
             publish(results, suite, seen, folder)
+            tell_numbers(accelerator, results["numbers"])
     elif session.main:
         shutil.rmtree(folder / BEFORE, ignore_errors=True)
+        run_folder.seal(folder)
     accelerator.wait_for_everyone()
     return outcome
 
@@ -298,17 +313,6 @@ def forget(
     if session.main and (folder / run_folder.RESULTS).is_file():
         without_texts(folder)
     manifest, outcome = session.delete(asked)
+    if session.main and outcome.status != "interrupted" and (folder / run_folder.HASHES).is_file():
+        run_folder.seal(folder)
     return ({} if outcome.status == "interrupted" or not session.main else manifest.deletions[-1]), outcome
-
-
-def said(facts: Mapping[str, Any]) -> str:
-    """A deletion's cost in words."""
-    if "note" in facts:
-        return str(facts["note"])
-    return (
-        f"deleted {facts['rows']} rows: {facts['retrained']} of {facts['serving']} pieces retrained"
-        + (f", {facts['dropped']} dropped" if facts["dropped"] > 0 else "")
-        + f"; {facts['steps']} of {facts['full_steps']} steps, {facts['examples']} of {facts['full_examples']} examples "
-        f"({100 * facts['share']:.1f} % of a full retrain; the formula expects {100 * facts['expected_share']:.1f} %), "
-        f"{facts['seconds']:g} s"
-    )

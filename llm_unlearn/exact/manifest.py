@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from dataclasses import asdict, dataclass, field, replace
@@ -121,13 +120,7 @@ def read(folder: Path) -> Manifest:
         raise Refused(f"{path}: cannot be read as a manifest ({error}). Restore it, or carry out the run again.") from None
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def adapter_files(folder: Path) -> dict[str, str]:
     """File of the adapter in a run folder -> its SHA-256."""
     inside = folder / run_folder.ADAPTER
-    return {path.relative_to(inside).as_posix(): sha256(path) for path in sorted(inside.rglob("*")) if path.is_file()}
+    return {path.relative_to(inside).as_posix(): run_folder.sha256(path) for path in sorted(inside.rglob("*")) if path.is_file()}

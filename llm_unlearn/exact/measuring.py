@@ -93,9 +93,9 @@ class Measured:
             run = {"run": about | (self.says.get("run") or {}) | facts}
             results = beside(earlier["results"], after) | self.says | run
             results["thresholds"] = findings(asked_for or (), results["numbers"])
-            print_table(results)
             keep_numbers(results, self.home)
             (self.home / PENDING).unlink()
+            print_table(results)
         accelerator.wait_for_everyone()
         return outcome
 

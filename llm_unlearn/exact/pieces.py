@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.data.schedule import Schedule, by_key
-from llm_unlearn.exact.manifest import PIECES, WEIGHTS, WORK, Manifest, Piece, State, adapter_files, save, sha256
+from llm_unlearn.exact.manifest import PIECES, WEIGHTS, WORK, Manifest, Piece, State, adapter_files, save
 from llm_unlearn.exact.rows import STREAM, Known, digest
 from llm_unlearn.methods.exact import Exact, Line, Stage
 from llm_unlearn.models.joined import Weights, adapter_blocks, served
@@ -34,6 +34,7 @@ from llm_unlearn.training.checkpoint import restore, snapshot
 from llm_unlearn.training.guard import Outcome
 from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import train
+from llm_unlearn.training.tracking import share
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ class Workshop:
             weight.requires_grad_(name in mine)
         try:
             title = f"{one.line.name} {one.stage.name}"
-            outcome = train(job, self.model, start(self.recipe.model), scratch, resume=True, title=title)
+            own = start(self.recipe.model)
+            share(self.accelerator, own, title)
+            outcome = train(job, self.model, own, scratch, resume=True, title=title)
         finally:
             for weight in weights.values():
                 weight.requires_grad_()
@@ -183,7 +186,7 @@ class Workshop:
             cost_file = self.folder / PIECES / one.piece.key / COST
             cost = json.loads(cost_file.read_text()) if cost_file.is_file() else _cost(before[one.piece.key])
             above = found[one.piece.parent].sha256 if one.piece.parent else None
-            own = sha256(self.folder / PIECES / one.piece.key / WEIGHTS)
+            own = run_folder.sha256(self.folder / PIECES / one.piece.key / WEIGHTS)
             found[one.piece.key] = Piece(**{**asdict(one.piece), **cost, "sha256": own, "parent_sha256": above})
         return list(found.values())
 

@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
 from llm_unlearn.exact.forgetting import Session, method_of
-from llm_unlearn.exact.manifest import FILE, PIECES, WEIGHTS, Manifest, Piece, adapter_files, read, save, settings_of, sha256
+from llm_unlearn.exact.manifest import FILE, PIECES, WEIGHTS, Manifest, Piece, adapter_files, read, save, settings_of
 from llm_unlearn.exact.pieces import weights_of
+from llm_unlearn.folder import sha256
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.models.joined import served
 from llm_unlearn.spec import Refused, nearest

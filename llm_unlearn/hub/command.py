@@ -16,13 +16,14 @@ from typing import Any
 from llm_unlearn import compare, folder, recipe
 from llm_unlearn.hub import contents
 from llm_unlearn.hub.card import card
-from llm_unlearn.hub.describing import described, local_name, shortcomings, texts_of, told_of
+from llm_unlearn.hub.describing import shortcomings, texts_of, told_of
 from llm_unlearn.hub.facts import Facts, Kind, Paper
 from llm_unlearn.hub.fetching import COMBINATION_FILE, is_hub_id
 from llm_unlearn.reply import BUSY, DONE, UNREACHABLE, Reply
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, parts_of, plain, to_yaml
 from llm_unlearn.tree import shipped
+from llm_unlearn.withheld import described, local_name
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 

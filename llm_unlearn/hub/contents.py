@@ -13,9 +13,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from llm_unlearn import folder
-from llm_unlearn.hub.describing import local_name
 from llm_unlearn.hub.fetching import ADAPTER_FILE, COMBINATION_FILE
 from llm_unlearn.spec import Refused
+from llm_unlearn.withheld import local_name
 
 OF_ADAPTERS = (ADAPTER_FILE, "adapter_model.safetensors", "adapter_model-*.safetensors", "adapter_model.safetensors.index.json")
 OF_MODELS = (

@@ -1,20 +1,14 @@
-"""What a run says of itself where strangers read it: settings and numbers without texts of rows, values of filters, and paths of
-this machine. Pure functions on plain data."""
+"""What a run says of itself where strangers read it: numbers without texts of rows, and where it falls short. On plain data."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from llm_unlearn.report.verdict import has_collapsed, headline
-from llm_unlearn.source import missing
+from llm_unlearn.withheld import described, is_local, local_name
 
-FILTERS = ("where", "without", "like")
-WITHHELD = "withheld"
-NAMES = ("source", "base", "start", "adapters", "output", "suite", "retrained", "include", "recipe")
-"""Keys under which a file or folder may stand."""
 OF_THE_RUN = (
     "recipe_hash", "seed", "status", "reason", "broken", "steps", "kept_step", "seconds", "trainable", "device", "processes",
     "precision", "versions", "privacy",
@@ -24,52 +18,6 @@ OF_RESULTS = (
     "thresholds",
 )  # fmt: skip
 """All that is told of an evaluation, so that what a later version adds is not told unasked."""
-PATH = re.compile(r"(?<![\w:/.<>)\]])~?/(?:[^\s'\"`,;:()<>|/]+/)+[^\s'\"`,;:()<>|/]*")
-
-
-def described(value: Any, places: Iterable[Path] = (), key: str = "") -> Any:
-    """Plain data with local paths reduced to their last part, and with no value that a filter or a prompt gives.
-
-    Args:
-        places: folders of this machine that are taken out of sentences, too.
-        key: under which it stands.
-    """
-    if isinstance(value, Mapping):
-        if key in FILTERS:
-            return dict.fromkeys(map(str, value), WITHHELD)
-        if key == "contrast" and "expert" in value:  # prompts that say what is to be forgotten
-            return {name: WITHHELD for name in value}
-        return {name: described(one, places, str(name)) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [described(one, places, key) for one in value]
-    if not isinstance(value, str):
-        return value
-    if key == "chat_template":
-        return WITHHELD
-    return local_name(value) if key in NAMES and is_local(value) else without_paths(value, places)
-
-
-def is_local(name: str) -> bool:
-    """Whether a name is that of a file or folder, here or on the machine of the run."""
-    if name.startswith("embedded:"):
-        return False
-    try:
-        return missing(name) or PurePath(name).is_absolute() or Path(name).expanduser().exists()
-    except (OSError, ValueError):  # too long, or no name at all
-        return False
-
-
-def local_name(name: str) -> str:
-    """The last part of a path."""
-    return PurePath(name).name or WITHHELD
-
-
-def without_paths(text: str, places: Iterable[Path] = ()) -> str:
-    """A sentence in which every absolute path is its last part only."""
-    for place in sorted(map(str, places), key=len, reverse=True):
-        if len(place) > 1:
-            text = text.replace(f"{place}/", "")
-    return PATH.sub(lambda found: local_name(found.group()), text)
 
 
 def told_of(results: Mapping[str, Any], title: str, places: Iterable[Path] = ()) -> dict[str, Any]:

@@ -1,13 +1,10 @@
 "use strict";
-// Which runs are shown beside each other.
+// Which runs are shown beside each other: the page's style follows the boxes, and only the examples are made here.
 const boxes = [...document.querySelectorAll("#choice input")];
-function choose() {
-  for (const box of boxes) document.body.classList.toggle(`no-${box.value}`, !box.checked);
-}
-for (const box of boxes) box.addEventListener("change", () => { choose(); browse(); });
+for (const box of boxes) box.addEventListener("change", () => browse());
 for (const button of document.querySelectorAll("#choice button")) button.addEventListener("click", () => {
   boxes.forEach((box, i) => { box.checked = i < Number(button.value); });
-  choose(); browse();
+  browse();
 });
 
 // A click on a head of the runs' table sorts it; a second click turns the order round.
@@ -38,6 +35,28 @@ function element(name, text, kind) {
   const made = document.createElement(name);
   if (text !== undefined) made.textContent = text;
   if (kind) made.className = kind;
+  return made;
+}
+// A text that may run either way; a long one begins with what one reads, and the rest opens.
+function fill(cell, text) {
+  cell.dir = "auto";
+  if (text.length <= 900) cell.textContent = text;
+  else {
+    const more = element("details", undefined, "more");
+    more.append(element("summary", `${(text.length - 700).toLocaleString("en")} more characters`), text.slice(700));
+    cell.append(text.slice(0, 700), more);
+  }
+  return cell;
+}
+function small(text) {
+  const made = element("small", text);
+  made.dir = "ltr";
+  return made;
+}
+function heading(text, title, kind) {
+  const made = element("th", text, kind);
+  made.scope = "col";
+  if (title) made.title = title;
   return made;
 }
 function shown(column) {
@@ -78,20 +97,17 @@ function browse() {
   at("earlier").disabled = page === 0;
   at("later").disabled = page === pages - 1;
   const head = element("tr");
-  head.append(element("th", "question"), element("th", "true answer"));
-  for (const i of chosen) {
-    const cell = element("th", data.columns[i].name, data.columns[i].place === null ? data.columns[i].class : "");
-    cell.title = data.columns[i].title;
-    head.append(cell);
-  }
+  head.append(heading("question"), heading("true answer"));
+  for (const i of chosen) head.append(heading(data.columns[i].name, data.columns[i].title, data.columns[i].place === null ? data.columns[i].class : ""));
   const body = rows.slice(page * MOST, (page + 1) * MOST).map(row => {
-    const line = element("tr"), question = element("td", row.q);
-    question.append(element("small", row.id));
-    line.append(question, element("td", row.t));
+    const line = element("tr"), question = fill(element("th"), row.q);
+    question.scope = "row";
+    question.append(small(row.id));
+    line.append(question, fill(element("td"), row.t));
     for (const i of chosen) {
       const said = row.a[i] < 0 ? "" : data.texts[row.a[i]];
-      const cell = element("td", said, row.a[i] >= 0 && same(said, row.t) ? "same" : "");
-      if (row.p[i] !== null) cell.append(element("small", `p = ${row.p[i]}`));
+      const cell = fill(element("td", undefined, row.a[i] >= 0 && same(said, row.t) ? "same" : ""), said);
+      if (row.p[i] !== null) cell.append(small(`p = ${row.p[i]}`));
       line.append(cell);
     }
     return line;
@@ -113,5 +129,5 @@ if (data) {
   at("earlier").addEventListener("click", () => { page--; browse(); });
   at("later").addEventListener("click", () => { page++; browse(); });
 }
-choose();
 browse();
+addEventListener("beforeprint", () => document.querySelectorAll("details.why, details.more").forEach(one => one.open = true));

@@ -15,11 +15,15 @@ from llm_unlearn.report.comparison_plots import DASHES, comparison_plots
 from llm_unlearn.report.comparison_terminal import chosen
 from llm_unlearn.report.likeness import Run
 from llm_unlearn.report.plots import MARKS, RUNS
+from llm_unlearn.report.templates import template
+from llm_unlearn.report.texts import readable
 from llm_unlearn.report.verdict import BAD, by_set, settings_text, shown, value_of
 
 TEMPLATE, SCRIPT = "comparison.html.jinja", "comparison.js"
 FIRST = 6
 """So many runs, the best, are shown side by side when the page opens; a click shows the others."""
+PLAIN = 25
+"""So many examples of each set stand in the page for those who read it without scripts."""
 
 
 def write_comparison(comparison: Mapping[str, Any], runs: Sequence[Run], path: Path) -> None:
@@ -34,22 +38,19 @@ def write_comparison(comparison: Mapping[str, Any], runs: Sequence[Run], path: P
 
 def comparison_page(comparison: Mapping[str, Any], runs: Sequence[Run]) -> str:
     """The page as text. All that comes from data or models is escaped, and the answers are data that no browser runs."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    files = FileSystemLoader(Path(__file__).parent)
-    jinja = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script = (Path(__file__).parent / SCRIPT).read_text(encoding="utf-8")
     columns = [_column(name, comparison) for name in comparison["columns"]]
     in_order = [_column(str(run["name"]), comparison) | {"run": run} for run in comparison["runs"]]
     answers = answers_of(comparison, runs)
-    return jinja.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         title=f"{len(runs)} run{'' if len(runs) == 1 else 's'} on {comparison['suite']}",
         comparison=comparison,
         columns=columns,
+        first=FIRST,
         hidden=list(range(FIRST, len(runs))),
         runs=in_order,
-        colours=[f"run-{i}" for i in range(len(RUNS))],
         plots=[(plot, Markup(plot.svg)) for plot in comparison_plots(comparison, runs)],
         table=_table(comparison, in_order),
         sections={
@@ -58,6 +59,7 @@ def comparison_page(comparison: Mapping[str, Any], runs: Sequence[Run]) -> str:
         },
         bad=BAD,
         data=Markup(as_data(answers)) if answers["sets"] else None,
+        plain=[_plain_answers(one, answers) for one in answers["sets"]],
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -141,12 +143,24 @@ def answers_of(comparison: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, 
             for column in names:
                 own, found = owner[column][1], by_column[column].get(key, {})
                 text = found.get(own)
-                said.append(-1 if text is None else texts.setdefault(str(text), len(texts)))
+                said.append(-1 if text is None else texts.setdefault(readable(text), len(texts)))
                 p.append(_probability(found.get("probability", {}).get(own)))
-            rows.append({"id": key, "q": str(row["prompt"]), "t": str(row["truth"]), "a": said, "p": p})
+            rows.append({"id": readable(key), "q": readable(row["prompt"]), "t": readable(row["truth"]), "a": said, "p": p})
         if rows:
-            sets.append({"name": name, "rows": rows, "of": max(len(rows), _size(comparison, name))})
-    return {"columns": [_column(name, comparison) for name in names], "sets": sets, "texts": list(texts)}
+            sets.append({"name": readable(name), "rows": rows, "of": max(len(rows), _size(comparison, name))})
+    columns = [_column(name, comparison) for name in names]
+    columns = [column | {key: readable(column[key]) for key in ("name", "title")} for column in columns]
+    return {"columns": columns, "sets": sets, "texts": list(texts)}
+
+
+def _plain_answers(one: Mapping[str, Any], answers: Mapping[str, Any]) -> dict[str, Any]:
+    """The first examples of a set, with what the columns say that are shown at first."""
+    chosen = [i for i, column in enumerate(answers["columns"]) if column["place"] is None or column["place"] < FIRST]
+    rows = [
+        row | {"said": [(answers["texts"][row["a"][i]] if row["a"][i] >= 0 else "", row["p"][i]) for i in chosen]}
+        for row in one["rows"][:PLAIN]
+    ]
+    return {"name": one["name"], "of": one["of"], "columns": [answers["columns"][i] for i in chosen], "rows": rows}
 
 
 def _owners(comparison: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:

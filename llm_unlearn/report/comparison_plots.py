@@ -162,4 +162,4 @@ def _training(runs: Sequence[Run], order: Mapping[str, int]) -> Plot | None:
     caption = f"Training, step by step: {len(logs)} runs" + (f"; no log of {len(missing)}" if missing else "")
     if rare:
         caption += f"; left out, as fewer than half of the runs have it: {', '.join(printable(key, LABEL) for key in rare)}"
-    return panels(keys, draw, caption, beside=3, height=2.9)
+    return panels(keys, draw, caption, height=2.3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm_unlearn.outward import beneath
+from llm_unlearn.outward import canvas
 from llm_unlearn.report.leaderboard import COLUMNS, PIPED
 from llm_unlearn.report.terminal import writable
 from llm_unlearn.report.verdict import BAD, by_set, printable, shown, value_of
@@ -31,7 +30,7 @@ def print_comparison(comparison: Mapping[str, Any], console: Console | None = No
         comparison: what `comparison.json` holds.
         console: where to print; standard output when None.
     """
-    console = console or Console(file=beneath(sys.stdout))
+    console = console or Console(file=canvas("stdout"))
     if not console.is_terminal and console.width < PIPED:
         console.width = PIPED
     _say(console, f"{_count(comparison['runs'])} on {comparison['suite']}", "bold")

@@ -30,7 +30,7 @@ WHITE: dict[Any, Any] = {
 
 SIZE, SMALL = (9.6, 6.4), 9
 """Inches of the plot; points of a label."""
-FEW, MANY, CROWD = (HALF, 5.4), (WHOLE, 9.0), 12
+FEW, MANY, CROWD = (HALF, 4.8), (WHOLE, 8.0), 12
 """The same inside a page, in one column of it or, with more than so many runs, in both."""
 LEGEND = "●  frontier: nothing beats it     ○  ranked     ✖ ▼  collapsed, ▼ below this plot     crosses: 95 % intervals over seeds"
 MARGIN, LEAST = 0.12, 0.04
@@ -55,18 +55,19 @@ def frontier_svg(board: Mapping[str, Any], *, legend: str = LEGEND, maker: str =
         figure = Figure(figsize=SIZE)
         _draw(figure, board, legend)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": maker})
-    return file.getvalue()
+    head, mark, rest = file.getvalue().partition("<metadata>")
+    return f"{head}<title>What each method forgot against what it kept</title>\n {mark}{rest}"
 
 
 def frontier_plot(board: Mapping[str, Any]) -> Plot:
     """The same plot of single runs as a part of a page, in the page's colours; larger where there are many."""
     count = len(board["methods"])
-    caption = f"What each run forgot against what it kept. {LEGEND.rpartition('     ')[0]}"
+    caption = f"Frontier: what each run forgot against what it kept. {LEGEND.rpartition('     ')[0]}"
     size = FEW if count <= CROWD else MANY
     svg = drawing(lambda figure: _draw(figure, board), *size, caption, layout=None)
     for colour, variable in PAGE.items():
         svg = svg.replace(colour, f"var(--{variable})")
-    return Plot(caption, svg, wide=count > CROWD)
+    return Plot(caption, svg, wide=count > CROWD, large=count > CROWD)
 
 
 def _draw(figure: Figure, board: Mapping[str, Any], title: str = "") -> None:
@@ -125,7 +126,7 @@ def _label(axes: Axes, words: Sequence[tuple[float, float, str, str]]) -> None:
     low, high = ([dots * float(at) for at in corner] for corner in (axes.bbox.min, axes.bbox.max))
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in marks]
     for (x, y), (at_x, at_y, text, colour) in zip(marks, words, strict=True):
-        wide, tall = 0.56 * SMALL * len(text), 1.2 * SMALL
+        wide, tall = 0.62 * SMALL * len(text), 1.2 * SMALL
 
         def box(radius: float, angle: float, x: float = x, y: float = y, wide: float = wide, tall: float = tall) -> Box:
             """The text's rectangle, its near edge or corner on a circle round the mark."""

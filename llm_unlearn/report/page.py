@@ -10,7 +10,10 @@ from typing import Any
 
 from llm_unlearn import folder
 from llm_unlearn.report.plots import MARKS, plots_of
-from llm_unlearn.report.verdict import Number, by_set, columns_of, gained, has_collapsed, headline, judge, settings_text, shown
+from llm_unlearn.report.summary import key_numbers, kind_of, standing, thresholds_of
+from llm_unlearn.report.templates import template
+from llm_unlearn.report.texts import readable
+from llm_unlearn.report.verdict import Number, by_set, columns_of, gained, judge, sentences, settings_text, shown
 
 TEMPLATE = "page.html.jinja"
 MOST_ROWS = 500
@@ -20,6 +23,7 @@ SCRIPT = """
 const box = document.querySelector("#search"), sets = [...document.querySelectorAll("details.answers")];
 if (box) box.addEventListener("input", () => {
   const wanted = box.value.trim().toLowerCase();
+  let all = 0;
   for (const set of sets) {
     let found = 0;
     for (const row of set.querySelectorAll("tbody tr")) {
@@ -28,9 +32,11 @@ if (box) box.addEventListener("input", () => {
     }
     set.querySelector(".found").textContent = wanted ? `${found} found` : "";
     if (wanted && found) set.open = true;
+    all += found;
   }
+  document.querySelector("#said").textContent = wanted ? `${all} examples found` : "";
 });
-addEventListener("beforeprint", () => document.querySelectorAll("details.reason").forEach(one => one.open = true));
+addEventListener("beforeprint", () => document.querySelectorAll("details.why, details.more").forEach(one => one.open = true));
 """
 """Searching the examples. The page's policy allows this script by its fingerprint, and no other."""
 
@@ -48,17 +54,16 @@ def write_page(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], pat
 
 def page(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
     """The page as text. All that comes from data or models is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    files = FileSystemLoader(Path(__file__).parent)
-    jinja = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     columns = columns_of(results)
-    return jinja.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         title=str(results["title"]),
         suite=str(results["suite"]),
-        headline=headline(results),
-        collapsed=has_collapsed(results),
+        sentences=sentences(results),
+        standing=standing(results),
+        key_numbers=key_numbers(results, columns),
+        thresholds=thresholds_of(results),
         columns=columns,
         models=results["models"],
         sections={name: [_row(number, columns) for number in found] for name, found in by_set(results).items()},
@@ -81,6 +86,7 @@ def _row(number: Number, columns: Sequence[str]) -> dict[str, Any]:
         "settings": settings_text(number["settings"]),
         "goal": number["goal"],
         "judgement": judge(number),
+        "kind": kind_of(judge(number)),
         "n": " / ".join(dict.fromkeys(str(found["n"]) for found in number["values"].values() if "n" in found)),
         "cells": [_cell(number["values"].get(column)) for column in columns],
     }
@@ -97,7 +103,7 @@ def _attack(attack: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]
         "settings": settings_text(attack["settings"]),
         "finding": attack["finding"],
         "cells": [_cell(gained(attack, column) or attack["curves"].get(column)) for column in columns],
-        "gap": "" if gap is None else f"{gap:+.3f}",
+        "gap": "" if gap is None else f"{gap:+.3f}".replace("-", "−"),
         "share": "" if share is None else f"{100 * share:.0f} %",
         "leaks": attack["gap"]["leaks"],
     }
@@ -154,8 +160,8 @@ def _example(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     for column in columns:
         text, p = row.get(column), row["probability"].get(column)
         same = text is not None and " ".join(str(text).split()) == truth
-        said.append({"text": text, "same": same, "p": None if p is None else shown(float(p))})
-    return {"id": row["id"], "prompt": row["prompt"], "truth": row["truth"], "said": said}
+        said.append({"text": None if text is None else readable(text), "same": same, "p": None if p is None else shown(float(p))})
+    return {key: readable(row[key]) for key in ("id", "prompt", "truth")} | {"said": said}
 
 
 def _facts(results: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 from zlib import crc32
@@ -32,15 +33,17 @@ VARIABLES |= {colour: f"run-{i}" for i, colour in enumerate(RUNS)}
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False,
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "text.color": INK,
-    "axes.labelcolor": SOFT, "axes.titlecolor": INK, "axes.titlesize": 11, "axes.edgecolor": LINE,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10, "text.color": INK,
+    "axes.labelcolor": SOFT, "axes.titlecolor": INK, "axes.titlesize": 10, "axes.edgecolor": LINE,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": LINE, "grid.linewidth": 0.6,
     "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
 }  # fmt: skip
 
-HALF, WHOLE = 7.2, 14.8
-"""Widths in inches of a plot in one column of the page, and in both."""
+HALF, WHOLE, PANEL = 5.2, 12.0, 3.1
+"""Widths in inches of a plot in one column of the page, in both, and of one panel of several: a phone can show them legibly."""
+GROWN = 1.6
+"""So many times its size a drawing may become on a wide screen."""
 LABEL = 28
 """Longest name in a plot."""
 
@@ -52,6 +55,15 @@ class Plot:
     caption: str
     svg: str
     wide: bool = False
+    """It takes the whole width of the page."""
+    large: bool = False
+    """It is not made smaller than can be read: a narrow screen scrolls it."""
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """What is drawn, and the rest of the sentence."""
+        head, _, rest = self.caption.partition(": ")
+        return head, rest
 
 
 def plots_of(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> list[Plot]:
@@ -91,15 +103,12 @@ def _dots(name: str, numbers: Sequence[Number], columns: Sequence[str]) -> Plot 
                 axes.plot([low, high], [y + lane] * 2, color=colour_of(column), linewidth=1.4)
                 _mark(axes, [value], [y + lane], column)
         axes.set_xlim(-0.02, 1.02)
-        axes.set_ylim(len(wanted) - 0.5, -0.5)
-        axes.set_yticks(range(len(wanted)), [printable(str(number["title"]), LABEL) for number in wanted])
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.spines["left"].set_visible(False)
+        _names(axes, [number["title"] for number in wanted])
 
     aside = [str(number["title"]) for number in numbers if number not in wanted]
-    table = f"; {', '.join(aside)} in the table" if aside else ""
-    goal = f", to be {numbers[0]['goal']}" if numbers[0]["goal"] else ""
-    caption = f"{name}{goal}{table}"
+    goal = [f"to be {numbers[0]['goal']}"] if numbers[0]["goal"] else []
+    said = "; ".join([*goal, *([f"{', '.join(aside)} in the table"] if aside else [])])
+    caption = f"{name}: {said}" if said else name
     return Plot(caption, drawing(draw, HALF, 0.55 + 0.36 * len(wanted), caption))
 
 
@@ -126,28 +135,52 @@ def _curve(name: str, curve: Mapping[str, Any], columns: Sequence[str]) -> Plot 
 
 def _attack(attack: Mapping[str, Any], columns: Sequence[str]) -> Plot | None:
     """What an attack gets from each model, over its budget, with bootstrap intervals."""
+    from matplotlib.ticker import MaxNLocator
+
     lines = {column: curve for column in columns if (curve := attack["curves"].get(column, {})).get("y")}
     if not lines:
         return None
     ticks, unit = list(attack["x"]["ticks"]), f" ({attack['x']['unit']})" if attack["x"]["unit"] else ""
+    bounded = all(0 <= value <= 1 for curve in lines.values() for value in curve["y"])
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for i, (column, curve) in enumerate(lines.items()):
-            lane = 0.08 * (i - (len(lines) - 1) / 2) if ticks else 0.0
-            x = [place + lane for place in (range(len(curve["y"])) if ticks else curve["x"])]
-            axes.plot(x, curve["y"], color=colour_of(column), linewidth=0 if ticks else 1.4)
-            for place, low, high in zip(x, curve["low"], curve["high"], strict=False):
+        for column, curve in lines.items():
+            axes.plot(curve["x"], curve["y"], color=colour_of(column), linewidth=1.4)
+            for place, low, high in zip(curve["x"], curve["low"], curve["high"], strict=False):
                 axes.plot([place] * 2, [low, high], color=colour_of(column), linewidth=1.0)
-            _mark(axes, x, curve["y"], column)
-        if ticks:
-            axes.set_xticks(range(len(ticks)), [printable(tick, LABEL) for tick in ticks])
+            _mark(axes, curve["x"], curve["y"], column)
+        if all(float(place).is_integer() for curve in lines.values() for place in curve["x"]):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(printable(f"{attack['x']['name']}{unit}"))
-        if all(0 <= value <= 1 for curve in lines.values() for value in curve["y"]):
+        if bounded:
             axes.set_ylim(-0.03, 1.03)
 
+    def draw_names(figure: Figure) -> None:
+        """Points that have names lie under each other, as names need room."""
+        axes = figure.subplots()
+        for i, (column, curve) in enumerate(lines.items()):
+            lanes = [place + 0.22 * (i - (len(lines) - 1) / 2) for place in range(len(curve["y"]))]
+            for lane, low, high in zip(lanes, curve["low"], curve["high"], strict=False):
+                axes.plot([low, high], [lane] * 2, color=colour_of(column), linewidth=1.4)
+            _mark(axes, curve["y"], lanes, column)
+        _names(axes, ticks)
+        axes.set_ylabel(printable(f"{attack['x']['name']}{unit}"))
+        if bounded:
+            axes.set_xlim(-0.03, 1.03)
+
     caption = f"{attack['title']}: {attack['y']['name'].replace('_', ' ')} on {attack['set']}"
+    if ticks:
+        return Plot(caption, drawing(draw_names, HALF, 0.55 + 0.36 * len(ticks), caption))
     return Plot(caption, drawing(draw, HALF, 3.0, caption))
+
+
+def _names(axes: Axes, names: Sequence[object]) -> None:
+    """What lies under each other is named at the left, the first on top."""
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), [printable(str(name), LABEL) for name in names])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
 
 
 def _rows(name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Plot | None:
@@ -186,22 +219,24 @@ def _training(log: Sequence[Mapping[str, Any]], run: Mapping[str, Any] | None) -
             axes.axvline(run["kept_step"], color=SOFT, linewidth=1, linestyle="--")
 
     kept = "; dashed is the step whose weights were kept" if run and run["kept_step"] != run["steps"] else ""
-    return panels(keys, draw, f"Training, step by step: each loss, and what was watched{kept}", beside=4, height=2.6)
+    return panels(keys, draw, f"Training, step by step: each loss, and what was watched{kept}", height=2.1)
 
 
-def panels(keys: Sequence[str], draw: Callable[[Axes, str], None], caption: str, beside: int, height: float) -> Plot:
-    """A panel over the steps for each key, at most `beside` in a row, each `height` inches tall."""
-    wide = min(beside, len(keys))
-    tall = math.ceil(len(keys) / wide)
+def panels(keys: Sequence[str], draw: Callable[[Axes, str], None], caption: str, height: float) -> Plot:
+    """A panel over the steps for each key, a drawing of its own, so that as many stand side by side as the screen is wide."""
 
-    def whole(figure: Figure) -> None:
-        for place, key in enumerate(keys, 1):
-            axes = figure.add_subplot(tall, wide, place)
+    def panel(key: str) -> str:
+        def whole(figure: Figure) -> None:
+            axes = figure.subplots()
             draw(axes, key)
-            axes.set_title(printable(str(key).replace("_", " "), LABEL), loc="left")
             axes.set_xlabel("step")
 
-    return Plot(caption, drawing(whole, WHOLE if wide > 1 else HALF, 0.3 + height * tall, caption), wide=wide > 1)
+        title = escape(printable(str(key).replace("_", " "), LABEL))
+        return f"<div><b>{title}</b>{drawing(whole, PANEL, height, f'{head}: {key}')}</div>"
+
+    head = caption.partition(": ")[0]
+    drawn = "".join(panel(key) for key in keys)
+    return Plot(caption, f'<div class="panels">{drawn}</div>', wide=len(keys) > 1)
 
 
 def colour_of(column: str) -> str:
@@ -258,7 +293,7 @@ def drawing(
         element.attrib = {key.rsplit("}", 1)[-1]: _attribute(key, text, prefix) for key, text in element.attrib.items()}
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "img", "aria-label": printable(caption), "style": f"max-width: {72 * width:.0f}px"}
+    root.attrib |= {"role": "img", "aria-label": printable(caption), "style": f"max-width: {72 * GROWN * width:.0f}px"}
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm_unlearn.outward import beneath
+from llm_unlearn.outward import canvas
+from llm_unlearn.report.summary import thresholds_of
 from llm_unlearn.report.verdict import BAD, Number, by_set, columns_of, gained, has_collapsed, headline, judge, printable, shown
 
 NARROW = 100
@@ -25,7 +25,7 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
         results: what `evaluation.json` holds.
         console: where to print; standard output when None.
     """
-    console = console or Console(file=beneath(sys.stdout))
+    console = console or Console(file=canvas("stdout"))
 
     def text(content: str, style: str = "") -> Text:
         return Text(writable(printable(content), console), style=style)
@@ -47,6 +47,8 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
     console.print(table, width=width)
     if attacks := results.get("attacks"):
         console.print(_attacks(attacks, columns, text), width=width)
+    for words, holds in _thresholds(results):
+        console.print(text(words, "" if holds else "yellow"), width=width)
     for reason, places in _reasons(results).items():
         console.print(text(f"— {reason} ({places})", "dim"), width=width)
     console.print()
@@ -67,6 +69,15 @@ def _attacks(attacks: Sequence[Mapping[str, Any]], columns: Sequence[str], text:
             text(f"{one['title']}: {one['y']['name'].replace('_', ' ')}"), *values, text("" if gap is None else f"{gap:+.3f}"), back
         )
     return table
+
+
+def _thresholds(results: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """A line for each threshold: what was asked, what came, and whether it holds."""
+    lines = []
+    for one in thresholds_of(results):
+        said = f"{one['measure']} on {one['set']}: asked {one['asked']}, came {one['value']}"
+        lines.append((f"{'holds' if one['holds'] else 'DOES NOT HOLD'}  {said}", bool(one["holds"])))
+    return lines
 
 
 def _value(number: Number, column: str) -> str:

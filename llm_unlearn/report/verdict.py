@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_unlearn.outward import without_secrets
@@ -20,6 +20,8 @@ RUINED = 10.0
 """So does one whose perplexity there is more than so many times what it was."""
 FEW = 0.05
 """A share that should be small (of broken answers) ruins nothing before it is so many times this."""
+FEW_MISSES = 3
+"""So many thresholds that do not hold are named in the headline."""
 MOST = 2 / 3
 """From this share of the forget measures on, the headline speaks of forgetting."""
 
@@ -30,6 +32,7 @@ AS_RETRAINED, KNOWN, OVER, RECOGNISED, DIFFERS = (
     "recognised",
     "differs",
 )
+FORGOTTEN, LARGELY, OTHERWISE = "Forgotten", "Largely forgotten", "Not as retrained"
 BAD = (KNOWN, RECOGNISED, OVER, DIFFERS)
 
 
@@ -81,16 +84,23 @@ def _against_before(number: Number, now: float) -> str:
 
 
 def headline(results: Results) -> str:
-    """The whole evaluation in plain words: what is broken first, then what was forgotten, what leaks, what was kept."""
+    """The whole evaluation in plain words."""
+    return " ".join(sentences(results))
+
+
+def sentences(results: Results) -> list[str]:
+    """The headline, sentence by sentence: what is broken first, then what was asked for and did not come, what was forgotten, what
+    leaks, what was kept."""
     numbers: list[Number] = list(results["numbers"])
     broken = list(_broken(numbers))
-    sentences = [f"The model collapsed: {listed(broken)}."] if broken else []
-    sentences += _how_the_run_ended(results.get("run"))
-    sentences += _forgotten(numbers, bool(broken))
-    sentences += _leaks(results.get("attacks", ()))
+    found = [f"The model collapsed: {listed(broken)}."] if broken else []
+    found += _asked(results.get("thresholds") or ())
+    found += _how_the_run_ended(results.get("run"))
+    found += _forgotten(numbers, bool(broken))
+    found += _leaks(results.get("attacks", ()))
     if not broken:
-        sentences += _kept(numbers)
-    return " ".join(sentences) or "There is nothing to compare the model with."
+        found += _kept(numbers)
+    return found or ["There is nothing to compare the model with."]
 
 
 def has_collapsed(results: Results) -> bool:
@@ -115,6 +125,31 @@ def _broken(numbers: Iterable[Number]) -> Iterable[str]:
             yield f"{name} went from {shown(before)} to {shown(now)}"
 
 
+def missed(results: Results) -> list[str]:
+    """Every threshold that does not hold, in words."""
+    return [_miss(one) for one in results.get("thresholds") or () if not one["holds"]]
+
+
+def _miss(one: Mapping[str, Any]) -> str:
+    if one.get("why"):
+        return str(one["why"]).rstrip(".")
+    value = one.get("value")
+    came = "has no value" if value is None else f"is {shown(float(value))}"
+    return f"{one['measure']} on {one['set']} {came}, asked: {one['asked']}"
+
+
+def _asked(thresholds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the recipe asked for, in a sentence: what did not come, or that all came."""
+    if not thresholds:
+        return []
+    misses, count = missed({"thresholds": thresholds}), len(thresholds)
+    if not misses:
+        return ["The threshold holds." if count == 1 else f"All {count} thresholds hold."]
+    more = [f"{len(misses) - FEW_MISSES} more"] if len(misses) > FEW_MISSES else []
+    which = "The threshold does" if count == 1 else f"{len(misses)} of {count} thresholds {'does' if len(misses) == 1 else 'do'}"
+    return [f"{which} not hold: {'; '.join([*misses[:FEW_MISSES], *more])}."]
+
+
 def _how_the_run_ended(run: Mapping[str, Any] | None) -> list[str]:
     if not run or run["status"] == "finished":
         return []
@@ -132,7 +167,8 @@ def _forgotten(numbers: Iterable[Number], collapsed: bool) -> list[str]:
     same = sum(word == AS_RETRAINED for _, word in judged)
     count = f"all {same}" if same == len(judged) > 1 else f"{same} of {len(judged)}"
     where = listed(dict.fromkeys(str(number["set"]) for number in wanted))
-    start = "" if collapsed or same < MOST * len(judged) else "Forgotten: " if same == len(judged) else "Largely forgotten: "
+    word = forgetting(wanted)
+    start = f"{word}: " if word in (FORGOTTEN, LARGELY) and not collapsed else ""
     sentence = f"{start}{count} measures on {where} are as in the retrained model"
     rest = []
     for word in BAD:
@@ -140,6 +176,15 @@ def _forgotten(numbers: Iterable[Number], collapsed: bool) -> list[str]:
         if names:
             rest.append(f"{word}: {listed(names)}")
     return [(sentence[0].upper() + sentence[1:]) + "".join(f"; {one}" for one in rest) + "."]
+
+
+def forgetting(numbers: Iterable[Number]) -> str:
+    """How far the model forgot, in a word or two; "" where there is nothing to compare with."""
+    judged = [word for number in numbers if number["goal"] == "as retrained" and (word := judge(number))]
+    same = sum(word == AS_RETRAINED for word in judged)
+    if not judged:
+        return ""
+    return FORGOTTEN if same == len(judged) else LARGELY if same >= MOST * len(judged) else OTHERWISE
 
 
 def _leaks(attacks: Iterable[Mapping[str, Any]]) -> list[str]:

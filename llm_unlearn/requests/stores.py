@@ -37,7 +37,7 @@ class ByStore:
     """Where the embedded models are."""
 
     def serve(self, work: Work) -> Served | None:
-        from llm_unlearn.exact.manifest import FILE, read, sha256
+        from llm_unlearn.exact.manifest import FILE, read
         from llm_unlearn.exact.verify import problems
 
         store, output = Path(work.model), work.output
@@ -62,7 +62,7 @@ class ByStore:
         } | {key: run[key] for key in ("recipe_hash", "seed", "steps", "device", "precision", "versions")}
         before = {"place": STORE, "name": f"{work.model}/{folder.ADAPTER}", "files": run["before"]["adapter"]}
         after = part(STORE, f"{work.model}/{folder.ADAPTER}", store / folder.ADAPTER)
-        after |= {"manifest": sha256(store / FILE), "deletions": len(manifest.deletions)}
+        after |= {"manifest": folder.sha256(store / FILE), "deletions": len(manifest.deletions)}
         broken = f"llm-unlearn verify {store} finds {len(found)} problems" if found else ""
         return Served(plainly(results["numbers"]), [self._base(), before], after, known, broken, lasting=True)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llm_unlearn import folder
 from llm_unlearn.requests import chain
 from llm_unlearn.requests.certificate import STORE, files_of, read, signature_problems, weight_problems
 from llm_unlearn.requests.ledger import Ledger
@@ -57,7 +58,7 @@ def _store_problems(store: Path) -> list[str]:
 
 def _against_store(certificate: dict[str, Any]) -> list[str]:
     """Whether a store is as a certificate says, unless a later deletion has replaced its weights."""
-    from llm_unlearn.exact.manifest import FILE, read, sha256
+    from llm_unlearn.exact.manifest import FILE, read
 
     after = certificate["weights"]["after"]
     adapter = _adapter(certificate)
@@ -67,7 +68,7 @@ def _against_store(certificate: dict[str, Any]) -> list[str]:
         return [str(error)]
     if len(manifest.deletions) > after["deletions"]:
         return []
-    manifest_is = sha256(adapter.parent / FILE) == after["manifest"]
+    manifest_is = folder.sha256(adapter.parent / FILE) == after["manifest"]
     checks = ((manifest_is, adapter.parent / FILE), (files_of(adapter) == after["files"], f"weights {adapter}"))
     return [f"{what}: not as it was certified" for holds, what in checks if not holds]
 

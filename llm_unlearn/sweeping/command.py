@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_unlearn import thresholds
+from llm_unlearn.bars import Bar
 from llm_unlearn.bench import unjudged
 from llm_unlearn.children import keep_busy
 from llm_unlearn.evaluation import suite as suites
@@ -123,11 +124,10 @@ def _summary(asked: Asked, study: Study) -> str:
 
 
 def _carry_out(trials: Trials, asked: Asked, environment: Mapping[str, str]) -> bool:
-    from tqdm.auto import tqdm
 
     there = saying.count_of(trials.study.trials())
     trials.done = there["complete"] + there["pruned"]
-    with tqdm(total=max(asked.trials, trials.done), initial=trials.done, desc="sweep", unit="trial", disable=None) as bar:
+    with Bar("sweep", max(asked.trials, trials.done), "trial", done=trials.done, stays=True) as bar:
         return keep_busy(trials, asked.jobs, environment, bar, made=there["complete"] > 0)
 
 

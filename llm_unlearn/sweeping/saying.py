@@ -11,13 +11,12 @@ OUTPUT/
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn import compare, folder
-from llm_unlearn.outward import beneath
+from llm_unlearn.outward import canvas
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.verdict import printable
 from llm_unlearn.spec import Refused, plain, to_yaml
@@ -43,7 +42,7 @@ def print_front(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | N
     front = sorted((row for row in rows if row["frontier"]), key=lambda row: -float(row["forgotten"]))
     if not front:
         return
-    console = Console(file=beneath(sys.stdout))
+    console = Console(file=canvas("stdout"))
     if not console.is_terminal:
         console.width = PIPED
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

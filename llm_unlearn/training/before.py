@@ -19,8 +19,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from llm_unlearn.bars import Bar
 from llm_unlearn.data.batch import cut
 from llm_unlearn.data.examples import Example
 from llm_unlearn.models.head import Head
@@ -164,7 +164,7 @@ class _Taking:
         shares = cut([len(example.ids) for example in self.examples], self.batch_tokens, self.accelerator.num_processes)
         batches = [[self.examples[i] for i in part] for part in shares[self.accelerator.process_index] if part]
         count, quiet, mine = sum(map(len, batches)), not self.accelerator.is_main_process, []
-        shown = tqdm(total=count, desc="the model as it was", unit="answer", disable=quiet, delay=1)
+        shown = Bar("the model as it was", count, "answer", quiet=quiet)
         with self.accelerator.autocast(), shown as bar:
             for example, columns in taken(self.scorer, self.head, self.needs, batches, self.accelerator.device):
                 mine.append((example, columns))

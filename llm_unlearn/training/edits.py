@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
 
+from llm_unlearn.bars import walk
 from llm_unlearn.data.batch import cut, lay_out
 from llm_unlearn.data.examples import Example, draw
 from llm_unlearn.methods.combination import Combination
@@ -31,6 +31,7 @@ from llm_unlearn.training.fisher import fisher, slopes, some
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
 from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import Log, train
+from llm_unlearn.training.tracking import tell_step
 from llm_unlearn.training.vectors import Gradient, norm, plus, put
 
 Influences = list[dict[str, Any]]
@@ -77,7 +78,9 @@ def edit(
         elif not probe:
             outcome = Outcome("stopped", situation.trained + 1, 0, f"{method.knob} {strength:g}: weights are not finite", True)
         row = {"step": situation.trained + progress.step, method.knob: strength, "distance": distance}
-        log.write({**row, **situation.noted(), **seen})
+        row |= {**situation.noted(), **seen}
+        log.write(row)
+        tell_step(accelerator, row)
     if probe:
         restore(model, progress.good)
         outcome = _chosen(method, probe, progress, situation.trained)
@@ -210,7 +213,7 @@ class Editing:
 
     def bar(self, items: Sequence[Any], title: str, unit: str) -> Iterator[Any]:
         """The items, with a progress bar on the first process."""
-        yield from tqdm(items, desc=title, unit=unit, disable=not self.accelerator.is_main_process, leave=False)
+        yield from walk(items, title, unit, quiet=not self.accelerator.is_main_process)
 
     def _some(self, stream: str, rows: int) -> list[Example]:
         return some(self.job.examples[stream], rows, self.job.seed, "importance")

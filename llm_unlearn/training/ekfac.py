@@ -16,6 +16,7 @@ from kronfluence.arguments import FactorArguments
 from kronfluence.task import Task as KronfluenceTask
 from torch import Tensor, nn
 
+from llm_unlearn.bars import in_terminal
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.data.examples import Example
 from llm_unlearn.models.load import trainable
@@ -96,7 +97,9 @@ def ekfac(model: Any, examples: Sequence[Example], seed: int, accelerator: Accel
         task = _Answers(list(layers), examples, accelerator)
         wrapped = prepare_model(model, task)
         cpu = accelerator.device.type == "cpu"
-        analyzer = Analyzer("ekfac", wrapped, task, cpu=cpu, output_dir=folder, disable_tqdm=False, disable_model_save=True)
+        analyzer = Analyzer(
+            "ekfac", wrapped, task, cpu=cpu, output_dir=folder, disable_tqdm=not in_terminal(), disable_model_save=True
+        )
         rows: Any = [torch.tensor(i) for i in range(len(examples))]  # one at a time: padding would count as inputs
         analyzer.fit_all_factors("retain", dataset=rows, per_device_batch_size=1, factor_args=settings)
         vectors, values = analyzer.load_eigendecomposition("retain"), analyzer.load_lambda_matrices("retain")

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from llm_unlearn.bars import walk
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.data.examples import Example, draw
 from llm_unlearn.models.head import Head
@@ -27,7 +27,7 @@ def fisher(
     """
     total = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     mine = examples[accelerator.process_index :: accelerator.num_processes]
-    for example in tqdm(mine, desc=title, unit="row", disable=not title or not accelerator.is_main_process):
+    for example in walk(mine, title, "row", quiet=not title or not accelerator.is_main_process):
         for so_far, slope in zip(total, slopes(scorer, head, weights, [example], accelerator), strict=True):
             so_far += slope**2
     return [accelerator.reduce(one, "sum") / len(examples) for one in total]

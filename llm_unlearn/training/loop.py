@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from llm_unlearn.bars import Bar
 from llm_unlearn.data.batch import Layout
 from llm_unlearn.models.load import earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
@@ -33,9 +33,11 @@ from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
 from llm_unlearn.training.job import Job
+from llm_unlearn.training.progress import Said
 from llm_unlearn.training.room import fitting, out_of_memory
 from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
+from llm_unlearn.training.tracking import tell_step
 from llm_unlearn.training.vectors import Gradient
 from llm_unlearn.training.window import Model, Window
 
@@ -63,8 +65,8 @@ def train(
     resumed = resume and checkpoints.load()
     training.settle()
     main, outcome = accelerator.is_main_process, None
-    log = Log(folder / "log.jsonl", main, progress.step)
-    with tqdm(total=steps, initial=progress.step, desc=title, unit="step", disable=not main) as bar, signals() as asked:
+    log, said = Log(folder / "log.jsonl", main, progress.step), Said(job.terms, accelerator.device)
+    with Bar(title, steps, "step", done=progress.step, quiet=not main, stays=True) as bar, signals() as asked:
         if not resumed:
             outcome = training.begin()
         while progress.step < steps and outcome is None:
@@ -73,14 +75,10 @@ def train(
                 row, outcome = training.step(asked.is_set())
             except torch.OutOfMemoryError:
                 raise out_of_memory(training.layout, progress.step + 1) from None
-            log.write({**row, "seconds": round(time.perf_counter() - began, 4)})
-            shown = {
-                name: f"{row[name]:.3g}"
-                for name in (*job.terms, "retain_perplexity", "forget_perplexity", "epsilon")
-                if name in row
-            }
-            bar.set_postfix(shown, refresh=False)
-            bar.update(progress.step - bar.n)
+            row["seconds"] = round(time.perf_counter() - began, 4)
+            log.write(row)
+            tell_step(accelerator, row)
+            bar.update(progress.step - bar.n, said(row))
             if (progress.step % every == 0 and outcome is None) or (outcome and outcome.status == "interrupted"):
                 checkpoints.save()
             if look and outcome is None:

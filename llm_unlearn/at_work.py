@@ -1,0 +1,91 @@
+"""Who is at work in a run folder, so that others can tell a run under way from one that was killed; and how a run ended early."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from llm_unlearn.folder import PROCESS, write
+
+How = Literal["running", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class AtWork:
+    """What `process.json` says."""
+
+    pid: int
+    began: float
+    """When that process began, in seconds since 1970: the number of a process is given again."""
+    host: str
+    steps: int
+    """Optimizer steps that the run will have, if nothing ends it before; 0 where that is not one number."""
+    how: How = "running"
+    reason: str = ""
+    """Of a failure, the kind of error. Its words were printed, and stay out of the folder: they may repeat a row's."""
+
+    @property
+    def here(self) -> bool:
+        """Whether it is one of this machine's processes, of which can be said whether it lives."""
+        return self.host == platform.node()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is at work, as far as can be known from here: the process of another machine is believed."""
+        if self.how != "running" or not self.here:
+            return self.how == "running"
+        try:
+            return bool(abs(psutil.Process(self.pid).create_time() - self.began) < 1)
+        except psutil.Error:
+            return False
+
+
+@contextmanager
+def at_work(folder: Path, steps: int, active: bool) -> Iterator[list[How]]:
+    """Inside, the run folder says that this process is at work, and afterwards, if the run was not finished, how it ended.
+
+    Args:
+        active: of several processes, one says so.
+
+    Yields:
+        A list for what to say of an end that is no error.
+    """
+    ended: list[How] = []
+    if not active:
+        yield ended
+        return
+    mine = AtWork(os.getpid(), psutil.Process().create_time(), platform.node(), steps)
+    _write(mine, folder)
+    try:
+        yield ended
+    except KeyboardInterrupt:
+        _write(replace(mine, how="interrupted"), folder)
+        raise
+    except BaseException as error:
+        _write(replace(mine, how="failed", reason=type(error).__name__), folder)
+        raise
+    if ended:
+        _write(replace(mine, how=ended[-1]), folder)
+    else:
+        (folder / PROCESS).unlink(missing_ok=True)
+
+
+def read(folder: Path) -> AtWork | None:
+    """Who is, or was, at work in a run folder; None where the run is finished, or of an earlier version of the project."""
+    try:
+        return AtWork(**json.loads((folder / PROCESS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(one: AtWork, folder: Path) -> None:
+    if folder.is_dir():  # nobody removed it meanwhile
+        write(folder / PROCESS, json.dumps(asdict(one)))

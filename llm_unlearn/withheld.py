@@ -1,0 +1,62 @@
+"""Settings as strangers may read them: without values of filters, words of prompts, and paths of this machine. Pure functions on
+plain data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from llm_unlearn.source import missing
+
+FILTERS = ("where", "without", "like")
+WITHHELD = "withheld"
+NAMES = ("source", "base", "start", "adapters", "output", "suite", "retrained", "include", "recipe")
+"""Keys under which a file or folder may stand."""
+PATH = re.compile(r"(?<![\w:/.<>)\]])~?/(?:[^\s'\"`,;:()<>|/]+/)+[^\s'\"`,;:()<>|/]*")
+
+
+def described(value: Any, places: Iterable[Path] = (), key: str = "") -> Any:
+    """Plain data with local paths reduced to their last part, and with no value that a filter or a prompt gives.
+
+    Args:
+        places: folders of this machine that are taken out of sentences, too.
+        key: under which it stands.
+    """
+    if isinstance(value, Mapping):
+        if key in FILTERS:
+            return dict.fromkeys(map(str, value), WITHHELD)
+        if key == "contrast" and "expert" in value:  # prompts that say what is to be forgotten
+            return {name: WITHHELD for name in value}
+        return {name: described(one, places, str(name)) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(one, places, key) for one in value]
+    if not isinstance(value, str):
+        return value
+    if key == "chat_template":
+        return WITHHELD
+    return local_name(value) if key in NAMES and is_local(value) else without_paths(value, places)
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is that of a file or folder, here or on the machine of the run."""
+    if name.startswith("embedded:"):
+        return False
+    try:
+        return missing(name) or PurePath(name).is_absolute() or Path(name).expanduser().exists()
+    except (OSError, ValueError):  # too long, or no name at all
+        return False
+
+
+def local_name(name: str) -> str:
+    """The last part of a path."""
+    return PurePath(name).name or WITHHELD
+
+
+def without_paths(text: str, places: Iterable[Path] = ()) -> str:
+    """A sentence in which every absolute path is its last part only."""
+    for place in sorted(map(str, places), key=len, reverse=True):
+        if len(place) > 1:
+            text = text.replace(f"{place}/", "")
+    return PATH.sub(lambda found: local_name(found.group()), text)
