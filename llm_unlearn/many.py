@@ -120,6 +120,8 @@ def _known(
         found = ", ".join(f"{name} ({place})" for name, place in precisions.items())
         raise Refused(f"--model: the models compute in {found}; evaluate each precision by itself, and compare the folders.")
     known: dict[str, dict[str, Any]] = {}
+    if asked.output:
+        folder.no_way_out(asked.output)
     problems = _other_comparison(asked.output, asked.overwrite)
     for name, one in zip(names, asked.candidates, strict=True):
         place = folders[name]

@@ -98,7 +98,7 @@ def versions() -> dict[str, str]:
 def flattened(recipe: Recipe) -> str:
     """The recipe as it was run, every default written out; it can be run again."""
     ran_under = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"# hash {recipe.hash}\n# {ran_under}\n{to_yaml(plain(recipe))}"
+    return f"{run_folder.FIRST}{recipe.hash}\n# {ran_under}\n{to_yaml(plain(recipe))}"
 
 
 def publish(

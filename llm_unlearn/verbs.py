@@ -118,6 +118,8 @@ def evaluate(options: argparse.Namespace) -> Reply:
     if candidates.is_many(options.model, options.adapter, options.before):
         return _evaluate_many(suite, options)
     options.model, options.adapter = options.model[0], (options.adapter or [None])[0]
+    if options.output:
+        folder.no_way_out(options.output)
     if options.output and (options.output / folder.RESULTS).exists() and not options.overwrite:
         raise Refused(
             f"--output: {options.output} has an {folder.RESULTS} already. Nothing was changed; add --overwrite, or choose another."

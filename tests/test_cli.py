@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import io
 import json
 import multiprocessing
 import os
@@ -515,14 +516,19 @@ def stopped_at(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    def half(self: Path, text: str, **_: object) -> None:
-        self.write_bytes(text.encode()[:3])
-        raise KeyboardInterrupt
+    def half(path: Path) -> Any:
+        class Half(io.FileIO):
+            def write(self, data: Any, /) -> int:
+                super().write(data[:3])
+                raise KeyboardInterrupt
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Half(path, "w")
 
     if what == "name":
         monkeypatch.setattr(os, "replace", interrupt)
     else:
-        monkeypatch.setattr(Path, "write_text", half)
+        monkeypatch.setattr(folder, "new_file", half)
 
 
 @pytest.mark.parametrize("what", ["name", "text"])
