@@ -31,8 +31,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # settings may stand before and after options
         options.overrides = [*options.overrides, *more]
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels whenever peft imports it
-    wait_briefly()
+    settle()
     options.words = list(sys.argv[1:] if words is None else words)
     options.cache, options.config, options.environment = cache_folder(), config_folder(), os.environ
     from llm_unlearn.reply import INTERRUPTED, REFUSED, Reply
@@ -67,6 +66,12 @@ def launch(file: str) -> None:
     """What the last line of a recipe calls when `accelerate launch` runs the recipe as a program."""
     if multiprocessing.parent_process() is None:  # a data worker that imports the main file again must not start a second run
         sys.exit(main(["run", file, *sys.argv[1:]]))
+
+
+def settle() -> None:
+    """What libraries are told before any is imported: how to wait, and not to warn of optional CPU kernels at every start."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    wait_briefly()
 
 
 def wait_briefly() -> None:

@@ -75,7 +75,7 @@ def evaluate(asked: Asked, cache: Path) -> Reply:
         if main:
             if new:
                 _keep(results, asked.suite, looks, one, folders[name])
-            runs.append(Run(name, str(folders[name] or one.place), results, compare.log_in(one.run)))
+            runs.append(Run(name, str(folders[name] or one.place), results, folder.steps_in(one.run / folder.LOG)))
     comparison = compare.publish(runs, asked.output) if main and runs else None
     if main and failed:
         print("\n".join(f"not measured: {line}" for line in failed), file=sys.stderr)
