@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from llm_unlearn.data.examples import PLAIN_TEMPLATE
 from llm_unlearn.folder import adapter_in
 from llm_unlearn.hub.fetching import MODEL_FILES, SMALL_FILES, named
+from llm_unlearn.lines import text_of
 from llm_unlearn.models import combined, kernels, strangers
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.sections import Adapter, Model
@@ -91,7 +92,7 @@ def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise Refused(f"{model.base}: its tokenizer has no fast version (tokenizer.json), which tells where an answer begins.")
     if model.chat_template:
-        tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = text_of(Path(model.chat_template))
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
