@@ -223,6 +223,11 @@ def steps_in(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def wordless(results: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation without questions and answers, for `--json`: what is printed may be kept in a log."""
+    return {name: value for name, value in results.items() if name != "answers"}
+
+
 def adapter_in(name: str) -> str:
     """An adapter's folder; a run folder stands for the adapter in it."""
     inner = Path(name).expanduser() / ADAPTER

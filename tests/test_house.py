@@ -20,6 +20,7 @@ ROOMS = (
     "streams",
     "outward",  # words on their way out: without secrets, and harmless
     "spec",
+    "unsaid",  # what errors may say of rows
     "bars",  # what long work shows of itself
     "troubles",  # what is said of an error that no verb refused
     "lines",
@@ -298,6 +299,7 @@ LIGHT = {
     "troubles.py",
     "spec.py",
     "bars.py",
+    "unsaid.py",
     "lines.py",
     "recipe.py",
     "folder.py",
