@@ -1,5 +1,5 @@
-"""Known vulnerabilities in what is installed here, by pip-audit: `make audit`. Ends with 1 where there are some, or where packages do
-not fit each other; where nobody can be asked, it says so and ends with 0, as no build is to fail for want of a network."""
+"""Known vulnerabilities in what is installed here, by pip-audit: `make audit`. Ends with 1 where there are some, or where packages
+do not fit each other; where nobody can be asked, it says so and ends with 0: no build fails for want of a network."""
 
 from __future__ import annotations
 
