@@ -30,6 +30,14 @@ def readable(line: str) -> str:
     return line if len(line) <= 2000 else f"{line[:1200]} … {line[-600:]}"
 
 
+def reason(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; with its kind, where the words alone say little."""
+    text = shown(" ".join(str(error).split()), 300, as_it_is=True)
+    return (
+        text if text and isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}".rstrip(": ")
+    )
+
+
 class Refused(ValueError):
     """A setting, file or row that cannot be used. Its text names the place, what was found, what was expected and what to do, one
     line for each; what was found may be of any length and hold anything, and no terminal is to obey it."""

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import fill, is_sharded, whole
-from llm_unlearn.spec import Refused
+from llm_unlearn.models.sound import weights_in
+from llm_unlearn.spec import Refused, reason
 from llm_unlearn.training.sharded import load_optimizer, save_optimizer
 
 WEIGHTS, PROGRESS = "trainable.safetensors", "progress.pt"
@@ -81,7 +81,7 @@ class Checkpoints:
 
         def load(models: list[Any], where: str) -> None:
             models.clear()
-            restore(model, load_file(str(Path(where) / WEIGHTS)))
+            restore(model, weights_in(Path(where) / WEIGHTS))
             held = torch.load(Path(where) / PROGRESS, map_location="cpu", weights_only=True)
             progress.load_state_dict(held["progress"])
             scheduler.load_state_dict(held["schedule"])
@@ -123,16 +123,9 @@ class Checkpoints:
             raise Refused(f"{newest}: of another version of this project, or none of it. Add --overwrite to begin anew.")
         try:
             self.accelerator.load_state(str(newest))
-        except (
-            pickle.UnpicklingError,
-            SafetensorError,
-            OSError,
-            KeyError,
-        ) as error:  # numbers and tensors are read, and nothing that would be run
-            said = str(error).strip().splitlines()[0]
-            raise Refused(
-                f"{newest}: not a checkpoint of this project ({said}). Remove it, or add --overwrite to begin anew."
-            ) from None
+        except (pickle.UnpicklingError, OSError, KeyError) as error:  # numbers and tensors are read, and nothing that would be run
+            said = f"not a checkpoint of this project ({reason(error)})"
+            raise Refused(f"{newest}: {said}. Remove it, or add --overwrite to begin anew.") from None
         device, memory = self.accelerator.device, self.progress.memory
         memory.update({name: [one.to(device) for one in kept] for name, kept in memory.items()})
         return True
