@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import fill, is_sharded, whole
 from llm_unlearn.models.sound import weights_in
-from llm_unlearn.spec import Refused
+from llm_unlearn.spec import Refused, reason
 from llm_unlearn.training.sharded import load_optimizer, save_optimizer
 
 WEIGHTS, PROGRESS = "trainable.safetensors", "progress.pt"
@@ -124,12 +123,9 @@ class Checkpoints:
             raise Refused(f"{newest}: of another version of this project, or none of it. Add --overwrite to begin anew.")
         try:
             self.accelerator.load_state(str(newest))
-        except (pickle.UnpicklingError, SafetensorError, OSError, KeyError, Refused) as error:
-            # numbers and tensors are read, and nothing that would be run
-            said = str(error).strip().splitlines()[0]
-            raise Refused(
-                f"{newest}: not a checkpoint of this project ({said}). Remove it, or add --overwrite to begin anew."
-            ) from None
+        except (pickle.UnpicklingError, OSError, KeyError, Refused) as error:  # tensors are read, and nothing that would be run
+            said = f"not a checkpoint of this project ({reason(error)})"
+            raise Refused(f"{newest}: {said}. Remove it, or add --overwrite to begin anew.") from None
         device, memory = self.accelerator.device, self.progress.memory
         memory.update({name: [one.to(device) for one in kept] for name, kept in memory.items()})
         return True
