@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -67,10 +67,12 @@ def at_work(folder: Path, steps: int, active: bool) -> Iterator[list[How]]:
     try:
         yield ended
     except KeyboardInterrupt:
-        _write(replace(mine, how="interrupted"), folder)
+        with suppress(OSError):
+            _write(replace(mine, how="interrupted"), folder)
         raise
     except BaseException as error:
-        _write(replace(mine, how="failed", reason=type(error).__name__), folder)
+        with suppress(OSError):  # of a full disk, which is what is to be said
+            _write(replace(mine, how="failed", reason=type(error).__name__), folder)
         raise
     if ended:
         _write(replace(mine, how=ended[-1]), folder)

@@ -8,14 +8,21 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from llm_unlearn.durable import advice
 from llm_unlearn.options import parser as parser_of_words
 from llm_unlearn.streams import be_patient
+
+if TYPE_CHECKING:
+    from llm_unlearn.reply import Reply
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -34,25 +41,46 @@ def main(words: Sequence[str] | None = None) -> int:
     settle()
     options.words = list(sys.argv[1:] if words is None else words)
     options.cache, options.config, options.environment = cache_folder(), config_folder(), os.environ
+    from llm_unlearn.reply import INTERRUPTED, TERMINATED
+    from llm_unlearn.training.signals import leaving
+
+    with leaving() as came, words_elsewhere(options.json):
+        reply = carry_out(options)
+        if reply.status == INTERRUPTED and came and came[0] != signal.SIGINT:
+            print(
+                f"{signal.Signals(came[0]).name} asked for it, as when a node is preempted or a terminal closed.", file=sys.stderr
+            )
+            reply = replace(reply, status=TERMINATED)
+    if options.json and not int(os.environ.get("RANK", "0")):
+        print(json.dumps({"status": reply.status, **reply.facts}, indent=1, ensure_ascii=False, default=str))
+    return reply.status
+
+
+def carry_out(options: argparse.Namespace) -> Reply:
+    """Carry out a verb; what it refuses, and what disk and memory refuse it, becomes words and a status."""
     from llm_unlearn.reply import INTERRUPTED, REFUSED, Reply
     from llm_unlearn.spec import Refused  # from here on something is done: settings may be read
 
     module, _, function = options.verb.partition(":")
     verb: Callable[[argparse.Namespace], Reply] = getattr(import_module(f"llm_unlearn.{module}"), function)
-    with words_elsewhere(options.json):
-        try:
-            reply = verb(options)
-        except Refused as error:
-            if int(os.environ.get("RANK", "0")):
-                time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-            reply = Reply(REFUSED, {"errors": str(error).splitlines()})
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            reply = Reply(INTERRUPTED)
-    if options.json and not int(os.environ.get("RANK", "0")):
-        print(json.dumps({"status": reply.status, **reply.facts}, indent=1, ensure_ascii=False, default=str))
-    return reply.status
+    again = f"the same command{' with --resume' * hasattr(options, 'resume')} goes on"
+    try:
+        return verb(options)
+    except Refused as error:
+        said = str(error).splitlines()
+    except KeyboardInterrupt:
+        print(f"interrupted; {again} from what is finished.", file=sys.stderr)
+        return Reply(INTERRUPTED)
+    except MemoryError as error:
+        said = [f"out of memory{f' ({error})' if str(error) else ''}; what was finished is kept, and {again}"]
+    except OSError as error:
+        if not (words := advice(error, again)):
+            raise
+        said = [words]
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
+    print("\n".join(f"error: {line}" for line in said), file=sys.stderr)
+    return Reply(REFUSED, {"errors": said})
 
 
 @contextlib.contextmanager

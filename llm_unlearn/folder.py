@@ -13,13 +13,13 @@ runs/forget_lora/
     process.json       who is at work here, or how it ended before the run's end; not in a finished run
     hashes.json        SHA-256 of all these, as the run left them; `llm-unlearn verify` compares
     checkpoints/       while the run is under way; with the key that a private run draws from
+    before/            of an exact method while the run is under way: the model with all rows
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,13 +27,14 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_unlearn import recipe
+from llm_unlearn.durable import settle, whole
 from llm_unlearn.spec import Refused
 
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
 RESULTS, REPORT, CHECKPOINTS, ALONG = "evaluation.json", "report.html", "checkpoints", "evaluations.jsonl"
 ROWS, INFLUENCES, PRIVACY = "evaluation.parquet", "influence.parquet", "privacy.json"
 TRACKERS, PROCESS = "trackers", "process.json"
-HASHES = "hashes.json"
+HASHES, BEFORE = "hashes.json", "before"
 SEALED = (RECIPE, ADAPTER, MODEL, LOG, ALONG, RESULTS, ROWS, REPORT, INFLUENCES, PRIVACY)
 """Files, and folders with all that is in them, whose content a run vouches for."""
 KEYS = {"title", "suite", "suite_hash", "models", "numbers", "curves", "answers"}
@@ -57,7 +58,9 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
             f"output: {folder} exists and is not a run folder (it has no {RECIPE}). Nothing was changed; choose another output."
         )
     weights = (folder / ADAPTER).is_dir() or (folder / MODEL).is_dir()
-    finished = (folder / RESULTS).is_file() or (weights and not wanted.evaluation)
+    # a run without numbers vouches for its files last of all; before 0.2 none did, and none said who was at work
+    unmeasured = weights and not wanted.evaluation and ((folder / HASHES).is_file() or not (folder / PROCESS).exists())
+    finished = ((folder / RESULTS).is_file() or unmeasured) and not (folder / BEFORE).exists()
     if resume:
         if recipe.load(folder / RECIPE, check=False).hash != wanted.hash:
             raise Refused(
@@ -71,6 +74,12 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
     return False
 
 
+def tidy(folder: Path) -> None:
+    """Remove what is needed only while a run is under way; a finished one that was killed as it did so has it still."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    (folder / PROCESS).unlink(missing_ok=True)
+
+
 def clear(folder: Path) -> None:
     """Remove what an earlier run left; `check` has seen that it is a run folder."""
     if folder.is_dir():
@@ -78,14 +87,9 @@ def clear(folder: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write a file, for good: whole or not at all."""
+    with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def seal(folder: Path, to_come: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -94,7 +98,9 @@ def seal(folder: Path, to_come: Mapping[str, str] = MappingProxyType({})) -> Non
     Args:
         to_come: texts of files that are written next, by name: what says that a run is finished comes last of all.
     """
-    found = {name: sha256(folder / name) for name in _sealed(folder)}
+    for name in (names := _sealed(folder)):
+        settle(folder / name)  # a hash on the disk without what it is of would call the file changed
+    found = {name: sha256(folder / name) for name in names}
     found |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in to_come.items()}
     write(folder / HASHES, json.dumps({"format": 1, "files": dict(sorted(found.items()))}, indent=1))
 

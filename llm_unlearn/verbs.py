@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> Reply:
     wanted = recipe.load(path, options.overrides)
     suite, named = suite_of(wanted, path)
     if folder.check(wanted, options.resume, options.overwrite):
+        folder.tidy(Path(wanted.output))
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return Reply(facts={"output": wanted.output, **_measured(wanted, options)})
     if wanted.track:  # the one tracker whose place only its environment says

@@ -19,6 +19,7 @@ ROOMS = (
     "reply",  # what a verb answers
     "streams",
     "spec",
+    "durable",  # how files are written that vouch for something
     "bars",  # what long work shows of itself
     "tree",
     "objectives",
@@ -293,6 +294,7 @@ LIGHT = {
     "alternates/writing.py",
     "spec.py",
     "bars.py",
+    "durable.py",
     "recipe.py",
     "folder.py",
     "at_work.py",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from llm_unlearn.durable import whole
 
 Part = Mapping[str, Any]
 """What one pass found of one set: arrays, and lists of text."""
@@ -16,13 +17,10 @@ Part = Mapping[str, Any]
 
 def write_part(part: Part, path: Path) -> None:
     """Keep a part; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: value for name, value in part.items() if isinstance(value, np.ndarray)}
     texts = {name: value for name, value in part.items() if name not in arrays}
-    unfinished = path.with_suffix(f".{os.getpid()}.npz")
-    with unfinished.open("wb") as file:
+    with whole(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(file, json=np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]  # of the stubs
-    os.replace(unfinished, path)
 
 
 def read_part(path: Path) -> Part:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from llm_unlearn.durable import whole
 
 
 def write_columns(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -13,13 +14,8 @@ def write_columns(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as unfinished:
         parquet.write_table(pyarrow.Table.from_pylist([dict(record) for record in records]), unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ class ByStore:
 
     def serve(self, work: Work) -> Served | None:
         from llm_unlearn.exact.manifest import FILE, read
+        from llm_unlearn.exact.measuring import PENDING
         from llm_unlearn.exact.verify import problems
 
         store, output = Path(work.model), work.output
@@ -46,6 +47,7 @@ class ByStore:
         if not (output / folder.RESULTS).is_file() and not self._delete(work, store, suite, scratch):
             return None
         shutil.rmtree(scratch, ignore_errors=True)
+        (output / PENDING).unlink(missing_ok=True)  # of a serving that was killed as it removed it
         results, manifest, found = folder.results_in(output), read(store), problems(store)
         run = results["run"]
         deletions = manifest.deletions[run["before"]["deletions"] :]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llm_unlearn import folder
+from llm_unlearn.durable import whole
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.verdict import Number
 from llm_unlearn.requests.certificate import files_of
@@ -91,7 +92,7 @@ class ByRecipe:
 
         without_texts(work.output)
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(work.output / folder.CHECKPOINTS, ignore_errors=True)
+        folder.tidy(work.output)
         results = folder.results_in(work.output)
         facts = results["run"]
         known = {
@@ -141,11 +142,9 @@ def release(model: Model, output: Path, cache: Path) -> None:
 
     wanted = replace(embedded(model, cache), quantize=None)
     loaded = load(wanted, torch.device("cpu"))
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    loaded.causal.save_pretrained(str(unfinished))
-    loaded.tokenizer.save_pretrained(str(unfinished))
-    unfinished.rename(output)
+    with whole(output) as unfinished:
+        loaded.causal.save_pretrained(str(unfinished))
+        loaded.tokenizer.save_pretrained(str(unfinished))
 
 
 def part(place: str, name: str, at: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llm_unlearn.durable import about, put
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import fill, is_sharded, whole
 from llm_unlearn.training.sharded import load_optimizer, save_optimizer
@@ -88,10 +89,15 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished), safe_serialization=True)
+        try:
+            with about(name):
+                self.accelerator.save_state(str(unfinished), safe_serialization=True)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk it would be in the way
+            raise
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            unfinished.rename(name)
+            put(unfinished, name)  # on the disk, before the older ones are not
             for other in self.folder.glob("step-*"):
                 if other != name:
                     shutil.rmtree(other)

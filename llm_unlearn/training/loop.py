@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -33,8 +32,9 @@ from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
 from llm_unlearn.training.job import Job
+from llm_unlearn.training.log import Log
 from llm_unlearn.training.progress import Said
-from llm_unlearn.training.room import fitting, out_of_memory
+from llm_unlearn.training.room import fitting, is_out_of_memory, out_of_memory
 from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
 from llm_unlearn.training.tracking import tell_step
@@ -73,13 +73,16 @@ def train(
             began = time.perf_counter()
             try:
                 row, outcome = training.step(asked.is_set())
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise out_of_memory(training.layout, progress.step + 1) from None
             row["seconds"] = round(time.perf_counter() - began, 4)
             log.write(row)
             tell_step(accelerator, row)
             bar.update(progress.step - bar.n, said(row))
             if (progress.step % every == 0 and outcome is None) or (outcome and outcome.status == "interrupted"):
+                log.settle()
                 checkpoints.save()
             if look and outcome is None:
                 look(progress.step)
@@ -276,7 +279,7 @@ def _directions(settings: Train, weights: Mapping[str, nn.Parameter]) -> dict[st
 
 def _unfit(row: Mapping[str, float], progress: Progress, weights: Mapping[str, float]) -> Outcome | None:
     """A step that must not be taken: its loss or gradient is not finite. The weights are still those before it."""
-    broken = [name for name, value in row.items() if not np.isfinite(value)]
+    broken = [name for name, value in row.items() if not math.isfinite(value)]
     if broken:
         kept = progress.good_step if progress.good else progress.step
         return Outcome("stopped", progress.step, kept, f"{', '.join(broken)} not finite at step {progress.step + 1}", True)
@@ -286,23 +289,3 @@ def _unfit(row: Mapping[str, float], progress: Progress, weights: Mapping[str, f
             "objective: not one trainable weight received a gradient in the first step, so nothing would be learnt or forgotten."
         )
     return None
-
-
-class Log:
-    """`log.jsonl`: one line per optimizer step, written by one process; a resumed run goes on after its checkpoint."""
-
-    def __init__(self, path: Path, active: bool, step: int) -> None:
-        self.path, self.active = path, active
-        if active:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = (
-                [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-                if step and path.exists()
-                else []
-            )
-            path.write_text("".join(line + "\n" for line in kept))
-
-    def write(self, row: Mapping[str, float]) -> None:
-        if self.active:
-            with self.path.open("a") as file:
-                file.write(json.dumps({key: value if np.isfinite(value) else str(value) for key, value in row.items()}) + "\n")

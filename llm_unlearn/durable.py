@@ -1,0 +1,155 @@
+"""Files that outlast a kill and a power cut: what they hold is on the disk before the name that vouches for it; and which errors
+say that a disk takes no more."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+PHRASES = {
+    "No space left": errno.ENOSPC,
+    "os error 28": errno.ENOSPC,
+    "disk is full": errno.ENOSPC,
+    "quota exceeded": errno.EDQUOT,
+    "File too large": errno.EFBIG,
+    "file write failed": errno.ENOSPC,  # PyTorch's writer keeps no reason
+    "unexpected pos": errno.ENOSPC,
+    "Read-only file system": errno.EROFS,
+    "readonly database": errno.EROFS,
+    "disk I/O error": errno.EIO,
+}
+"""What libraries say that hand on no error number."""
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+"""Systems that cannot sync a folder say so by one of these."""
+
+
+def settle(path: Path) -> None:
+    """Have the disk hold a file, or a folder and all that is in it."""
+    for one in [*sorted(path.rglob("*")), path] if path.is_dir() else [path]:
+        if one.is_dir():
+            settle_names(one)
+        else:
+            descriptor = os.open(one, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def settle_names(folder: Path) -> None:
+    """Have the disk hold which names a folder has, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """A folder, for good, with those above it."""
+    absent = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in absent:
+        settle_names(one.parent)
+
+
+def put(unfinished: Path, final: Path) -> None:
+    """Give a file or folder its name once the disk holds all of it; what had the name before is gone."""
+    settle(unfinished)
+    if final.is_dir() and not final.is_symlink():
+        shutil.rmtree(final)
+    os.replace(unfinished, final)
+    settle_names(final.parent)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Inside, a place to write a file or a folder to; afterwards it has its name, whole and for good, or nothing was changed."""
+    with about(path):
+        make_folder(path.parent)
+        _remove_leftovers(path)
+        place = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+        _remove(place)
+        try:
+            yield place
+            put(place, path)
+        except BaseException:
+            _remove(place)
+            raise
+
+
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """An error of the disk that is raised inside names this path, whichever library met it."""
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number is None or (isinstance(error, OSError) and error.filename is not None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _number(error: Exception) -> int | None:
+    """The error number of what a disk refused; None of anything else."""
+    if isinstance(error, OSError) and error.errno in (*FULL, *CLOSED, errno.EIO):
+        return error.errno
+    return next((number for phrase, number in PHRASES.items() if phrase in str(error)), None)
+
+
+def advice(error: OSError, again: str) -> str:
+    """In one line, what a disk refused and what to do; "" for an error of another kind.
+
+    Args:
+        again: what goes on with the work.
+    """
+    do = "look after the disk" if error.errno == errno.EIO else ""
+    do = "make room (or raise the quota or `ulimit -f`)" if error.errno in FULL else do
+    do = "let this user write there, or choose another place" if error.errno in CLOSED else do
+    what = f"{error.filename or 'a file'}: {error.strerror}; what was finished before is kept"
+    return f"{what}. To go on, {do}; then {again}." if do else ""
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a process of this machine left of the same file when it was killed."""
+    start = f".{path.name}.{platform.node()}."
+    for one in path.parent.glob(f"{glob_of(start)}*"):
+        number = one.name.removeprefix(start)
+        if number.isdigit() and int(number) != os.getpid() and not _alive(int(number)):
+            _remove(one)
+
+
+def glob_of(text: str) -> str:
+    """A pattern that matches this text alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
