@@ -17,7 +17,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_unlearn.durable import advice
 from llm_unlearn.options import parser as parser_of_words
 from llm_unlearn.streams import be_patient
 
@@ -58,6 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def carry_out(options: argparse.Namespace) -> Reply:
     """Carry out a verb; what it refuses, and what disk and memory refuse it, becomes words and a status."""
+    from llm_unlearn.durable import advice
     from llm_unlearn.reply import INTERRUPTED, REFUSED, Reply
     from llm_unlearn.spec import Refused  # from here on something is done: settings may be read
 

@@ -60,6 +60,8 @@ def settle_names(folder: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """A folder, for good, with those above it."""
+    if path.is_dir():
+        return
     absent = [one for one in (path, *path.parents) if not one.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for one in absent:
@@ -150,6 +152,6 @@ def _alive(process: int) -> bool:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif path.exists():
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

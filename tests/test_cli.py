@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import errno
 import json
 import multiprocessing
 import os
@@ -254,10 +255,17 @@ def test_a_shipped_recipe_is_found_from_anywhere(asked: Asked) -> None:
             130,
             "interrupted after step 7; the same command with --resume goes on from there.",
         ),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command with --resume goes on from what is finished."),
+        (MemoryError(), 2, "error: out of memory; what was finished is kept, and the same command with --resume goes on"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "r/x"),
+            2,
+            "error: r/x: No space left on device; what was finished before is kept. To go on, make room (or raise the quota or "
+            "`ulimit -f`); then the same command with --resume goes on.",
+        ),
         (Refused("a: one\nb: two"), 2, "error: a: one\nerror: b: two"),
     ],
-    ids=["finished", "not finite", "its own bound", "interrupted", "Ctrl-C", "refused"],
+    ids=["finished", "not finite", "its own bound", "interrupted", "Ctrl-C", "memory", "disk", "refused"],
 )
 def test_each_way_to_end_has_its_exit_code(
     outcome: Any, status: int, said: str, path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
