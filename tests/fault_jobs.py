@@ -178,10 +178,14 @@ class Bank:
     def words(self, words: Sequence[str]) -> list[str]:
         return [{"BASE": str(self.base), "DELETED": self.deleted}.get(word, word) for word in words]
 
-    def begin(self, name: str) -> Path:
-        """A folder as it is before the job."""
+    def known(self, name: str) -> None:
+        """See to it that an undisturbed run of the job was made."""
         if name not in self.facts:
             self._make(name)
+
+    def begin(self, name: str) -> Path:
+        """A folder as it is before the job."""
+        self.known(name)
         self.count += 1
         return Path(shutil.copytree(self.folder / f"{name}-before", self.folder / f"case-{self.count}", symlinks=True))
 

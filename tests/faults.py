@@ -171,7 +171,15 @@ class Disk:
         return os.path.join(os.path.realpath(os.path.dirname(whole)), os.path.basename(whole))
 
     def _replace_python(self) -> None:
-        opened, opened_low, synced = io.open, os.open, os.fsync
+        for name in ("unlink", "remove", "rmdir", "mkdir", "symlink"):
+            setattr(os, name, self._one(name, getattr(os, name)))
+        for name in ("replace", "rename", "link"):
+            setattr(os, name, self._two(name, getattr(os, name)))
+        self._replace_open()
+        self._replace_sync()
+
+    def _replace_open(self) -> None:
+        opened, opened_low = io.open, os.open
 
         def file(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
             if isinstance(path, int) or not set(mode) & set("wax+"):
@@ -199,6 +207,12 @@ class Disk:
                 self.made(name)
             return found
 
+        builtins.open = io.open = file  # type: ignore[assignment]
+        os.open = low
+
+    def _replace_sync(self) -> None:
+        synced = os.fsync
+
         def sync(descriptor: Any) -> None:
             number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
             path = os.readlink(f"/proc/self/fd/{number}")
@@ -212,12 +226,7 @@ class Disk:
             if not self.quiet and self.within(path):
                 self.synced(number)
 
-        builtins.open = io.open = file  # type: ignore[assignment]
-        os.open, os.fsync = low, sync
-        for name in ("unlink", "remove", "rmdir", "mkdir", "symlink"):
-            setattr(os, name, self._one(name, getattr(os, name)))
-        for name in ("replace", "rename", "link"):
-            setattr(os, name, self._two(name, getattr(os, name)))
+        os.fsync = sync
 
     def _one(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def replaced(path: Any, *more: Any, **named: Any) -> Any:
@@ -303,7 +312,7 @@ def fail_at(where: str, count: int, when: str, do: str) -> None:
         errors = {
             "memory": MemoryError(),
             "cuda memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-            "allocator": RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            "allocator": RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
         }
         if do in errors:
             raise errors[do]

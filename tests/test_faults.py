@@ -1,5 +1,5 @@
-"""Faults at every stage: whatever ends a command, nothing is half-written, the message says what goes on, and that leads to the bits of
-an undisturbed run."""
+"""Faults at every stage: whatever ends a command, nothing is half-written, the message says what goes on, and that leads to the
+bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,14 +56,14 @@ PLACES = {
 
 def operations(bank: Bank, job: str, do: str, every: int, kind: str, only: Sequence[str] = (), first: int = 0) -> list[Case]:
     """A fault at every so many-th operation on files."""
-    bank.begin(job)
+    bank.known(job)
     found = [i for i, (what, _) in enumerate(bank.operations[job], 1) if not only or what in only]
     return [Case(kind, job, {"operation": at, "do": do}) for at in found[first::every]]
 
 
 def at_times(bank: Bank, job: str, do: str, count: int, kind: str) -> list[Case]:
     """A signal at random times."""
-    bank.begin(job)
+    bank.known(job)
     draw = random.Random(f"{job} {do}")
     return [Case(kind, job, {"after": round(draw.uniform(0.0, bank.seconds[job]), 3), "do": do}) for _ in range(count)]
 

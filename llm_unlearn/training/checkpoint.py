@@ -38,10 +38,18 @@ class Progress:
     """How far their forget set was from the aim."""
     beyond: int = 0
     """Looks in a row that were beyond the budget."""
+    warned: bool = False
+    """Whether it was said that most of what is to be kept is gone."""
     multipliers: dict[str, float] = field(default_factory=dict)
     """Weights that a budget has found."""
     batch_tokens: int = 0
     """Of one micro-batch, where that was found by a probe."""
+    watch: dict[str, Any] = field(default_factory=dict)
+    """What is remembered to notice that a run comes to nothing good (divergence.py)."""
+    safe_step: int = 0
+    """Where no probe keeps the best weights, the step of the last ones before anything was wrong."""
+    safe: dict[str, Tensor] = field(default_factory=dict)
+    """The weights at that step."""
     memory: dict[str, list[Tensor]] = field(default_factory=dict)
     """What rules keep from step to step."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.training.before import Shelf, reference_of
 from llm_unlearn.training.checkpoint import Checkpoints, Progress, restore
 from llm_unlearn.training.clipped import Clipped
+from llm_unlearn.training.divergence import Watch
 from llm_unlearn.training.during import during
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
@@ -87,8 +87,8 @@ def train(
             if look and outcome is None:
                 look(progress.step)
     outcome = outcome or ending(training.probe, progress)
-    if outcome.status != "interrupted" and outcome.kept != progress.step and progress.good:
-        restore(model, progress.good)
+    if outcome.status != "interrupted" and outcome.kept != progress.step and (kept := progress.good or progress.safe):
+        restore(model, kept)
     checkpoints.close()
     model.eval()
     return outcome
@@ -136,6 +136,7 @@ class Training:
         self.layout = Layout(settings.batch_tokens, packed)
         self.window = Window(job, 0, accelerator, self.layout)
         self.clipped = Clipped.of(job, self.model, accelerator)
+        self.watch = Watch(job, model, self.progress, accelerator)
         self.row: dict[str, float] = {}
 
     def settle(self) -> None:
@@ -186,7 +187,7 @@ class Training:
         self.row |= {f"{name}_weight": weight for name, weight in self.multipliers(moving).items()}
         self.row["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.weights, settings.clip or float("inf")))
         self.row["tokens"] = self.window.tokens
-        if unfit := _unfit(self.row, progress, self.multipliers(self.job.terms)):
+        if unfit := self.watch.before(self.row, weights := self.multipliers(self.job.terms)):
             return self.row, unfit
         self._move()
         progress.step += 1
@@ -198,7 +199,7 @@ class Training:
             seen = probe.look(self.model.scorer, self.model.head, self.accelerator)
             self.row |= seen
             outcome = judge(probe, seen, progress, self.net) or outcome
-        return self.row, outcome
+        return self.row, self.watch.after(self.row, weights) or outcome
 
     def _move(self) -> None:
         """The optimizer's step, what a trust region leaves of it, and budgets; or a noisy step, not to be remembered."""
@@ -275,17 +276,3 @@ def _directions(settings: Train, weights: Mapping[str, nn.Parameter]) -> dict[st
         for name, a in mine.items():
             found.setdefault(name, []).append(a.to(weights[name]))
     return found
-
-
-def _unfit(row: Mapping[str, float], progress: Progress, weights: Mapping[str, float]) -> Outcome | None:
-    """A step that must not be taken: its loss or gradient is not finite. The weights are still those before it."""
-    broken = [name for name, value in row.items() if not math.isfinite(value)]
-    if broken:
-        kept = progress.good_step if progress.good else progress.step
-        return Outcome("stopped", progress.step, kept, f"{', '.join(broken)} not finite at step {progress.step + 1}", True)
-    fading_in = any(weight == 0 for weight in weights.values()) and any(weights.values())
-    if progress.step == 0 and row["grad_norm"] == 0 and not fading_in:
-        raise Refused(
-            "objective: not one trainable weight received a gradient in the first step, so nothing would be learnt or forgotten."
-        )
-    return None
