@@ -14,6 +14,7 @@ from typing import Literal
 import psutil
 
 from llm_unlearn.folder import PROCESS, write
+from llm_unlearn.spec import Refused
 
 How = Literal["running", "interrupted", "failed"]
 
@@ -86,6 +87,17 @@ def read(folder: Path) -> AtWork | None:
         return AtWork(**json.loads((folder / PROCESS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def alone(folder: Path) -> None:
+    """Nobody else is at work in a run folder, as far as can be seen from here.
+
+    Raises:
+        Refused: another process of this machine is, such as one whose bench or sweep was killed.
+    """
+    other = read(folder)
+    if other and other.here and other.alive and other.pid != os.getpid():
+        raise Refused(f"output: process {other.pid} is at work in {folder}. Nothing was changed; wait for it, or end it first.")
 
 
 def _write(one: AtWork, folder: Path) -> None:

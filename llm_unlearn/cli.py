@@ -77,10 +77,18 @@ def carry_out(options: argparse.Namespace) -> Reply:
         if not (words := advice(error, again)):
             raise
         said = [words]
+    except RuntimeError as error:
+        if not any(phrase in str(error) for phrase in LOST):
+            raise
+        said = [f"another process of this run has ended ({str(error).splitlines()[0][:200]}); start all of them anew: {again}"]
     if int(os.environ.get("RANK", "0")):
         time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
     print("\n".join(f"error: {line}" for line in said), file=sys.stderr)
     return Reply(REFUSED, {"errors": said})
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting")
+"""What the processes' network says where one of them is gone."""
 
 
 @contextlib.contextmanager

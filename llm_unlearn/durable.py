@@ -68,6 +68,13 @@ def make_folder(path: Path) -> None:
         settle_names(one.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, for good: no power cut brings back what was to be gone."""
+    if path.is_dir():
+        shutil.rmtree(path)
+        settle_names(path.parent)
+
+
 def put(unfinished: Path, final: Path) -> None:
     """Give a file or folder its name once the disk holds all of it; what had the name before is gone."""
     settle(unfinished)

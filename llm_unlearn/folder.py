@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_unlearn import recipe
-from llm_unlearn.durable import settle, whole
+from llm_unlearn.durable import remove, settle, whole
 from llm_unlearn.spec import Refused
 
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
@@ -51,8 +51,8 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         Refused: the folder holds another run, or something that is no run at all.
     """
     folder = Path(wanted.output)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(f".{RECIPE}.") for path in folder.iterdir())):
+        return False  # nothing is there, or a run that was killed while it wrote its very first file
     if not (folder / RECIPE).is_file():
         raise Refused(
             f"output: {folder} exists and is not a run folder (it has no {RECIPE}). Nothing was changed; choose another output."
@@ -76,7 +76,7 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
 
 def tidy(folder: Path) -> None:
     """Remove what is needed only while a run is under way; a finished one that was killed as it did so has it still."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    remove(folder / CHECKPOINTS)  # with the key of a private run
     (folder / PROCESS).unlink(missing_ok=True)
 
 

@@ -47,6 +47,7 @@ class Disk:
         self.root, self.at, self.do = os.path.realpath(root), at, do
         self.operations: list[tuple[str, str]] = []
         self.quiet = False
+        self.written: set[str] = set()
         self.held: dict[int, bytes] = {}
         self.names: dict[int, dict[str, int]] = {}
         self.links: dict[int, str] = {}
@@ -103,12 +104,12 @@ class Disk:
             found: dict[str, Any] = {}
             for name, one in listing.items():
                 here = os.path.join(path, name) if path and (now or {}).get(name) == one else None
-                if one in self.names or (here and os.path.isdir(here) and not os.path.islink(here)):
+                if here and name.endswith(OWN):
+                    found[name] = Path(here).read_bytes()
+                elif one in self.names or (here and os.path.isdir(here) and not os.path.islink(here)):
                     found[name] = image(one, here)
                 elif one in self.links or (here and os.path.islink(here)):
                     found[name] = self.links.get(one) or os.readlink(str(here))
-                elif here and name.endswith(OWN):
-                    found[name] = Path(here).read_bytes()
                 else:
                     found[name] = self.held.get(one, b"")
             return found
@@ -191,6 +192,7 @@ class Disk:
                     half.write(b'{"step": 3, "lo')
 
             self.meet("append" if "a" in mode else "open", name, torn)
+            self.written.add(name)
             new = not os.path.exists(name)
             found = opened(path, mode, *more, **named)
             if new:
@@ -218,13 +220,14 @@ class Disk:
             path = os.readlink(f"/proc/self/fd/{number}")
 
             def torn() -> None:
-                if os.path.isfile(path):
+                if os.path.isfile(path) and path in self.written:
                     os.truncate(path, os.path.getsize(path) // 2)
 
             self.meet("sync", path, torn)
             synced(descriptor)
             if not self.quiet and self.within(path):
                 self.synced(number)
+                self.written.discard(path)
 
         os.fsync = sync
 
@@ -269,6 +272,7 @@ class Disk:
                 finally:
                     self.quiet = was
                 self.made(path)
+                self.written.add(path)
                 return found
 
             return replaced

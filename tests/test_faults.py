@@ -3,20 +3,25 @@ bits of an undisturbed run."""
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from fault_jobs import JOBS, Bank, Ended, difference, half_written
-from faults import forks
+from fault_jobs import JOBS, Bank, Ended, difference, facts_of_run, half_written
+from faults import ROOT, forks
 
 pytestmark = pytest.mark.slow
-KILLED = (-9,)
 ASKED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 143}
 WRITERS = ("open", "append", "sync")
 
@@ -190,8 +195,150 @@ def carry_out(bank: Bank, cases: Sequence[Case]) -> dict[str, list[str]]:
     return wrong
 
 
+SAMPLE = (  # one of each kind, on the two quickest jobs and that with most to lose
+    ("plain", "kill", (), (1, 5, 23, 40, 61, 80, 96)),
+    ("plain", "torn", WRITERS, (2, 12, 27)),
+    ("plain", "strict", (), (33, 66, 90)),
+    ("plain", "names", (), (49, 95)),
+    ("plain", "full", (), (20, 75)),
+    ("plain", "closed", (), (57,)),
+    ("plain", "SIGTERM", (), (3, 50)),
+    ("plain", "SIGINT", (), (44,)),
+    ("plain", "SIGHUP", (), (30,)),
+    ("requests", "kill", (), (11, 60)),
+)
+
+
+def test_a_sample_of_faults_is_recovered_from(bank: Bank) -> None:
+    cases = []
+    for job, do, only, places in SAMPLE:
+        every = operations(bank, job, do, 1, do, only)
+        cases += [every[min(place, len(every)) - 1] for place in places]
+    cases += at_places("plain", "memory", "memory", ["gradient"])[:1] + at_places("plain", "kill", "kill", ["move"], (3,))
+    cases += at_times(bank, "plain", "SIGTERM", 2, "SIGTERM") + at_times(bank, "plain", "SIGKILL", 2, "SIGKILL")
+    assert len(cases) >= 30
+    assert not carry_out(bank, cases)
+
+
 @pytest.mark.long
 def test_every_fault_is_recovered_from(bank: Bank) -> None:
     cases = campaign(bank)
     assert len(cases) >= 200
     assert not carry_out(bank, cases)
+
+
+# ----------------------------------------------------------------------------------------------- a disk that is really full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, to be made full and read-only; needs the right to mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a disk")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def remount(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("job", ["run", "forget", "requests"])
+def test_a_disk_that_is_really_full(bank: Bank, small_disk: Path, job: str) -> None:
+    """From no room at all to nearly enough: one line with the path, and what was finished goes on once there is room."""
+    bank.known(job)
+    used = sum(path.stat().st_size for path in (bank.folder / f"{job}-after").rglob("*") if path.is_file())
+    start = sum(path.stat().st_size for path in (bank.folder / f"{job}-before").rglob("*") if path.is_file())
+    full = 0
+    for share in (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95):
+        home = Path(shutil.copytree(bank.folder / f"{job}-before", small_disk / "case", symlinks=True))
+        filler = small_disk / "filler"
+        remount(small_disk, "size=64m")
+        free = shutil.disk_usage(small_disk).free
+        with filler.open("wb") as file:
+            file.write(b"0" * max(0, free - int(share * (used - start))))
+        ended = bank.server(bank.words(JOBS[job].words), home)
+        if ended.status:
+            full += 1
+            lines = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+            assert ended.status == 2 and len(lines) == 1 and "No space left on device" in lines[0], ended.text[-2000:]
+            assert "case" in lines[0] or "run" in lines[0] or "cache" in lines[0], lines
+        filler.unlink()
+        assert half_written(home) == []
+        if ended.status or job != "requests":
+            again = bank.server(bank.words(JOBS[job].again), home)
+            assert again.status == 0, again.text[-2000:]
+        assert difference(bank.facts[job], JOBS[job].facts(home)) == []
+        shutil.rmtree(home)
+    assert full >= 4
+
+
+@pytest.mark.long
+def test_a_disk_that_turns_read_only(bank: Bank, small_disk: Path) -> None:
+    bank.known("run")
+    home = Path(shutil.copytree(bank.folder / "run-before", small_disk / "case"))
+    assert bank.server(JOBS["run"].words, home, {"operation": 90, "do": "kill"}).status == -9
+    remount(small_disk, "ro")
+    ended = bank.server(JOBS["run"].again, home)
+    assert ended.status == 2 and "Read-only file system" in ended.text and "Traceback" not in ended.text, ended.text[-2000:]
+    remount(small_disk, "rw")
+    assert bank.server(JOBS["run"].again, home).status == 0
+    assert difference(bank.facts["run"], JOBS["run"].facts(home)) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("limit", [1000, 4000, 12000, 40000])
+def test_a_limit_of_the_size_of_files(bank: Bank, limit: int) -> None:
+    home = bank.begin("run")
+    ended = bank.server(JOBS["run"].words, home, {"limit": limit})
+    assert ended.status == 2 and "File too large" in ended.text and "ulimit" in ended.text, ended.text[-2000:]
+    assert half_written(home) == []
+    assert bank.server(JOBS["run"].again, home).status == 0
+    assert difference(bank.facts["run"], JOBS["run"].facts(home)) == []
+
+
+# ------------------------------------------------------------------------------------------------------- several processes
+
+
+def launched(home: Path, *words: str) -> psutil.Popen:
+    launch = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / "cpu.yaml"), "-m", "llm_unlearn"]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    env |= {"LLM_UNLEARN_CACHE": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+    said = (home / "said.txt").open("wb")
+    return psutil.Popen([*launch, *words], cwd=home, env=env, stdout=said, stderr=said)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("rank", "sent"), [(0, "SIGKILL"), (1, "SIGKILL"), (1, "SIGTERM")])
+def test_a_process_of_two_that_dies_takes_no_work_along(bank: Bank, made_once: Any, rank: int, sent: str) -> None:
+    """The other ends, too, within a bounded time, and resumed they come to the bits of two that nobody disturbed."""
+    words = ["run", "plain.yaml", "train.steps=60", "train.checkpoint_every=3"]
+    bank.known("plain")
+    straight = bank.folder / "two"
+    if not straight.exists():
+        shutil.copytree(bank.folder / "plain-before", straight)
+        assert launched(straight, *words).wait(300) == 0, (straight / "said.txt").read_text()
+    home, begun = bank.begin("plain"), time.monotonic()
+    running = launched(home, *words)
+    log = home / "run" / "log.jsonl"
+    while not (log.is_file() and log.read_bytes().count(b"\n") > 7) and running.poll() is None and time.monotonic() - begun < 200:
+        time.sleep(0.01)
+    (victim,) = (one for one in running.children(recursive=True) if one.environ().get("RANK") == str(rank) and not one.children())
+    victim.send_signal(getattr(signal, sent))
+    sent_at = time.monotonic()
+    assert running.wait(100) != 0 and time.monotonic() - sent_at < 60
+    said = (home / "said.txt").read_text(errors="replace")
+    assert (
+        ("another process of this run has ended" in said)
+        or "--resume goes on" in said
+        or f"rank: {rank}" in said.replace("      ", " ")
+    ), said
+    assert not (home / "run" / "hashes.json").exists(), "it was disturbed in the middle"
+    again = launched(home, *words, "--resume")
+    assert again.wait(300) == 0, (home / "said.txt").read_text()
+    assert facts_of_run(home)["weights"] == facts_of_run(straight)["weights"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from accelerate import Accelerator
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
 from llm_unlearn.at_work import at_work
+from llm_unlearn.durable import remove
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.exact.foreseen import said
@@ -222,7 +222,7 @@ def _carry_out(session: Session, suite: Suite | None, began: float, retrained: s
             publish(results, suite, seen, folder)
             tell_numbers(accelerator, results["numbers"])
     if session.main:
-        shutil.rmtree(folder / BEFORE, ignore_errors=True)  # while it is there the run is not finished, whatever else is
+        remove(folder / BEFORE)  # while it is there the run is not finished, whatever else is
         if not suite:
             run_folder.seal(folder)
     accelerator.wait_for_everyone()

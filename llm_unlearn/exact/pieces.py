@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.data.schedule import Schedule, by_key
-from llm_unlearn.durable import whole
+from llm_unlearn.durable import remove, whole
 from llm_unlearn.exact.manifest import PIECES, WEIGHTS, WORK, Manifest, Piece, State, adapter_files, save
 from llm_unlearn.exact.rows import STREAM, Known, digest
 from llm_unlearn.methods.exact import Exact, Line, Stage
@@ -233,8 +233,8 @@ def sweep(folder: Path, manifest: Manifest) -> None:
     keys = manifest.by_key
     for path in (folder / PIECES).iterdir() if (folder / PIECES).is_dir() else ():
         if path.name not in keys:
-            shutil.rmtree(path)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+            remove(path)
+    remove(folder / WORK)
 
 
 def _cost(piece: Piece) -> dict[str, Any]:

@@ -3,14 +3,13 @@ another class with `serve`, such as that of a store (`stores.py`); ledger, thres
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from llm_unlearn import folder
-from llm_unlearn.durable import whole
+from llm_unlearn.durable import remove, whole
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.verdict import Number
 from llm_unlearn.requests.certificate import files_of
@@ -81,7 +80,6 @@ class ByRecipe:
         wanted = recipe_of(self.office, work.model, forget, gone, work.before, work.output)
         suite = suite_of(self.office, {**work.earlier, **work.requests}, (*forget, *gone))
         scratch = own_cache(work.output, self.cache)
-        _clear_unbegun(work.output)
         if not folder.check(wanted, resume=True, overwrite=False):
             from llm_unlearn.run import run
 
@@ -91,7 +89,7 @@ class ByRecipe:
         from llm_unlearn.results import without_texts
 
         without_texts(work.output)
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(scratch)  # before the ledger says that the request is fulfilled: it holds texts of the rows
         folder.tidy(work.output)
         results = folder.results_in(work.output)
         facts = results["run"]
@@ -150,12 +148,6 @@ def release(model: Model, output: Path, cache: Path) -> None:
 def part(place: str, name: str, at: Path) -> dict[str, Any]:
     """Weights as a certificate names them."""
     return {"place": place, "name": name, "files": files_of(at)}
-
-
-def _clear_unbegun(output: Path) -> None:
-    """Remove what a run leaves that was killed while it wrote the very first file."""
-    if output.is_dir() and all(path.name.startswith(".") for path in output.iterdir()):
-        shutil.rmtree(output)
 
 
 def own_cache(output: Path, cache: Path) -> Path:
