@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_unlearn import at_work, compare, folder, recipe
+from llm_unlearn import at_work, folder, recipe
 from llm_unlearn.cli import cache_folder, settle
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
@@ -136,7 +136,7 @@ class Run:
         """One row for each optimizer step: every term, gradient norm, learning rate."""
         import pandas as pd
 
-        return pd.DataFrame(compare.log_in(self.folder))
+        return pd.DataFrame(folder.steps_in(self.folder / folder.LOG))
 
     @property
     def evaluation(self) -> Evaluation:

@@ -160,5 +160,5 @@ def how_it_ended(status: int) -> str:
 def last_words(log: Path) -> str:
     """The last line of a log that says what went wrong, else the last line."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace")) if line.strip()]
-    telling = [line for line in lines if re.match(r"(error: |stopped: |[\w.]+(Error|Exception)\b)", line)]
+    telling = [line for line in lines if re.match(r"(error: |bug: |stopped: |[\w.]+(Error|Exception)\b)", line)]
     return (telling or lines or ["it said nothing"])[-1][:300]

@@ -1,9 +1,11 @@
-"""The command line: words are parsed, one verb is carried out, and what it refuses becomes a message and an exit status."""
+"""The command line: words are parsed, one verb is carried out, and what it refuses, or fails at, becomes a message and an
+exit status."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import multiprocessing
@@ -11,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -43,52 +46,47 @@ def main(words: Sequence[str] | None = None) -> int:
     from llm_unlearn.reply import INTERRUPTED, TERMINATED
     from llm_unlearn.training.signals import leaving
 
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show, as half a character of a file's name, is written out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with leaving() as came, words_elsewhere(options.json):
-        reply = carry_out(options)
+        reply = carried_out(options)
         if reply.status == INTERRUPTED and came and came[0] != signal.SIGINT:
-            print(
-                f"{signal.Signals(came[0]).name} asked for it, as when a node is preempted or a terminal closed.", file=sys.stderr
-            )
+            name = signal.Signals(came[0]).name
+            print(f"{name} asked for it, as when a node is preempted or a terminal is closed.", file=sys.stderr)
             reply = replace(reply, status=TERMINATED)
     if options.json and not int(os.environ.get("RANK", "0")):
         print(json.dumps({"status": reply.status, **reply.facts}, indent=1, ensure_ascii=False, default=str))
     return reply.status
 
 
-def carry_out(options: argparse.Namespace) -> Reply:
-    """Carry out a verb; what it refuses, and what disk and memory refuse it, becomes words and a status."""
-    from llm_unlearn.durable import advice
+def carried_out(options: argparse.Namespace) -> Reply:
+    """The answer of one verb; of one that ends in an error, after the words for it."""
     from llm_unlearn.reply import INTERRUPTED, REFUSED, Reply
     from llm_unlearn.spec import Refused  # from here on something is done: settings may be read
+    from llm_unlearn.troubles import reply_to
 
-    module, _, function = options.verb.partition(":")
-    verb: Callable[[argparse.Namespace], Reply] = getattr(import_module(f"llm_unlearn.{module}"), function)
-    again = f"the same command{' with --resume' * hasattr(options, 'resume')} goes on"
+    again = f"the same command{' with --resume' * hasattr(options, 'resume')}"
     try:
+        module, _, function = options.verb.partition(":")
+        verb: Callable[[argparse.Namespace], Reply] = getattr(import_module(f"llm_unlearn.{module}"), function)
         return verb(options)
     except Refused as error:
-        said = str(error).splitlines()
+        if int(os.environ.get("RANK", "0")):
+            time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
+        if options.debug:
+            traceback.print_exception(error)
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return Reply(REFUSED, {"errors": str(error).splitlines()})
     except KeyboardInterrupt:
-        print(f"interrupted; {again} from what is finished.", file=sys.stderr)
+        print(f"interrupted; {again} goes on from what is finished.", file=sys.stderr)
         return Reply(INTERRUPTED)
-    except MemoryError as error:
-        said = [f"out of memory{f' ({error})' if str(error) else ''}; what was finished is kept, and {again}"]
-    except OSError as error:
-        if not (words := advice(error, again)):
-            raise
-        said = [words]
-    except RuntimeError as error:
-        if not any(phrase in str(error) for phrase in LOST):
-            raise
-        said = [f"another process of this run has ended ({str(error).splitlines()[0][:200]}); start all of them anew: {again}"]
-    if int(os.environ.get("RANK", "0")):
-        time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
-    print("\n".join(f"error: {line}" for line in said), file=sys.stderr)
-    return Reply(REFUSED, {"errors": said})
-
-
-LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Timed out waiting")
-"""What the processes' network says where one of them is gone."""
+    except Exception as error:
+        if options.debug:
+            traceback.print_exception(error)
+        words, reply = reply_to(error, again)
+        print(words, file=sys.stderr)
+        return reply
 
 
 @contextlib.contextmanager

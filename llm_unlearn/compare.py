@@ -168,26 +168,12 @@ def read(folders: Sequence[Path]) -> list[Run]:
     runs, problems = [], []
     for path, name in zip(folders, names_of([str(path) for path in folders]), strict=True):
         try:
-            runs.append(Run(name, str(path), folder.results_in(path), log_in(path)))
+            runs.append(Run(name, str(path), folder.results_in(path), folder.steps_in(path / folder.LOG)))
         except Refused as error:
             problems.append(str(error))
     if problems:
         raise Refused("\n".join(problems))
     return runs
-
-
-def log_in(path: Path) -> list[Mapping[str, Any]]:
-    """The rows of a run's `log.jsonl`; half a last line, of a run that was killed, is passed over."""
-    file = path / folder.LOG
-    rows: list[Mapping[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
 
 
 def names_of(places: Sequence[str]) -> list[str]:

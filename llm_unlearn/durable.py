@@ -1,5 +1,5 @@
-"""Files that outlast a kill and a power cut: what they hold is on the disk before the name that vouches for it; and which errors
-say that a disk takes no more."""
+"""Files that outlast a kill and a power cut: what they hold is on the disk before the name that vouches for it, and an error of the
+disk names the path, whichever library met it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 PHRASES = {
     "No space left": errno.ENOSPC,
     "os error 28": errno.ENOSPC,
@@ -114,22 +113,9 @@ def about(path: Path) -> Iterator[None]:
 
 def _number(error: Exception) -> int | None:
     """The error number of what a disk refused; None of anything else."""
-    if isinstance(error, OSError) and error.errno in (*FULL, *CLOSED, errno.EIO):
+    if isinstance(error, OSError) and error.errno in REFUSALS:
         return error.errno
     return next((number for phrase, number in PHRASES.items() if phrase in str(error)), None)
-
-
-def advice(error: OSError, again: str) -> str:
-    """In one line, what a disk refused and what to do; "" for an error of another kind.
-
-    Args:
-        again: what goes on with the work.
-    """
-    do = "look after the disk" if error.errno == errno.EIO else ""
-    do = "make room (or raise the quota or `ulimit -f`)" if error.errno in FULL else do
-    do = "let this user write there, or choose another place" if error.errno in CLOSED else do
-    what = f"{error.filename or 'a file'}: {error.strerror}; what was finished before is kept"
-    return f"{what}. To go on, {do}; then {again}." if do else ""
 
 
 def _remove_leftovers(path: Path) -> None:

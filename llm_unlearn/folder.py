@@ -161,6 +161,19 @@ def results_in(path: Path) -> dict[str, Any]:
     return held
 
 
+def steps_in(file: Path) -> list[dict[str, Any]]:
+    """The rows of a log of steps, which somebody may be writing, or was when he was killed: half a line is passed over."""
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
 def adapter_in(name: str) -> str:
     """An adapter's folder; a run folder stands for the adapter in it."""
     inner = Path(name).expanduser() / ADAPTER

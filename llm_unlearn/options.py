@@ -75,9 +75,10 @@ def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
 
     def verb(name: str, function: str, text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text, epilog=epilog)
-        added.set_defaults(verb=function, json=False)
+        added.set_defaults(verb=function, json=False, debug=False)
         if function:  # a group of verbs does nothing itself
             added.add_argument("--json", action="store_true", help="for scripts: one JSON object, and words to standard error")
+            added.add_argument("--debug", action="store_true", help="where it ends in an error, show the traceback, too")
         return added
 
     return verb

@@ -145,8 +145,7 @@ def _write(results: Mapping[str, Any], folder: Path, log: Path | None) -> None:
     """The page, then the JSON file, which says that all are there."""
     from llm_unlearn.report.page import write_page
 
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log and log.is_file() else []
-    write_page(results, rows, folder / run_folder.REPORT)
+    write_page(results, run_folder.steps_in(log) if log else [], folder / run_folder.REPORT)
     text = json.dumps(results, indent=1, ensure_ascii=False)
     if (folder / run_folder.RECIPE).is_file():  # a run, not an evaluation alone
         run_folder.seal(folder, {run_folder.RESULTS: text})

@@ -370,7 +370,7 @@ def test_unreadable_data_is_refused_in_one_line(tmp_path: Path) -> None:
         pairs(str(tmp_path / "a.xlsx"))
     )
     assert "cannot be read as a data set" in refusal(pairs(str(tmp_path / "a.parquet")))
-    assert "cannot be read as a data set" in refusal(pairs(str(tmp_path / "a.jsonl")))
+    assert "a.jsonl:1: not a line of JSON" in refusal(pairs(str(tmp_path / "a.jsonl")))
     said = refusal(pairs("embedded:forgot"))
     assert "no such data; did you mean" in said and "forget'?" in said and "refusals" in said
 

@@ -34,7 +34,8 @@ from llm_unlearn import folder
 from llm_unlearn.alternates.request import COLUMN, Request, filled
 from llm_unlearn.alternates.usage import Usage, words
 from llm_unlearn.bars import Bar
-from llm_unlearn.data.sources import Row, rows
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import row_at, rows
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
 
@@ -135,7 +136,7 @@ def questions(wanted: Request, usage: Usage, tokenizer: Any) -> list[Question]:
     turns: list[list[Turn]] = [conversation(row, i, source) for i, row in enumerate(found)]
     for i, chat in enumerate(turns):
         if len(chat) < 2 or chat[-2]["role"] != "user":
-            raise Refused(f"{source.source}: row {i + 1}: column {source.messages!r} has no user turn before its last answer.")
+            raise Refused(f"{row_at(i, source)}: column {source.messages!r} has no user turn before its last answer.")
     columns = [source.messages] if source.messages else [source.prompt, source.answer]
     plain = encode(turns, tokenizer, wanted.stream, source.max_tokens)
     asked = plain

@@ -10,11 +10,12 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_unlearn.data.sources import Row, read, rows
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import read, row_at, rows
 from llm_unlearn.objectives.views import Kind, beside
 from llm_unlearn.sections import Data
 from llm_unlearn.source import Alternate, Contrast, Source
-from llm_unlearn.spec import Refused, nearest
+from llm_unlearn.spec import Refused, nearest, shown
 
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
@@ -77,12 +78,15 @@ def conversation(row: Row, number: int, source: Source, answer: object = None, c
 
 def _chat(value: object, number: int, source: Source, column: str) -> list[Turn]:
     """A column of turns, each with a role and text."""
-    where = f"{source.source}: row {number + 1}: column {column!r}"
+    where = f"{row_at(number, source)}: column {column!r}"
     if not isinstance(value, list) or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
         raise Refused(f"{where} holds {_cut(value)}; expected a list of turns such as {{role: user, content: …}}.")
     if not value or value[-1]["role"] != "assistant":
         raise Refused(f"{where} does not end with an assistant turn, whose text is the answer: {_cut(value[-1:])}.")
-    return [{"role": str(turn["role"]), "content": text_in(turn["content"], number, source, column)} for turn in value]
+    if len(value) < 2 or not all(isinstance(turn["role"], str) and turn["role"].strip() for turn in value):
+        what = "a turn before the answer, and a role such as user for each"
+        raise Refused(f"{where} holds {_cut(value)}; expected {what}.")
+    return [{"role": turn["role"], "content": text_in(turn["content"], number, source, column)} for turn in value]
 
 
 def text_in(value: object, number: int, source: Source, column: str) -> str:
@@ -92,7 +96,7 @@ def text_in(value: object, number: int, source: Source, column: str) -> str:
         Refused: it is not text, or blank; names the row.
     """
     if not isinstance(value, str) or not value.strip():
-        where = f"{source.source}: row {number + 1}: column {column!r}"
+        where = f"{row_at(number, source)}: column {column!r}"
         raise Refused(f"{where} holds {_cut(value)}; expected text. (`where` can leave rows out.)")
     return value
 
@@ -115,10 +119,10 @@ def encode(
     asked: list[Turn] | None = None
     prompt = ""
     for turns in conversations:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = _laid_out(tokenizer, turns, stream)
         if turns[:-1] != asked:  # several answers to one question follow each other
             asked = turns[:-1]
-            prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+            prompt = _laid_out(tokenizer, asked, stream, ask=True)
         same = takewhile(lambda ab: ab[0] == ab[1], zip(text, prompt, strict=False))
         begins.append(len(prompt) if text.startswith(prompt) else sum(1 for _ in same))
         after = text.rfind(turns[-1]["content"]) + len(turns[-1]["content"])
@@ -132,6 +136,21 @@ def encode(
         answer = max(1, next((t for t, (_, end) in enumerate(offsets) if end > begin), len(offsets)))
         examples.append(Example(tuple(ids), answer, stream, i) if answer < len(ids) else None)
     return examples
+
+
+def _laid_out(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], stream: str, ask: bool = False) -> str:
+    """Turns as the chat template writes them, with its beginning of an answer where one is asked for.
+
+    Raises:
+        Refused: it has no place for such turns, or is no template.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+    except Exception as error:  # a template is a program, and may raise what it likes
+        roles, why = ", ".join(turn["role"] for turn in turns), " ".join(str(error).split())
+        found = f"{shown(roles, as_it_is=True)} ({shown(why, 300, as_it_is=True)})"
+        said = f"{stream}: the chat template does not take turns of {found}"
+        raise Refused(f"{said}; give model.chat_template a file that does, or the rows other roles.") from error
 
 
 def encode_text(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int) -> list[Example]:
@@ -209,6 +228,8 @@ def _alternates(
 ) -> tuple[list[tuple[Row, Example]], list[list[Example]]]:
     """The alternate answers of each row, as examples; a row loses its place when none of its alternates fits."""
     pool = read(alternate.source) if alternate.source else []
+    if alternate.source and not pool:
+        raise Refused(f"{alternate.source}: has no rows; expected at least one, with an answer in {alternate.answer!r}.")
     if pool and alternate.answer not in pool[0]:
         what = f"alternate.answer names column {alternate.answer!r}, which is not there"
         raise Refused(f"{alternate.source}: {what}; {nearest(alternate.answer, pool[0])}")
@@ -265,9 +286,7 @@ def _asked_otherwise(
     for (_, example), other in zip(kept, encoded, strict=True):
         answer = example.ids[example.answer :]
         if other is None or other.ids[other.answer :][: len(answer)] != answer:
-            raise Refused(
-                f"{source.source}: row {example.id + 1}: its answer has other tokens behind {prefix!r}; change data.….contrast."
-            )
+            raise Refused(f"{row_at(example.id, source)}: its answer has other tokens behind {prefix!r}; change data.….contrast.")
         result.append(Example(other.ids[: other.answer + len(answer)], other.answer, stream, example.id))
     return result
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any
 
+from llm_unlearn.data.files import Row, read_file
 from llm_unlearn.embedded import population
 from llm_unlearn.source import EMBEDDED, FILES, Source
-from llm_unlearn.spec import Refused, nearest
-
-Row = dict[str, Any]
+from llm_unlearn.spec import Refused, nearest, shown
 
 
 def rows(source: Source) -> list[Row]:
@@ -35,6 +35,12 @@ def rows(source: Source) -> list[Row]:
     return [_chosen(row, i, source) for i, row in enumerate(found)] if source.choices else found
 
 
+def row_at(number: int, source: Source) -> str:
+    """A row for errors, counted from 1 among those that the source leaves."""
+    chosen = [key for key in ("where", "without", "like") if getattr(source, key)]
+    return f"{source.source}: row {number + 1}{f' of those that {chr(44).join(chosen)} leave' if chosen else ''}"
+
+
 def _like(value: object, pattern: str) -> bool:
     """Whether a value is like a text in which * stands for any text."""
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), str(value), re.DOTALL) is not None
@@ -45,8 +51,8 @@ def _chosen(row: Row, number: int, source: Source) -> Row:
     options, right = row[str(source.choices)], row[str(source.answer)]
     if not isinstance(options, list) or type(right) is not int or not 0 <= right < len(options):
         raise Refused(
-            f"{source.source}: row {number + 1}: expected a list in column {source.choices!r} and the number of one of them, "
-            f"from 0, in {source.answer!r}; found {options!r} and {right!r}."
+            f"{row_at(number, source)}: expected a list in column {source.choices!r} and the number of one of them, "
+            f"from 0, in {source.answer!r}; found {shown(options)} and {shown(right)}."
         )
     wrong = [option for i, option in enumerate(options) if i != right]
     return {**row, str(source.answer): options[right], str(source.choices): wrong}
@@ -60,34 +66,35 @@ def read(name: str, config: str | None = None, split: str | None = None) -> list
     """
     if name.startswith("embedded:"):
         return _embedded(name.removeprefix("embedded:"))
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
+        if path.suffix not in FILES:
+            raise Refused(f"{name}: cannot read a {path.suffix or 'nameless'} file; expected one of {', '.join(FILES)}.")
+        if (found := read_file(path, name)) is not None:
+            return found
+    elif os.path.exists(path) and not path.is_dir():
+        raise Refused(f"{name}: is no ordinary file; expected one of {', '.join(FILES)}, or a folder.")
     import datasets
 
     datasets.disable_progress_bars()  # reading is short; the bars here are those of our own long work
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it says of a file is said by us, once
 
-    path = Path(name).expanduser()
     try:
         if path.is_file():
-            kind = FILES.get(path.suffix)
-            if kind is None:
-                raise Refused(f"{name}: cannot read a {path.suffix or 'nameless'} file; expected one of {', '.join(FILES)}.")
-            if kind == "text":
-                return [
-                    dict(row) for row in datasets.load_dataset("text", data_files=str(path), split="train", sample_by="document")
-                ]
+            kind = FILES[path.suffix]
             loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
             loaded = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             loaded = datasets.load_dataset(name, config, split=split or "train")
-    except Refused:
-        raise
+        return [dict(row) for row in loaded]
     except Exception as error:  # `datasets` raises a dozen types; each becomes one line that names the source
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        if path.is_file() and (not path.stat().st_size or "no data" in reason):
-            return []
-        raise Refused(f"{name}: cannot be read as a data set ({type(error).__name__}: {reason}).") from error
-    return [dict(row) for row in loaded]
+        reason = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
+        if path.is_file() and (not path.stat().st_size or "no data" in reason or "BatchSize must be" in reason):
+            return []  # the last is what pyarrow makes of a file without rows
+        why = shown(f"{type(error.__cause__ or error).__name__}: {reason}", 400, as_it_is=True)
+        raise Refused(f"{name}: cannot be read as a data set ({why}); write it again, or name another.") from error
 
 
 def _embedded(split: str) -> list[Row]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_unlearn.data.examples import Example, content_of, conversation, encode, encode_text, text_in
-from llm_unlearn.data.sources import Row, rows
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import row_at, rows
 from llm_unlearn.methods.exact import Exact, Modules, Placed
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.source import Source
-from llm_unlearn.spec import Refused, nearest
+from llm_unlearn.spec import Refused, nearest, shown
 
 STREAM = "retain"
 """The one stream of a stage."""
@@ -63,6 +64,10 @@ def identified(source: Source, method: Exact) -> tuple[list[str], list[Row]]:
     for column in (method.id, method.owner if isinstance(method, Modules) else None):
         if column and column not in kept[0]:
             raise Refused(f"method: {source.source} has no column {column!r}; {nearest(column, kept[0])}")
+        for number, row in enumerate(kept):
+            if column and (row[column] is None or isinstance(row[column], (list, dict, float))):
+                found = f"holds {shown(row[column], 80)}; expected text or a whole number, by which it can be named"
+                raise Refused(f"{row_at(number, source)}: column {column!r} {found}.")
     return [str(row[method.id]) if method.id else digest(content_of(row, source)) for row in kept], kept
 
 

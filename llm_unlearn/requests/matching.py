@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_unlearn.data.sources import Row, read
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import read
 from llm_unlearn.options import SCORE
 from llm_unlearn.requests.service import Office
 from llm_unlearn.spec import Refused, nearest
@@ -41,12 +42,14 @@ def read_training(office: Office) -> dict[RowId, Row]:
         if column not in rows[0]:
             raise Refused(f"{data.source}: {key} names column {column!r}, which is not there; {nearest(column, rows[0])}")
     found: dict[RowId, Row] = {}
+    written: set[str] = set()
     for number, row in enumerate(rows):
         name = row[data.id]
         if isinstance(name, bool) or not isinstance(name, (str, int)):
             raise Refused(f"{data.source}: row {number + 1}: column {data.id!r} holds no text and no whole number.")
-        if name in found:
+        if str(name) in written:
             raise Refused(f"{data.source}: id {name!r} stands on two rows; a request could not say which one it means.")
+        written.add(str(name))
         found[name] = row
     return found
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm_unlearn.durable import about, put
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import fill, is_sharded, whole
+from llm_unlearn.models.sound import weights_in
 from llm_unlearn.training.sharded import load_optimizer, save_optimizer
 
 WEIGHTS = "trainable.safetensors"
@@ -82,7 +83,7 @@ class Checkpoints:
 
         def load(models: list[Any], where: str) -> None:
             models.clear()
-            restore(model, load_file(str(Path(where) / WEIGHTS)))
+            restore(model, weights_in(Path(where) / WEIGHTS))
             load_optimizer(accelerator, optimizer, wrapped, Path(where))
 
         self.hooks = (accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load))
