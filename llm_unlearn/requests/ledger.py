@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from llm_unlearn.durable import about
 from llm_unlearn.requests.records import (
     APPLICATION,
     GENESIS,
@@ -113,7 +114,7 @@ class Ledger:
     @contextmanager
     def change(self) -> Iterator[sqlite3.Connection]:
         """One transaction that writes: all of it, or nothing."""
-        with closing(self._open()) as connection:
+        with about(self.path), closing(self._open()) as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
