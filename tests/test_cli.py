@@ -64,8 +64,9 @@ class Asked:
             raise self.outcome
         return self.outcome
 
-    def evaluate(self, suite: Any, name: str, asked: dict[str, Any], **how: Any) -> None:
+    def evaluate(self, suite: Any, name: str, asked: dict[str, Any], **how: Any) -> dict[str, Any]:
         self.evaluations.append((suite, name, asked, how))
+        return {}
 
 
 @pytest.fixture
