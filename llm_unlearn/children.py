@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llm_unlearn.bars import Bar
+from llm_unlearn.folder import new_file
 from llm_unlearn.training.signals import signals
 
 
@@ -127,8 +128,7 @@ def environment_of_a_child(environment: Mapping[str, str], jobs: int) -> dict[st
 
 
 def _start(child: Child, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    child.log.parent.mkdir(parents=True, exist_ok=True)
-    with child.log.open("wb") as log:
+    with new_file(child.log) as log:
         return subprocess.Popen(
             child.command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             pass_fds=child.files,

@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_unlearn.options import parser as parser_of_words
-from llm_unlearn.streams import be_patient
+from llm_unlearn.outward import guarded
 
 if TYPE_CHECKING:
     from llm_unlearn.reply import Reply
 
 
+@guarded(os.environ)
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
         The exit status of its reply (`reply.py`).
     """
-    be_patient()
     parser = parser_of_words()
     options, more = parser.parse_known_args(words)
     if more and (any(word.startswith("-") for word in more) or not hasattr(options, "overrides")):

@@ -55,6 +55,8 @@ def check_output(output: Path | None, overwrite: bool) -> None:
     """
     if output and output.exists() and not output.is_dir():
         raise Refused(f"--output: {output} is a file; expected a folder, which is made where there is none.")
+    if output:
+        folder.no_way_out(output)
     if output and not overwrite:
         for name in (RESULTS, PAGE):
             if (output / name).exists():

@@ -145,6 +145,6 @@ def _alive(process: int) -> bool:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    elif path.exists():
+    elif path.is_symlink() or path.exists():
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

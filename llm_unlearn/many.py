@@ -38,6 +38,8 @@ class Asked:
     retrained: str | None
     output: Path | None
     overwrite: bool
+    texts: bool = True
+    """Keep questions and answers, too."""
 
 
 def evaluate(asked: Asked, cache: Path) -> Reply:
@@ -120,6 +122,8 @@ def _known(
         found = ", ".join(f"{name} ({place})" for name, place in precisions.items())
         raise Refused(f"--model: the models compute in {found}; evaluate each precision by itself, and compare the folders.")
     known: dict[str, dict[str, Any]] = {}
+    if asked.output:
+        folder.no_way_out(asked.output)
     problems = _other_comparison(asked.output, asked.overwrite)
     for name, one in zip(names, asked.candidates, strict=True):
         place = folders[name]
@@ -191,7 +195,12 @@ def _measure(asked: Asked, one: Candidate, look: Looks) -> tuple[dict[str, Any],
         looks = look(columns, one.place)
         attacks = attacked(asked.suite, looks, look.accelerator, look.cache)
     return results_of(
-        asked.suite, looks, attacks, title=one.place, named=sections.Evaluation(suite=asked.suite_name), run=_facts(one, looks)
+        asked.suite,
+        looks,
+        attacks,
+        title=one.place,
+        run=_facts(one, looks),
+        named=sections.Evaluation(suite=asked.suite_name, texts=None if asked.texts else False),
     ), looks
 
 

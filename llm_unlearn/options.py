@@ -179,6 +179,7 @@ def _alternates(verb: Verb) -> None:
         "for a model that follows instructions · FILE.txt: your own words, with {question} and {answer}",
     )
     one.add_argument("--output", type=Path, metavar="FILE.jsonl", help="the data set; without it, RECIPE_alternates.jsonl here")
+    one.add_argument("--show-text", action="store_true", help="show three questions with what was written, too")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier file")
 
 
@@ -297,4 +298,5 @@ def _takes_models(one: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder for evaluation.json, evaluation.parquet and report.html; of many, goes on where it ended",
     )
+    one.add_argument("--no-text", action="store_true", help="keep numbers only: no question and no answer in the output folder")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in the output folder")

@@ -161,7 +161,7 @@ def _become(loaded: Loaded, model: Any, combination: Combination | None, saved: 
 def evaluate(
     suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None] | Loaded], *, cache: Path,
     output: Path | None,
-    show: bool = True,
+    show: bool = True, texts: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Run a suite on models that are there.
 
@@ -169,6 +169,7 @@ def evaluate(
         asked: "before" | "after" | "model" | "retrained" -> model and adapter, or a model that is there, in the order of the table.
         output: folder for `evaluation.json`, `evaluation.parquet` and `report.html`; None keeps nothing.
         show: print the table.
+        texts: keep questions and answers, too.
 
     Returns:
         What `evaluation.json` says; on processes but the first, nothing.
@@ -179,7 +180,8 @@ def evaluate(
         if isinstance(one, Loaded) and one.model.device != accelerator.device:
             raise Refused(f"model: found on {one.model.device}; this process computes on {accelerator.device}: move it there.")
     seen = Looks(suite, accelerator, cache)(asked)
-    results = _conclude(suite, seen, accelerator, cache, output, suite_name, Evaluation(suite=suite_name), show=show)
+    kept = Evaluation(suite=suite_name, texts=None if texts else False)
+    results = _conclude(suite, seen, accelerator, cache, output, suite_name, kept, show=show)
     accelerator.wait_for_everyone()
     return results
 

@@ -18,6 +18,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from llm_unlearn.outward import without_secrets
+
 T = TypeVar("T")
 
 
@@ -41,7 +43,7 @@ class Refused(ValueError):
     line for each; what was found may be of any length and hold anything, and no terminal is to obey it."""
 
     def __init__(self, text: str) -> None:
-        super().__init__("\n".join(map(readable, text.split("\n"))))
+        super().__init__("\n".join(map(readable, without_secrets(text).split("\n"))))
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

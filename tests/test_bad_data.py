@@ -61,14 +61,14 @@ FILES: dict[str, tuple[bytes, str]] = {
     # no rows
     "null.json": (b"null", "row 1: found None; expected a row such as"),
     "number.json": (b"3", "row 1: found 3; expected a row"),
-    "text.json": (b'"x"', "row 1: found 'x'; expected a row"),
+    "text.json": (b'"x"', "row 1: found text of 1 characters; expected a row"),
     "object.json": (b"{}", "row 1: found {}; expected a row"),
     "numbers.json": (b"[1, 2]", "row 1: found 1; expected a row"),
-    "lists.json": (b'[["a", "b"]]', "row 1: found ['a', 'b']; expected a row"),
+    "lists.json": (b'[["a", "b"]]', "row 1: found a list of 2; expected a row"),
     "number.jsonl": (f"{GOOD}3\n".encode(), "number.jsonl:2: found 3; expected a row"),
     "null.jsonl": (f"{GOOD}\nnull\n".encode(), "null.jsonl:3: found None"),
-    "list.jsonl": (f"{GOOD}[1]\n".encode(), "list.jsonl:2: found [1]"),
-    "columns.json": (b'{"question": ["a", "b"], "answer": ["c", "d"]}', f"row 1: column 'question' holds ['a', 'b']; {TEXTS}"),
+    "list.jsonl": (f"{GOOD}[1]\n".encode(), "list.jsonl:2: found a list of 1"),
+    "columns.json": (b'{"question": ["a", "b"], "answer": ["c", "d"]}', f"row 1: column 'question' holds a list of 2; {TEXTS}"),
     # broken
     "cut.jsonl": ((GOOD * 3)[:-10].encode(), "cut.jsonl:3: not a line of JSON (Expecting"),
     "cut.json": (b'[{"question": "x"', "cut.json:1: not JSON (Expecting"),
@@ -119,11 +119,17 @@ FILES: dict[str, tuple[bytes, str]] = {
     "head.parquet": (WHOLE[:8], "cannot be read as a data set (ArrowInvalid: "),
     "noise.parquet": (b"PAR1" + bytes(100) + b"PAR1", "cannot be read as a data set ("),
     "text.parquet": (GOOD.encode(), "cannot be read as a data set (ArrowInvalid: "),
-    "bytes.parquet": (parquet(question=[b"\xff\xfe"], answer=[b"x"]), f"row 1: column 'question' holds b'\\xff\\xfe'; {TEXTS}"),
+    "bytes.parquet": (
+        parquet(question=[b"\xff\xfe"], answer=[b"x"]),
+        f"row 1: column 'question' holds a value of type bytes; {TEXTS}",
+    ),
     "nan.parquet": (parquet(question=["a"], answer=[float("nan")]), f"row 1: column 'answer' holds nan; {TEXTS}"),
     "nulls.parquet": (parquet(question=["a"], answer=pa.array([None], pa.null())), f"row 1: column 'answer' holds None; {TEXTS}"),
-    "time.parquet": (parquet(question=["a"], answer=pa.array([1], pa.timestamp("s"))), "row 1: column 'answer' holds datetime"),
-    "lists.parquet": (parquet(question=["a"], answer=[["x"]]), f"row 1: column 'answer' holds ['x']; {TEXTS}"),
+    "time.parquet": (
+        parquet(question=["a"], answer=pa.array([1], pa.timestamp("s"))),
+        "row 1: column 'answer' holds a value",
+    ),
+    "lists.parquet": (parquet(question=["a"], answer=[["x"]]), f"row 1: column 'answer' holds a list of 1; {TEXTS}"),
     "other.parquet": (parquet(x=[1]), "prompt names column 'question', which is not there; Valid: x"),
     # rows
     "no_column.jsonl": (b'{"q": "x", "answer": "y"}\n', "prompt names column 'question', which is not there; Valid: q, answer"),
@@ -138,10 +144,10 @@ FILES: dict[str, tuple[bytes, str]] = {
     "nan.jsonl": (row("NaN"), f"row 2: column 'answer' holds nan; {TEXTS}"),
     "infinity.jsonl": (row("-Infinity"), f"row 2: column 'answer' holds -inf; {TEXTS}"),
     "true.jsonl": (row("true"), f"row 2: column 'answer' holds True; {TEXTS}"),
-    "texts.jsonl": (row('["a"]'), f"row 2: column 'answer' holds ['a']; {TEXTS}"),
-    "mapping.jsonl": (row('{"text": "a"}'), f"row 2: column 'answer' holds {{'text': 'a'}}; {TEXTS}"),
-    "question.jsonl": (row('"a"', '["x"]'), f"row 2: column 'question' holds ['x']; {TEXTS}"),
-    "megabytes.jsonl": (row(json.dumps(["word " * 2_000_000])), "row 2: column 'answer' holds ['word word"),
+    "texts.jsonl": (row('["a"]'), f"row 2: column 'answer' holds a list of 1; {TEXTS}"),
+    "mapping.jsonl": (row('{"text": "a"}'), f"row 2: column 'answer' holds an object of 1 keys; {TEXTS}"),
+    "question.jsonl": (row('"a"', '["x"]'), f"row 2: column 'question' holds a list of 1; {TEXTS}"),
+    "megabytes.jsonl": (row(json.dumps(["word " * 2_000_000])), "row 2: column 'answer' holds a list of 1; expected"),
     # other kinds
     "a.pkl": (b"x", "cannot read a .pkl file; expected one of .json, .jsonl, .csv, .parquet, .txt"),
     "a.xlsx": (b"PK", "cannot read a .xlsx file"),
@@ -240,7 +246,12 @@ def test_the_row_is_counted_among_those_that_are_chosen(tmp_path: Path, tokenize
 
 
 SETS: dict[str, tuple[dict[str, Any], dict[str, str], set[str], str]] = {
-    "wrong answers as text": ({"other": "x"}, {"perturbed": "other"}, {"perturbed"}, "holds 'x'; expected a list of wrong answers"),
+    "wrong answers as text": (
+        {"other": "x"},
+        {"perturbed": "other"},
+        {"perturbed"},
+        "holds text of 1 char",
+    ),
     "no wrong answers": ({"other": []}, {"perturbed": "other"}, {"perturbed"}, "holds []; expected a list of wrong answers"),
     "wrong answers null": ({"other": None}, {"perturbed": "other"}, {"perturbed"}, "holds None; expected a list of wrong answers"),
     "a wrong answer null": ({"other": ["a", None]}, {"perturbed": "other"}, {"perturbed"}, "holds None; expected text"),
@@ -251,7 +262,7 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, str], set[str], str]] = {
         "expected a list of wrong answers",
     ),
     "paraphrase a number": ({"other": 3}, {"paraphrase": "other"}, {"paraphrase"}, "holds 3; expected text"),
-    "keyword a mapping": ({"other": {"a": 1}}, {"keyword": "other"}, {"keyword"}, "holds {'a': 1}; expected text"),
+    "keyword a mapping": ({"other": {"a": 1}}, {"keyword": "other"}, {"keyword"}, "holds an object of 1 keys; expected text"),
     "keywords of blanks": ({"other": ["a", " "]}, {"keyword": "other"}, {"keyword"}, "holds ' '; expected text"),
     "choices as text": ({"answer": 0, "other": "ab"}, {"choices": "other"}, {"perturbed"}, "expected a list in column 'other'"),
     "choices too few": ({"answer": 2, "other": ["a", "b"]}, {"choices": "other"}, {"perturbed"}, "number of one of them"),

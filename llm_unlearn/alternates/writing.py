@@ -238,24 +238,26 @@ def bare(text: str) -> str:
 
 
 def summary(wanted: Request, asked: Sequence[Question], checked: bool) -> list[str]:
-    """What was written, three of its rows, what is lacking, and how a recipe reads it."""
+    """What was written, three of its rows where they may be shown, what is lacking, and how a recipe reads it."""
     done = [one for one in asked if one.found]
     few = [one for one in done if len(one.found) < wanted.k]
     none = [one for one in asked if not one.found]
     count = sum(len(one.found) for one in done)
     lines = [f"{wanted.output}: {_count(len(done))}, {count} alternate answers"]
-    for one in [done[i] for i in sorted({0, len(done) // 2, len(done) - 1})]:
+    for one in [done[i] for i in sorted({0, len(done) // 2, len(done) - 1})] if wanted.show_text else ():
         lines += ["", f"  question   {one.question}", f"  truth      {one.truth}"]
         lines += [f"  alternate  {text}" for text in one.found]
     lines.append("")
     if not checked:
         lines.append(
-            "these are in the model's own words, and only held against the truth: read some of them before you train on them"
+            "these are in the model's own words, and only held against the truth: read some of them before you train on them "
+            "(--show-text shows three)"
         )
     if few:
-        lines.append(f"fewer than {wanted.k} answers: {_count(len(few))}; the first, with {len(few[0].found)}: {few[0].question!r}")
+        first = f"the first, with {len(few[0].found)}, is row {asked.index(few[0]) + 1}"
+        lines.append(f"fewer than {wanted.k} answers: {_count(len(few))}; {first}")
     if none:
-        lines.append(f"no answer, and left out of the file: {_count(len(none))}; the first: {none[0].question!r}")
+        lines.append(f"no answer, and left out of the file: {_count(len(none))}; the first is row {asked.index(none[0]) + 1}")
     return [*lines, "in a recipe, the first line below data and the second below objective:", *recipe_lines(wanted)]
 
 

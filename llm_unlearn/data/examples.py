@@ -15,7 +15,8 @@ from llm_unlearn.data.sources import read, row_at, rows
 from llm_unlearn.objectives.views import Kind, beside
 from llm_unlearn.sections import Data
 from llm_unlearn.source import Alternate, Contrast, Source
-from llm_unlearn.spec import Refused, nearest, shown
+from llm_unlearn.spec import Refused, shown
+from llm_unlearn.unsaid import column_name, near_column, unsaid, without_quotes
 
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
@@ -80,12 +81,12 @@ def _chat(value: object, number: int, source: Source, column: str) -> list[Turn]
     """A column of turns, each with a role and text."""
     where = f"{row_at(number, source)}: column {column!r}"
     if not isinstance(value, list) or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
-        raise Refused(f"{where} holds {_cut(value)}; expected a list of turns such as {{role: user, content: …}}.")
+        raise Refused(f"{where} holds {unsaid(value)}; expected a list of turns such as {{role: user, content: …}}.")
     if not value or value[-1]["role"] != "assistant":
-        raise Refused(f"{where} does not end with an assistant turn, whose text is the answer: {_cut(value[-1:])}.")
+        raise Refused(f"{where} does not end with an assistant turn, whose text is the answer.")
     if len(value) < 2 or not all(isinstance(turn["role"], str) and turn["role"].strip() for turn in value):
         what = "a turn before the answer, and a role such as user for each"
-        raise Refused(f"{where} holds {_cut(value)}; expected {what}.")
+        raise Refused(f"{where} holds {unsaid(value)}; expected {what}.")
     return [{"role": turn["role"], "content": text_in(turn["content"], number, source, column)} for turn in value]
 
 
@@ -97,13 +98,8 @@ def text_in(value: object, number: int, source: Source, column: str) -> str:
     """
     if not isinstance(value, str) or not value.strip():
         where = f"{row_at(number, source)}: column {column!r}"
-        raise Refused(f"{where} holds {_cut(value)}; expected text. (`where` can leave rows out.)")
+        raise Refused(f"{where} holds {unsaid(value)}; expected text. (`where` can leave rows out.)")
     return value
-
-
-def _cut(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def encode(
@@ -147,10 +143,19 @@ def _laid_out(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], stream: str
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
     except Exception as error:  # a template is a program, and may raise what it likes
-        roles, why = ", ".join(turn["role"] for turn in turns), " ".join(str(error).split())
+        roles = ", ".join(column_name(turn["role"]) for turn in turns)
+        why = without_quotes(" ".join(str(error).split()))
+        if _repeats(why, turns):
+            why = type(error).__name__
         found = f"{shown(roles, as_it_is=True)} ({shown(why, 300, as_it_is=True)})"
         said = f"{stream}: the chat template does not take turns of {found}"
         raise Refused(f"{said}; give model.chat_template a file that does, or the rows other roles.") from error
+
+
+def _repeats(said: str, turns: list[Turn]) -> bool:
+    """Whether an error repeats words of a row."""
+    texts = [" ".join(turn["content"].split()) for turn in turns]
+    return any(text[i : i + 12] in said for text in texts for i in range(max(1, len(text) - 11)))
 
 
 def encode_text(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int) -> list[Example]:
@@ -182,7 +187,7 @@ def read_examples(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
         shared = [i for i, row in enumerate(found["retain"]) if content_of(row, data.retain) in forget]
         overlap = len(shared)
         if overlap and data.overlap == "error":
-            first = f"row {shared[0] + 1} of {data.retain.source}, {_short(found['retain'][shared[0]], data.retain)!r}"
+            first = row_at(shared[0], data.retain)
             raise Refused(
                 f"data: {overlap} of {len(found['retain'])} retain rows also stand in the forget set (first: {first}). "
                 "Take them out, or say data.overlap: drop."
@@ -232,7 +237,7 @@ def _alternates(
         raise Refused(f"{alternate.source}: has no rows; expected at least one, with an answer in {alternate.answer!r}.")
     if pool and alternate.answer not in pool[0]:
         what = f"alternate.answer names column {alternate.answer!r}, which is not there"
-        raise Refused(f"{alternate.source}: {what}; {nearest(alternate.answer, pool[0])}")
+        raise Refused(f"{alternate.source}: {what}; {near_column(alternate.answer, pool[0])}")
     result: list[tuple[Row, Example]] = []
     alternates: list[list[Example]] = []
     for row, example in kept:
@@ -286,7 +291,8 @@ def _asked_otherwise(
     for (_, example), other in zip(kept, encoded, strict=True):
         answer = example.ids[example.answer :]
         if other is None or other.ids[other.answer :][: len(answer)] != answer:
-            raise Refused(f"{row_at(example.id, source)}: its answer has other tokens behind {prefix!r}; change data.….contrast.")
+            said = "its answer has other tokens behind the prefix of data.….contrast"
+            raise Refused(f"{row_at(example.id, source)}: {said}; change that.")
         result.append(Example(other.ids[: other.answer + len(answer)], other.answer, stream, example.id))
     return result
 
@@ -301,8 +307,3 @@ def content_of(row: Row, source: Source) -> str:
     """What makes two rows the same: the text that would be learnt, white space folded."""
     columns = [source.messages] if source.messages else [source.text] if source.text else [source.prompt, source.answer]
     return json.dumps([" ".join(str(row[column]).split()) for column in columns if column])
-
-
-def _short(row: Row, source: Source) -> str:
-    text = str(row[source.prompt or source.messages or source.text or ""])
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.spec import Refused, shown
+from llm_unlearn.unsaid import column_name, unsaid
 
 Row = dict[str, Any]
 
@@ -99,9 +100,8 @@ def _lines(text: str, name: str) -> Iterator[Row]:
         try:
             row = _parsed(line)
         except (ValueError, RecursionError) as error:
-            raise Refused(
-                f"{name}:{number}: not a line of JSON ({shown(_why(error), as_it_is=True)}): {shown(line, 80)}."
-            ) from None
+            why = shown(_why(error), as_it_is=True)
+            raise Refused(f"{name}:{number}: not a line of JSON ({why}); found {unsaid(line)}.") from None
         yield _object(row, f"{name}:{number}")
 
 
@@ -125,13 +125,13 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1), 80)} is written twice")
+        raise ValueError(f"{column_name(next(name for name in names if names.count(name) > 1))} is written twice")
     return found
 
 
 def _object(row: object, place: str) -> Row:
     if not isinstance(row, dict) or not row:
-        raise Refused(f'{place}: found {shown(row, 80)}; expected a row such as {{"question": …, "answer": …}}.')
+        raise Refused(f'{place}: found {unsaid(row)}; expected a row such as {{"question": …, "answer": …}}.')
     return row
 
 
@@ -161,7 +161,7 @@ def _csv(text: str, name: str) -> list[Row]:
 def _header(names: list[str], place: str) -> list[str]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise Refused(f"{place}: the header names column {shown(twice, 80)} twice; give each a name of its own.")
+        raise Refused(f"{place}: the header names column {column_name(twice)} twice; give each a name of its own.")
     return names
 
 

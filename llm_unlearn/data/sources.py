@@ -12,6 +12,7 @@ from llm_unlearn.data.files import Row, read_file
 from llm_unlearn.embedded import population
 from llm_unlearn.source import EMBEDDED, FILES, Source
 from llm_unlearn.spec import Refused, nearest, shown
+from llm_unlearn.unsaid import near_column, unsaid, without_quotes
 
 
 def rows(source: Source) -> list[Row]:
@@ -29,7 +30,7 @@ def rows(source: Source) -> list[Row]:
         found = [row for row in found if _like(row[column], pattern)]
     if not found:
         said = {"where": source.where, "without": source.without, "like": source.like}
-        named = ", ".join(f"{key} = {str(dict(chosen))[:200]}" for key, chosen in said.items() if chosen)
+        named = " and ".join(f"{key} on {', '.join(chosen)}" for key, chosen in said.items() if chosen)
         raise Refused(f"{source.source}: no rows are left after {named}; expected at least one.")
     found = found[: source.limit]
     return [_chosen(row, i, source) for i, row in enumerate(found)] if source.choices else found
@@ -52,7 +53,7 @@ def _chosen(row: Row, number: int, source: Source) -> Row:
     if not isinstance(options, list) or type(right) is not int or not 0 <= right < len(options):
         raise Refused(
             f"{row_at(number, source)}: expected a list in column {source.choices!r} and the number of one of them, "
-            f"from 0, in {source.answer!r}; found {shown(options)} and {shown(right)}."
+            f"from 0, in {source.answer!r}; found {unsaid(options)} and {unsaid(right)}."
         )
     wrong = [option for i, option in enumerate(options) if i != right]
     return {**row, str(source.answer): options[right], str(source.choices): wrong}
@@ -93,7 +94,7 @@ def read(name: str, config: str | None = None, split: str | None = None) -> list
         reason = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
         if path.is_file() and (not path.stat().st_size or "no data" in reason or "BatchSize must be" in reason):
             return []  # the last is what pyarrow makes of a file without rows
-        why = shown(f"{type(error.__cause__ or error).__name__}: {reason}", 400, as_it_is=True)
+        why = shown(f"{type(error.__cause__ or error).__name__}: {without_quotes(reason)}", 400, as_it_is=True)
         raise Refused(f"{name}: cannot be read as a data set ({why}); write it again, or name another.") from error
 
 
@@ -117,7 +118,7 @@ def _columns(found: list[Row], source: Source) -> list[Row]:
              "keyword": source.keyword, "choices": source.choices}  # fmt: skip
     for key, column in [*named.items(), *_of_filters(source)]:
         if column is not None and column not in found[0]:
-            raise Refused(f"{source.source}: {key} names column {column!r}, which is not there; {nearest(column, found[0])}")
+            raise Refused(f"{source.source}: {key} names column {column!r}, which is not there; {near_column(column, found[0])}")
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llm_unlearn.durable import whole
+from llm_unlearn.folder import new_file
 
 Part = Mapping[str, Any]
 """What one pass found of one set: arrays, and lists of text."""
@@ -19,7 +20,7 @@ def write_part(part: Part, path: Path) -> None:
     """Keep a part; the file appears whole or not at all."""
     arrays = {name: value for name, value in part.items() if isinstance(value, np.ndarray)}
     texts = {name: value for name, value in part.items() if name not in arrays}
-    with whole(path) as unfinished, unfinished.open("wb") as file:
+    with whole(path) as unfinished, new_file(unfinished) as file:
         np.savez_compressed(file, json=np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]  # of the stubs
 
 

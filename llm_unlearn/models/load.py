@@ -23,7 +23,7 @@ from llm_unlearn.data.examples import PLAIN_TEMPLATE
 from llm_unlearn.folder import adapter_in
 from llm_unlearn.hub.fetching import MODEL_FILES, SMALL_FILES, named
 from llm_unlearn.lines import text_of
-from llm_unlearn.models import combined, kernels, sound
+from llm_unlearn.models import combined, kernels, sound, strangers
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import missing
@@ -87,9 +87,9 @@ def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a chat template in every case: the recipe's, its own, or the plain layout."""
     folder = folder_of(model.base, model.revision, SMALL_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # unsaid, it asks on the terminal
     except Exception as error:  # of a broken file, nearly anything
-        raise Refused(f"{model.base}: no tokenizer can be read there ({reason(error)}).") from error
+        raise Refused(f"{model.base}: no tokenizer can be read there ({strangers.why(error)}).") from error
     if not tokenizer.is_fast:
         raise Refused(f"{model.base}: its tokenizer has no fast version (tokenizer.json), which tells where an answer begins.")
     if model.chat_template:
@@ -106,7 +106,8 @@ def read_config(model: Model) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of a broken file, nearly anything
-        raise Refused(f"{model.base}: no model can be read there ({reason(error)}).") from error
+        raise Refused(f"{model.base}: no model can be read there ({strangers.why(error)}).") from error
+    strangers.check_kernels(config, model.base)
     for name, value in vars(config).items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -132,6 +133,7 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     if model.kernels and train:
         kernels.known(device)  # said before anything is read
     folder = folder_of(model.base, model.revision)
+    strangers.check_weights(folder, model.base, "*.safetensors")
     dtype = dtype_of(model, device)
     weights = torch.float32 if train and not model.adapter else dtype
     config, quantization = read_config(model), _quantization(model, dtype)
@@ -144,7 +146,7 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a broken file, nearly anything
-        raise Refused(f"{model.base}: cannot be loaded ({reason(error)}).") from error
+        raise Refused(f"{model.base}: cannot be loaded ({strangers.why(error)}).") from error
     sound.check_model(net, report, model.base)
     if model.quantize in ("nf4", "fp4") and device.type == "cpu":
         _prepare_4bit_on_cpu(net)
@@ -178,6 +180,7 @@ def put_on(net: Any, folder: Path) -> Any:
     wanted = combined.read(folder) if combined.is_combined(folder) else None
     places = {name: folder / name for name in wanted.adapters} if wanted else {"default": folder}
     for place in places.values():
+        strangers.check_adapter(place, str(place))
         sound.check_adapter_files(place)
     try:
         with warnings.catch_warnings():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.durable import whole
+from llm_unlearn.folder import new_file
 
 
 def write_columns(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -14,8 +15,8 @@ def write_columns(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    with whole(path) as unfinished:
-        parquet.write_table(pyarrow.Table.from_pylist([dict(record) for record in records]), unfinished)
+    with whole(path) as unfinished, new_file(unfinished) as file:
+        parquet.write_table(pyarrow.Table.from_pylist([dict(record) for record in records]), file)
 
 
 def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_unlearn.durable import about, settle, whole
+from llm_unlearn.folder import new_file, no_link
 
 
 class Log:
@@ -19,12 +20,12 @@ class Log:
         if active:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step and path.exists() else []
-            with whole(path) as unfinished:
-                unfinished.write_text("".join(line + "\n" for line in kept))
+            with whole(path) as unfinished, new_file(unfinished) as file:
+                file.write("".join(line + "\n" for line in kept).encode())
 
     def write(self, row: Mapping[str, float]) -> None:
         if self.active:
-            with about(self.path), self.path.open("a") as file:
+            with about(self.path), open(self.path, "a", encoding="utf-8", opener=no_link) as file:
                 file.write(json.dumps({key: value if np.isfinite(value) else str(value) for key, value in row.items()}) + "\n")
 
     def settle(self) -> None:
