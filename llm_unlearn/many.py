@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_unlearn import compare, folder, sections
 from llm_unlearn.candidates import Candidate
+from llm_unlearn.durable import make_folder
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.reply import DONE, UNFIT, Reply
 from llm_unlearn.spec import Refused, fingerprint
@@ -245,7 +246,7 @@ def _keep(results: dict[str, Any], suite: Suite, looks: Mapping[str, Seen], one:
 
     print(f"  {headline(results)}", flush=True)
     if place:
-        place.mkdir(parents=True, exist_ok=True)
+        make_folder(place)
         log = one.run / folder.LOG
         if log.is_file():
             shutil.copyfile(log, place / folder.LOG)

@@ -48,6 +48,7 @@ class Disk:
         self.operations: list[tuple[str, str]] = []
         self.quiet = False
         self.written: set[str] = set()
+        self.sizes: dict[str, int] = {}
         self.held: dict[int, bytes] = {}
         self.names: dict[int, dict[str, int]] = {}
         self.links: dict[int, str] = {}
@@ -193,6 +194,8 @@ class Disk:
 
             self.meet("append" if "a" in mode else "open", name, torn)
             self.written.add(name)
+            if "a" not in mode:
+                self.sizes.pop(name, None)
             new = not os.path.exists(name)
             found = opened(path, mode, *more, **named)
             if new:
@@ -221,13 +224,15 @@ class Disk:
 
             def torn() -> None:
                 if os.path.isfile(path) and path in self.written:
-                    os.truncate(path, os.path.getsize(path) // 2)
+                    kept = self.sizes.get(path, 0)
+                    os.truncate(path, kept + (os.path.getsize(path) - kept) // 2)
 
             self.meet("sync", path, torn)
             synced(descriptor)
             if not self.quiet and self.within(path):
                 self.synced(number)
                 self.written.discard(path)
+                self.sizes[path] = os.path.getsize(path)
 
         os.fsync = sync
 

@@ -136,7 +136,10 @@ def wrong_with(bank: Bank, case: Case) -> list[str]:
         if again.status != 0:
             wrong.append(f"--resume ended with {again.status}: {again.text[-1500:]}")
     if not wrong:
-        wrong += [f"--resume: {line}" for line in difference(bank.facts[case.job], job.facts(home))]
+        try:
+            wrong += [f"--resume: {line}" for line in difference(bank.facts[case.job], job.facts(home))]
+        except Exception as error:
+            wrong.append(f"--resume: what it left cannot be read: {error!r}")
     if not wrong:
         shutil.rmtree(home)
     return wrong

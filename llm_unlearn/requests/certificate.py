@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_unlearn.durable import settle, settle_names
+from llm_unlearn.durable import make_folder, settle, settle_names
 from llm_unlearn.requests.records import canonical
 from llm_unlearn.spec import Refused
 
@@ -45,7 +45,7 @@ def signing_key(folder: Path) -> Ed25519PrivateKey:
         raise Refused("certificates need cryptography; install it with: pip install 'llm-unlearn[requests]'.") from None
     path = folder / KEY
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         made = Ed25519PrivateKey.from_private_bytes(secrets.token_bytes(32)).private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )

@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn.durable import about
+from llm_unlearn.durable import about, make_folder
 from llm_unlearn.requests.records import (
     APPLICATION,
     GENESIS,
@@ -51,7 +51,7 @@ class Ledger:
         """
         self.path, self.who = path, who
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         except OSError as error:
             raise Refused(f"{path}: the ledger cannot be opened ({error.strerror}).") from None

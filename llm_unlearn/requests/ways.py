@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llm_unlearn import folder
-from llm_unlearn.durable import remove, whole
+from llm_unlearn.durable import make_folder, remove, whole
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.verdict import Number
 from llm_unlearn.requests.certificate import files_of
@@ -153,7 +153,7 @@ def part(place: str, name: str, at: Path) -> dict[str, Any]:
 def own_cache(output: Path, cache: Path) -> Path:
     """A cache for this run alone, as tables hold the texts of the rows; the embedded models are shared."""
     scratch = output.with_name(f"{output.name}.scratch")
-    scratch.mkdir(parents=True, exist_ok=True)
+    make_folder(scratch)  # with those above it: a ledger must not say more of a run than the disk
     (cache / "embedded").mkdir(parents=True, exist_ok=True)
     if not (scratch / "embedded").is_symlink():
         (scratch / "embedded").symlink_to((cache / "embedded").resolve(), target_is_directory=True)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_unlearn.durable import about, put
+from llm_unlearn.durable import about, make_folder, put
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import fill, is_sharded, whole
 from llm_unlearn.models.sound import weights_in
@@ -107,6 +107,7 @@ class Checkpoints:
         unfinished = name.with_suffix(".unfinished")
         if self.accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
+            make_folder(self.folder)
         self.accelerator.wait_for_everyone()
         try:
             with about(name):

@@ -18,7 +18,6 @@ class Log:
     def __init__(self, path: Path, active: bool, step: int) -> None:
         self.path, self.active = path, active
         if active:
-            path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step and path.exists() else []
             with whole(path) as unfinished, new_file(unfinished) as file:
                 file.write("".join(line + "\n" for line in kept).encode())
