@@ -111,7 +111,7 @@ def _runs(on: sqlite3.Connection) -> Iterable[str]:
 
 def _certificates(on: sqlite3.Connection) -> Iterable[str]:
     sealed: dict[tuple[int, int], str] = {}
-    for event in on.execute("SELECT request, run, detail FROM events WHERE detail LIKE '%\"certificate\":\"%' ORDER BY n"):
+    for event in on.execute('SELECT request, run, detail FROM events WHERE detail LIKE \'%"certificate":"%\' ORDER BY n'):
         detail = json.loads(event["detail"])
         if isinstance(detail, dict) and detail.get("certificate"):
             sealed[event["request"], event["run"]] = detail["certificate"]

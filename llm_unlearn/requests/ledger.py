@@ -120,11 +120,6 @@ class Ledger:
             asked = _narrowed("SELECT * FROM requests", states, model, "due IS NULL, due, id")
             return [request_of(one) for one in on.execute(*asked)]
 
-    def counts(self) -> dict[str, int]:
-        """State -> how many requests are in it."""
-        with self.reading() as on:
-            return {one[0]: one[1] for one in on.execute("SELECT state, count(*) FROM requests GROUP BY state ORDER BY state")}
-
     def row_counts(self) -> dict[int, int]:
         """Request -> how many rows it means."""
         with self.reading() as on:
@@ -263,6 +258,11 @@ class Ledger:
         with self.reading() as on:
             found = on.execute("SELECT * FROM certificates ORDER BY run, request").fetchall()
         return {(one["request"], one["run"]): one["text"] for one in found}
+
+    def count_certificates(self) -> int:
+        """How many there are."""
+        with self.reading() as on:
+            return int(on.execute("SELECT count(*) FROM certificates").fetchone()[0])
 
     def each_certificate(self) -> Iterator[tuple[int, int, str]]:
         """Request, run and certificate, in the order of requests and their runs; only a few are in memory at a time."""
