@@ -2,37 +2,109 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llm_unlearn.embedded import population
+from llm_unlearn.folder import sha256
 from llm_unlearn.source import EMBEDDED, FILES, Source
-from llm_unlearn.spec import Refused, nearest
+from llm_unlearn.spec import Refused, fingerprint, nearest
 
 Row = dict[str, Any]
 
 
-def rows(source: Source) -> list[Row]:
-    """The rows of a source after `where`, `without` and `limit`.
+MANY = 20_000
+"""More rows than these stay in the file that they are in, and are read from it when they are asked for."""
+BLOCK = 1000
+"""So many are read at a time."""
+
+
+class Rows(Sequence[Row]):
+    """Rows of a data set that is mapped into memory: some of it, or all."""
+
+    def __init__(self, loaded: Any, at: NDArray[np.int64] | None = None) -> None:
+        """
+        Args:
+            loaded: a data set of `datasets`.
+            at: the places of the rows that are meant, ascending; None means all.
+        """
+        self.loaded = loaded
+        self.at = np.arange(len(loaded)) if at is None else at
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        if not isinstance(place, slice):
+            return dict(self.loaded[int(self.at[place])])
+        at = self.at[place]
+        if not len(at):
+            return []
+        dense = len(at) == at[-1] - at[0] + 1
+        columns = self.loaded[int(at[0]) : int(at[-1]) + 1] if dense else self.loaded[at.tolist()]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), BLOCK):
+            yield from self[start : start + BLOCK]
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of one column; the others are not read."""
+        alone = Rows(self.loaded.select_columns([name]), self.at)
+        return (row[name] for row in alone)
+
+
+def chosen(found: Sequence[Row], keep: NDArray[np.bool_]) -> Sequence[Row]:
+    """Those of the rows for which `keep` is true."""
+    if isinstance(found, Rows):
+        return Rows(found.loaded, found.at[keep])
+    return [row for row, kept in zip(found, keep.tolist(), strict=True) if kept]
+
+
+def rows(source: Source) -> Sequence[Row]:
+    """The rows of a source after `where`, `without` and `limit`: a list, or if they are many, what reads them from their file.
 
     Raises:
         Refused: nothing is there under that name, a column is missing, or no row is left.
     """
     found = _columns(read(source.source, source.config, source.split), source)
-    for kept, chosen in ((True, source.where or {}), (False, source.without or {})):
-        for column, wanted in chosen.items():
+    for kept, wanted_of in ((True, source.where or {}), (False, source.without or {})):
+        for column, wanted in wanted_of.items():
             values = frozenset(wanted if isinstance(wanted, tuple) else (wanted,))  # thousands of ids, perhaps
-            found = [row for row in found if (isinstance(row[column], Hashable) and row[column] in values) is kept]
+            found = _filtered(found, column, partial(_among, values=values, kept=kept))
     for column, pattern in (source.like or {}).items():
-        found = [row for row in found if _like(row[column], pattern)]
+        found = _filtered(found, column, partial(_like, pattern=pattern))
     if not found:
         said = {"where": source.where, "without": source.without, "like": source.like}
-        named = ", ".join(f"{key} = {str(dict(chosen))[:200]}" for key, chosen in said.items() if chosen)
+        named = ", ".join(f"{key} = {str(dict(values))[:200]}" for key, values in said.items() if values)
         raise Refused(f"{source.source}: no rows are left after {named}; expected at least one.")
-    found = found[: source.limit]
+    if isinstance(found, Rows):
+        found = Rows(found.loaded, found.at[: source.limit])
+        found = found if len(found) > MANY else list(found)
+    else:
+        found = found[: source.limit]
     return [_chosen(row, i, source) for i, row in enumerate(found)] if source.choices else found
+
+
+def _among(value: object, values: frozenset[object], kept: bool) -> bool:
+    return (isinstance(value, Hashable) and value in values) is kept
+
+
+def _filtered(found: Sequence[Row], column: str, holds: Callable[[Any], bool]) -> Sequence[Row]:
+    """The rows whose column has a value that is wanted."""
+    values = found.column(column) if isinstance(found, Rows) else (row[column] for row in found)
+    return chosen(found, np.fromiter(map(holds, values), bool, len(found)))
 
 
 def _like(value: object, pattern: str) -> bool:
@@ -52,7 +124,7 @@ def _chosen(row: Row, number: int, source: Source) -> Row:
     return {**row, str(source.answer): options[right], str(source.choices): wrong}
 
 
-def read(name: str, config: str | None = None, split: str | None = None) -> list[Row]:
+def read(name: str, config: str | None = None, split: str | None = None) -> Sequence[Row]:
     """All rows under a name: `embedded:…`, a local file or folder, or a hub id (the only case in which anything is downloaded).
 
     Raises:
@@ -87,7 +159,17 @@ def read(name: str, config: str | None = None, split: str | None = None) -> list
         if path.is_file() and (not path.stat().st_size or "no data" in reason):
             return []
         raise Refused(f"{name}: cannot be read as a data set ({type(error).__name__}: {reason}).") from error
-    return [dict(row) for row in loaded]
+    return Rows(loaded) if len(loaded) > MANY else [dict(row) for row in loaded]
+
+
+def identity_of(name: str, config: str | None, split: str | None, found: Sequence[Row]) -> str:
+    """Stands for the data under a name as it is now: the content of local files, or what `datasets` calls it."""
+    path = Path(name).expanduser()
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else []
+    if files:
+        return fingerprint(split, [[one.name, sha256(one)] for one in files])
+    made = getattr(found.loaded, "_fingerprint", None) if isinstance(found, Rows) else None
+    return fingerprint(name, config, split, made or [json.dumps(row, default=str, sort_keys=True) for row in found])
 
 
 def _embedded(split: str) -> list[Row]:
@@ -100,7 +182,7 @@ def _embedded(split: str) -> list[Row]:
     return population.rows(split)
 
 
-def _columns(found: list[Row], source: Source) -> list[Row]:
+def _columns(found: Sequence[Row], source: Source) -> Sequence[Row]:
     """The rows, if every column that the source names is in them."""
     if not found:
         raise Refused(f"{source.source}: has no rows; expected at least one.")
