@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_unlearn import compare, folder, recipe
-from llm_unlearn.cli import cache_folder, wait_briefly
+from llm_unlearn import folder, recipe
+from llm_unlearn.cli import cache_folder, settle
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
 from llm_unlearn.recipe import Recipe
@@ -136,7 +136,7 @@ class Run:
         """One row for each optimizer step: every term, gradient norm, learning rate."""
         import pandas as pd
 
-        return pd.DataFrame(compare.log_in(self.folder))
+        return pd.DataFrame(folder.steps_in(self.folder / folder.LOG))
 
     @property
     def evaluation(self) -> Evaluation:
@@ -201,7 +201,7 @@ def unlearn(wanted: Recipe, *, resume: bool = False, overwrite: bool = False, ca
         Refused: something that it names cannot be used, or the folder holds another run.
         KeyboardInterrupt: it was interrupted; `resume=True` goes on.
     """
-    wait_briefly()
+    settle()
     suite, control = suite_of(wanted, Path("recipe"))
     home, kept = Path(wanted.output), cache or cache_folder()
     if not folder.check(wanted, resume, overwrite):
@@ -232,7 +232,7 @@ def evaluate(
     Raises:
         Refused: something that is named cannot be used; or attacks are asked of an object, which they could not load afresh.
     """
-    wait_briefly()
+    settle()
     wanted, kept = suites.load(locate(str(suite)), list(_words(changes or {}))), cache or cache_folder()
     home = Path(output) if output is not None else None
     if home and (home / folder.RESULTS).exists() and not overwrite:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
+from llm_unlearn.outward import canvas
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -29,7 +31,7 @@ def console() -> Console:
     """Standard error, one for all bars: those inside others are drawn below them."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(file=canvas("stderr"), highlight=False)
 
 
 def in_terminal() -> bool:

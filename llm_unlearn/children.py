@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llm_unlearn.bars import Bar
+from llm_unlearn.folder import new_file
 from llm_unlearn.training.signals import signals
 
 
@@ -127,8 +128,7 @@ def environment_of_a_child(environment: Mapping[str, str], jobs: int) -> dict[st
 
 
 def _start(child: Child, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    child.log.parent.mkdir(parents=True, exist_ok=True)
-    with child.log.open("wb") as log:
+    with new_file(child.log) as log:
         return subprocess.Popen(
             child.command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             pass_fds=child.files,
@@ -160,5 +160,5 @@ def how_it_ended(status: int) -> str:
 def last_words(log: Path) -> str:
     """The last line of a log that says what went wrong, else the last line."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace")) if line.strip()]
-    telling = [line for line in lines if re.match(r"(error: |stopped: |[\w.]+(Error|Exception)\b)", line)]
+    telling = [line for line in lines if re.match(r"(error: |bug: |stopped: |[\w.]+(Error|Exception)\b)", line)]
     return (telling or lines or ["it said nothing"])[-1][:300]

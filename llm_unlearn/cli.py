@@ -1,59 +1,82 @@
-"""The command line: words are parsed, one verb is carried out, and what it refuses becomes a message and an exit status."""
+"""The command line: words are parsed, one verb is carried out, and what it refuses, or fails at, becomes a message and an
+exit status."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_unlearn.options import parser as parser_of_words
-from llm_unlearn.streams import be_patient
+from llm_unlearn.outward import guarded
+
+if TYPE_CHECKING:
+    from llm_unlearn.reply import Reply
 
 
+@guarded(os.environ)
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
         The exit status of its reply (`reply.py`).
     """
-    be_patient()
     parser = parser_of_words()
     options, more = parser.parse_known_args(words)
     if more and (any(word.startswith("-") for word in more) or not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # settings may stand before and after options
         options.overrides = [*options.overrides, *more]
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels whenever peft imports it
-    wait_briefly()
+    settle()
     options.words = list(sys.argv[1:] if words is None else words)
     options.cache, options.config, options.environment = cache_folder(), config_folder(), os.environ
-    from llm_unlearn.reply import INTERRUPTED, REFUSED, Reply
-    from llm_unlearn.spec import Refused  # from here on something is done: settings may be read
-
-    module, _, function = options.verb.partition(":")
-    verb: Callable[[argparse.Namespace], Reply] = getattr(import_module(f"llm_unlearn.{module}"), function)
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show, as half a character of a file's name, is written out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with words_elsewhere(options.json):
-        try:
-            reply = verb(options)
-        except Refused as error:
-            if int(os.environ.get("RANK", "0")):
-                time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-            reply = Reply(REFUSED, {"errors": str(error).splitlines()})
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            reply = Reply(INTERRUPTED)
+        reply = carried_out(options)
     if options.json and not int(os.environ.get("RANK", "0")):
         print(json.dumps({"status": reply.status, **reply.facts}, indent=1, ensure_ascii=False, default=str))
     return reply.status
+
+
+def carried_out(options: argparse.Namespace) -> Reply:
+    """The answer of one verb; of one that ends in an error, after the words for it."""
+    from llm_unlearn.reply import INTERRUPTED, REFUSED, Reply
+    from llm_unlearn.spec import Refused  # from here on something is done: settings may be read
+    from llm_unlearn.troubles import reply_to
+
+    try:
+        module, _, function = options.verb.partition(":")
+        verb: Callable[[argparse.Namespace], Reply] = getattr(import_module(f"llm_unlearn.{module}"), function)
+        return verb(options)
+    except Refused as error:
+        if int(os.environ.get("RANK", "0")):
+            time.sleep(10)  # the first process says the same and ends all; who is still here then has a reason of its own
+        if options.debug:
+            traceback.print_exception(error)
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return Reply(REFUSED, {"errors": str(error).splitlines()})
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return Reply(INTERRUPTED)
+    except Exception as error:
+        if options.debug:
+            traceback.print_exception(error)
+        words, reply = reply_to(error)
+        print(words, file=sys.stderr)
+        return reply
 
 
 @contextlib.contextmanager
@@ -67,6 +90,12 @@ def launch(file: str) -> None:
     """What the last line of a recipe calls when `accelerate launch` runs the recipe as a program."""
     if multiprocessing.parent_process() is None:  # a data worker that imports the main file again must not start a second run
         sys.exit(main(["run", file, *sys.argv[1:]]))
+
+
+def settle() -> None:
+    """What libraries are told before any is imported: how to wait, and not to warn of optional CPU kernels at every start."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    wait_briefly()
 
 
 def wait_briefly() -> None:

@@ -57,6 +57,8 @@ def check_output(output: Path | None, overwrite: bool) -> None:
     """
     if output and output.exists() and not output.is_dir():
         raise Refused(f"--output: {output} is a file; expected a folder, which is made where there is none.")
+    if output:
+        folder.no_way_out(output)
     if output and not overwrite:
         for name in (RESULTS, PAGE):
             if (output / name).exists():
@@ -184,7 +186,9 @@ def read(folders: Sequence[Path]) -> list[Run]:
         for path, name in zip(folders, names_of([str(path) for path in folders]), strict=True):
             try:
                 results = folder.results_in(path)
-                runs.append(Run(name, str(path), lean(results) if lean else results, () if lean else log_in(path)))
+                runs.append(
+                    Run(name, str(path), lean(results) if lean else results, () if lean else folder.steps_in(path / folder.LOG))
+                )
             except Refused as error:
                 problems.append(str(error))
             bar.update()
@@ -199,21 +203,7 @@ def again(run: Run) -> Run:
         return run
     whole = folder.results_in(Path(run.folder))
     kept = {name: rows for name, rows in whole["answers"].items() if name in run.results["answers"]}
-    return replace(run, results={**whole, **run.results, "answers": kept}, log=log_in(Path(run.folder)))
-
-
-def log_in(path: Path) -> list[Mapping[str, Any]]:
-    """The rows of a run's `log.jsonl`; half a last line, of a run that was killed, is passed over."""
-    file = path / folder.LOG
-    rows: list[Mapping[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+    return replace(run, results={**whole, **run.results, "answers": kept}, log=folder.steps_in(Path(run.folder) / folder.LOG))
 
 
 def names_of(places: Sequence[str]) -> list[str]:

@@ -24,9 +24,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 from llm_unlearn import recipe
+from llm_unlearn.outward import without_known
 from llm_unlearn.spec import Refused
 
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
@@ -36,6 +37,8 @@ TRACKERS, PROCESS = "trackers", "process.json"
 HASHES = "hashes.json"
 SEALED = (RECIPE, ADAPTER, MODEL, LOG, ALONG, RESULTS, ROWS, REPORT, INFLUENCES, PRIVACY)
 """Files, and folders with all that is in them, whose content a run vouches for."""
+FIRST = "# hash "
+"""How a run begins its recipe."""
 KEYS = {"title", "suite", "suite_hash", "models", "numbers", "curves", "answers"}
 """What an `evaluation.json` cannot be without."""
 
@@ -56,6 +59,7 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         raise Refused(
             f"output: {folder} exists and is not a run folder (it has no {RECIPE}). Nothing was changed; choose another output."
         )
+    no_way_out(folder)
     weights = (folder / ADAPTER).is_dir() or (folder / MODEL).is_dir()
     finished = (folder / RESULTS).is_file() or (weights and not wanted.evaluation)
     if resume:
@@ -68,21 +72,72 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
     if not overwrite:
         state = "holds a finished run" if finished else "holds a run that did not finish; add --resume to go on with it"
         raise Refused(f"output: {folder} {state}. Nothing was changed; add --overwrite to replace it, or choose another output=….")
+    _may_be_cleared(folder)
     return False
+
+
+def _may_be_cleared(folder: Path) -> None:
+    """What is removed with all that is in it must be a run's, and nothing else's.
+
+    Raises:
+        Refused: it may be more than that.
+    """
+    with (folder / RECIPE).open(encoding="utf-8", errors="replace") as file:
+        written_by_a_run = file.readline().startswith(FIRST)
+    where = folder.resolve()
+    if folder.is_symlink():
+        said = f"is a link to {where}"
+    elif not written_by_a_run:
+        said = f"has a {RECIPE} that no run wrote (it begins with `{FIRST}…`)"
+    elif any(place.is_relative_to(where) for place in (Path.cwd(), Path.home())):
+        said = "is the folder from which this is run, or one above it"
+    else:
+        return
+    raise Refused(f"output: {folder} {said}, so all that is in it is not removed. Nothing was changed; choose another output.")
 
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left; `check` has seen that it is a run folder."""
+    if folder.is_symlink():
+        raise Refused(f"{folder}: a link to {folder.resolve()}; what lies there is not removed. Choose another folder.")
     if folder.is_dir():
         shutil.rmtree(folder)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def no_way_out(folder: Path) -> None:
+    """A folder that is written to or cleared holds no link to what lies elsewhere.
+
+    Raises:
+        Refused: it does: whoever wrote through it would write there.
+    """
+    where = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(where):
+                said = f"{path}: a link that leads out of {folder}, to {path.resolve()}"
+                raise Refused(f"{said}. Nothing was changed; put a copy in its place, or take it out.")
+
+
+def new_file(path: Path) -> IO[bytes]:
+    """A file that was not there before, to be written: what lies in its place, as a link that somebody put there, is removed, and
+    never written through."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
+
+
+def no_link(path: str, flags: int) -> int:
+    """Opens a file, for `open(…, opener=no_link)`; a link in its place is an error."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all, without the secrets of this user."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        with new_file(unfinished) as file:
+            file.write(without_known(text).encode())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -95,7 +150,7 @@ def seal(folder: Path, to_come: Mapping[str, str] = MappingProxyType({})) -> Non
         to_come: texts of files that are written next, by name: what says that a run is finished comes last of all.
     """
     found = {name: sha256(folder / name) for name in _sealed(folder)}
-    found |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in to_come.items()}
+    found |= {name: hashlib.sha256(without_known(text).encode()).hexdigest() for name, text in to_come.items()}
     write(folder / HASHES, json.dumps({"format": 1, "files": dict(sorted(found.items()))}, indent=1))
 
 
@@ -153,6 +208,24 @@ def results_in(path: Path) -> dict[str, Any]:
             f"{file}: not an evaluation of this project; expected {lacking}. Name a folder that `run` or `evaluate` wrote."
         )
     return held
+
+
+def steps_in(file: Path) -> list[dict[str, Any]]:
+    """The rows of a log of steps, which somebody may be writing, or was when he was killed: half a line is passed over."""
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def wordless(results: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation without questions and answers, for `--json`: what is printed may be kept in a log."""
+    return {name: value for name, value in results.items() if name != "answers"}
 
 
 def adapter_in(name: str) -> str:

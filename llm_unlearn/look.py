@@ -127,8 +127,7 @@ class Looks:
 
     def _given(self, loaded: Loaded, column: str) -> Seen:
         """Look at a model that is there. What decides its answers cannot be known from outside, so none of them is kept."""
-        name = str(loaded.causal.config.name_or_path or column)
-        return self._look(loaded, None).seen(loaded, name, name, Model(base=name, adapter=None))
+        return self._look(loaded, None).seen(loaded, f"the {column}", column, Model(base=column, adapter=None))
 
     def _look(self, loaded: Loaded, cache: Path | None, leave: dict[str, Control] | None = None) -> Look:
         controls = None if leave is not None else self.controls

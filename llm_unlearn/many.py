@@ -38,6 +38,8 @@ class Asked:
     retrained: str | None
     output: Path | None
     overwrite: bool
+    texts: bool = True
+    """Keep questions and answers, too."""
 
 
 def evaluate(asked: Asked, cache: Path) -> Reply:
@@ -75,7 +77,7 @@ def evaluate(asked: Asked, cache: Path) -> Reply:
         if main:
             if new:
                 _keep(results, asked.suite, looks, one, folders[name])
-            runs.append(Run(name, str(folders[name] or one.place), results, compare.log_in(one.run)))
+            runs.append(Run(name, str(folders[name] or one.place), results, folder.steps_in(one.run / folder.LOG)))
     comparison = compare.publish(runs, asked.output) if main and runs else None
     if main and failed:
         print("\n".join(f"not measured: {line}" for line in failed), file=sys.stderr)
@@ -120,6 +122,8 @@ def _known(
         found = ", ".join(f"{name} ({place})" for name, place in precisions.items())
         raise Refused(f"--model: the models compute in {found}; evaluate each precision by itself, and compare the folders.")
     known: dict[str, dict[str, Any]] = {}
+    if asked.output:
+        folder.no_way_out(asked.output)
     problems = _other_comparison(asked.output, asked.overwrite)
     for name, one in zip(names, asked.candidates, strict=True):
         place = folders[name]
@@ -191,17 +195,21 @@ def _measure(asked: Asked, one: Candidate, look: Looks) -> tuple[dict[str, Any],
         looks = look(columns, one.place)
         attacks = attacked(asked.suite, looks, look.accelerator, look.cache)
     return results_of(
-        asked.suite, looks, attacks, title=one.place, named=sections.Evaluation(suite=asked.suite_name), run=_facts(one, looks)
+        asked.suite,
+        looks,
+        attacks,
+        title=one.place,
+        run=_facts(one, looks),
+        named=sections.Evaluation(suite=asked.suite_name, texts=None if asked.texts else False),
     ), looks
 
 
 def see_checkpoint(one: Candidate, look: Looks) -> Seen:
     """Look at a run as it was at its newest checkpoint, which holds only the weights that are trained."""
-    from safetensors.torch import load_file
-
     from llm_unlearn.embedded.target import embedded
     from llm_unlearn.look import Look
     from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, parts_of
+    from llm_unlearn.models.sound import weights_in
     from llm_unlearn.training.checkpoint import WEIGHTS, restore
 
     assert one.under_way, "of a checkpoint"
@@ -214,7 +222,7 @@ def see_checkpoint(one: Candidate, look: Looks) -> Seen:
         net = add_adapter(net, model.adapter, seed=0)  # the checkpoint replaces what the seed draws
     elif model.trainable:
         choose_weights(net, model.trainable)
-    restore(net, load_file(str(Path(one.place) / WEIGHTS)))
+    restore(net, weights_in(Path(one.place) / WEIGHTS))
     now = Loaded(net.eval(), loaded.tokenizer, parts_of(model, loaded.tokenizer, dtype_of(model, device), one.adapter))
     mine = Look(look.suite, now, look.accelerator, look.cache, look.controls, encoded=look.encoded)
     return mine.seen(now, one.place, one.place, model, one.adapter)

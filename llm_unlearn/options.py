@@ -77,9 +77,10 @@ def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
 
     def verb(name: str, function: str, text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text, epilog=epilog)
-        added.set_defaults(verb=function, json=False)
+        added.set_defaults(verb=function, json=False, debug=False)
         if function:  # a group of verbs does nothing itself
             added.add_argument("--json", action="store_true", help="for scripts: one JSON object, and words to standard error")
+            added.add_argument("--debug", action="store_true", help="where it ends in an error, show the traceback, too")
         return added
 
     return verb
@@ -180,6 +181,7 @@ def _alternates(verb: Verb) -> None:
         "for a model that follows instructions · FILE.txt: your own words, with {question} and {answer}",
     )
     one.add_argument("--output", type=Path, metavar="FILE.jsonl", help="the data set; without it, RECIPE_alternates.jsonl here")
+    one.add_argument("--show-text", action="store_true", help="show three questions with what was written, too")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier file")
 
 
@@ -300,4 +302,5 @@ def _takes_models(one: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder for evaluation.json, evaluation.parquet and report.html; of many, goes on where it ended",
     )
+    one.add_argument("--no-text", action="store_true", help="keep numbers only: no question and no answer in the output folder")
     one.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in the output folder")

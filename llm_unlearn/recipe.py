@@ -11,7 +11,7 @@ from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Data, Evaluation, Model, Track, Train, missing_tracker
-from llm_unlearn.source import Source, missing, source_problems
+from llm_unlearn.source import Source, missing, source_problems, unnameable
 from llm_unlearn.spec import (
     NaturalInt,
     Refused,
@@ -19,10 +19,11 @@ from llm_unlearn.spec import (
     fingerprint,
     nearest,
     plain,
+    readable,
     spec,
 )
 from llm_unlearn.training.gradients import AnyRule, Bilevel, Latent, Orthogonal, Project, Saliency, TrustRegion
-from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
+from llm_unlearn.tree import Tree, build, is_file, locate, no_such_file, read_tree
 
 
 @spec
@@ -116,8 +117,10 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
     """What no single type can say: how the parts of a recipe must fit together."""
 
     def say(text: str, *path: str) -> str:
-        return f"{tree.place(path)}: {dotted(path)}: {text}"
+        return readable(f"{tree.place(path)}: {dotted(path)}: {text}")
 
+    if not recipe.output.strip() or unnameable(recipe.output):
+        yield say("no folder can have this name; expected one such as runs/first.", "output")
     yield from _model_problems(recipe, say)
     yield from _speed_problems(recipe, say)
     yield from _stop_problems(recipe, say)
@@ -125,7 +128,7 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
     yield from _privacy_problems(recipe, say)
     for name in recipe.train.window.keys() - recipe.sources.keys():
         yield say(f"no such stream; {nearest(name, recipe.sources)}", "train", "window", name)
-    if recipe.evaluation and not (path := locate(recipe.evaluation.suite, Path(tree.file))).is_file():
+    if recipe.evaluation and not is_file(path := locate(recipe.evaluation.suite, Path(tree.file))):
         yield say(no_such_file(path), "evaluation", "suite")
     if recipe.track and (lacking := missing_tracker(recipe.track)):
         yield say(lacking, "track", "to")
@@ -161,7 +164,7 @@ def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         yield say(f"no such folder: {recipe.model.base} (looked from {Path.cwd()}).", "model", "base")
     for start in filter(missing, recipe.model.starts):
         yield say(f"no such folder: {start} (looked from {Path.cwd()}).", "model", "start")
-    if recipe.model.chat_template and not Path(recipe.model.chat_template).is_file():
+    if recipe.model.chat_template and not is_file(Path(recipe.model.chat_template)):
         yield say(f"no such file: {recipe.model.chat_template} (looked from {Path.cwd()}).", "model", "chat_template")
 
 

@@ -43,7 +43,7 @@ def results_of(
     """Everything that `evaluation.json` says.
 
     Args:
-        named: the suite's name, and what must hold of its numbers.
+        named: the suite's name, what must hold of its numbers, and whether texts are kept.
     """
     columns = [column for column in COLUMNS if column in seen]
     models = {column: seen[column].tables for column in columns}
@@ -62,8 +62,13 @@ def results_of(
         "attacks": attacks,
         "robustness": robustness_of(attacks, found),
         "curves": curves(suite, models),
-        "answers": answers(models),
+        "answers": {} if named.texts is False else answers(models),
+        **({"texts": False} if named.texts is False else {}),
     }
+
+
+TEXTS = ("prompt", "truth", "written", "samples")
+"""Columns of `evaluation.parquet` in which words of rows stand."""
 
 
 def rows_of(suite: Suite, seen: Mapping[str, Seen]) -> list[dict[str, Any]]:
@@ -98,7 +103,7 @@ def versions() -> dict[str, str]:
 def flattened(recipe: Recipe) -> str:
     """The recipe as it was run, every default written out; it can be run again."""
     ran_under = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"# hash {recipe.hash}\n# {ran_under}\n{to_yaml(plain(recipe))}"
+    return f"{run_folder.FIRST}{recipe.hash}\n# {ran_under}\n{to_yaml(plain(recipe))}"
 
 
 def publish(
@@ -118,7 +123,10 @@ def publish(
 
 def keep(results: Mapping[str, Any], suite: Suite, seen: Mapping[str, Seen], folder: Path, log: Path | None) -> None:
     """Write the values of every row, the page, then the JSON file, which says that all are there."""
-    write_columns(rows_of(suite, seen), folder / run_folder.ROWS)
+    rows = rows_of(suite, seen)
+    if results.get("texts") is False:
+        rows = [{name: value for name, value in row.items() if name not in TEXTS} for row in rows]
+    write_columns(rows, folder / run_folder.ROWS)
     _write(results, folder, log)
 
 
@@ -145,8 +153,7 @@ def _write(results: Mapping[str, Any], folder: Path, log: Path | None) -> None:
     """The page, then the JSON file, which says that all are there."""
     from llm_unlearn.report.page import write_page
 
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log and log.is_file() else []
-    write_page(results, rows, folder / run_folder.REPORT)
+    write_page(results, run_folder.steps_in(log) if log else [], folder / run_folder.REPORT)
     text = json.dumps(results, indent=1, ensure_ascii=False)
     if (folder / run_folder.RECIPE).is_file():  # a run, not an evaluation alone
         run_folder.seal(folder, {run_folder.RESULTS: text})

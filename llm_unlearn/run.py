@@ -162,7 +162,7 @@ def _become(loaded: Loaded, model: Any, combination: Combination | None, saved: 
 def evaluate(
     suite: Suite, suite_name: str, asked: Mapping[str, tuple[Model, str | None] | Loaded], *, cache: Path,
     output: Path | None,
-    show: bool = True,
+    show: bool = True, texts: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Run a suite on models that are there.
 
@@ -170,6 +170,7 @@ def evaluate(
         asked: "before" | "after" | "model" | "retrained" -> model and adapter, or a model that is there, in the order of the table.
         output: folder for `evaluation.json`, `evaluation.parquet` and `report.html`; None keeps nothing.
         show: print the table.
+        texts: keep questions and answers, too.
 
     Returns:
         What `evaluation.json` says; on processes but the first, nothing.
@@ -180,7 +181,8 @@ def evaluate(
         if isinstance(one, Loaded) and one.model.device != accelerator.device:
             raise Refused(f"model: found on {one.model.device}; this process computes on {accelerator.device}: move it there.")
     seen = Looks(suite, accelerator, cache)(asked)
-    results = _conclude(suite, seen, accelerator, cache, output, suite_name, Evaluation(suite=suite_name), show=show)
+    kept = Evaluation(suite=suite_name, texts=None if texts else False)
+    results = _conclude(suite, seen, accelerator, cache, output, suite_name, kept, show=show)
     accelerator.wait_for_everyone()
     return results
 
@@ -270,8 +272,7 @@ def _along(look: Look | None, loaded: Loaded, model: Any, recipe: Recipe, folder
             tables = look(replace(loaded, model=model), f"step {step}", keep=False)
             if look.accelerator.is_main_process:
                 path = folder / run_folder.ALONG
-                rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-                rows = [row for row in rows if row["step"] < step]  # a resumed run passes some steps again
+                rows = [row for row in run_folder.steps_in(path) if row["step"] < step]  # a resumed run passes some steps again
                 rows.append({"step": step, "numbers": numbers(look.suite, {"after": tables})})
                 tell_numbers(look.accelerator, rows[-1]["numbers"], step)
                 run_folder.write(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -166,6 +166,8 @@ class Evaluation:
     """The model that never saw the forget set, or a recipe that makes it (kept in the cache); without it, what the suite names."""
     every: PositiveInt | None = None
     """Also run the suite every so many optimizer steps."""
+    texts: bool | None = None
+    """false: no question and no answer stands in what the run folder keeps of the evaluation, only numbers."""
     thresholds: tuple[Threshold, ...] | None = None
     """What must hold of the numbers: where one does not, the run says so, ends with status 1, and is not pushed."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -112,10 +115,26 @@ EMBEDDED = (*SPLITS, "refusals", "german")
 """What `embedded:` can name as data."""
 
 
+HUB_ID = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", re.ASCII)
+"""What a hub calls a model or data set."""
+
+
 def missing(name: str) -> bool:
-    """A name that can only be meant as a local path, and is not there. (`org/name` may be a hub id, `a/b.jsonl` may not.)"""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILES
-    return looks_local and not name.startswith("embedded:") and not Path(name).expanduser().exists()
+    """A name that can only be meant as a local path, and is not there. (`org/name` may be a hub id, `a/b.jsonl` and `my data` may
+    not.)"""
+    looks_local = not HUB_ID.fullmatch(name.partition("@")[0]) or Path(name).suffix in FILES
+    return looks_local and not name.startswith("embedded:") and not os.path.exists(os.path.expanduser(name))
+
+
+def unnameable(name: str) -> bool:
+    """Whether no file or folder can have this name here: too long, or with a character that none can have."""
+    try:
+        os.lstat(os.path.expanduser(name))
+    except ValueError:
+        return True
+    except OSError as error:
+        return error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+    return False
 
 
 class Read(Protocol):

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
@@ -17,11 +18,32 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from llm_unlearn.outward import without_secrets
+
 T = TypeVar("T")
 
 
+def readable(line: str) -> str:
+    """A line as a terminal may show it: what it would obey is written out, and of a very long one the middle is left out."""
+    if not line.isprintable():
+        line = "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
+    return line if len(line) <= 2000 else f"{line[:1200]} … {line[-600:]}"
+
+
+def reason(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; with its kind, where the words alone say little."""
+    text = shown(" ".join(str(error).split()), 300, as_it_is=True)
+    return (
+        text if text and isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}".rstrip(": ")
+    )
+
+
 class Refused(ValueError):
-    """A setting, file or row that cannot be used. Its text names the place, what was found, what was expected and what to do."""
+    """A setting, file or row that cannot be used. Its text names the place, what was found, what was expected and what to do, one
+    line for each; what was found may be of any length and hold anything, and no terminal is to obey it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("\n".join(map(readable, without_secrets(text).split("\n"))))
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -53,18 +75,29 @@ by_name = pydantic.Field(discriminator="name")
 """Marks a union of specs whose `name` says which one is meant: `Annotated[NPO | KL, by_name]`. The union is the registry."""
 
 
+def shown(found: object, most: int = 200, as_it_is: bool = False) -> str:
+    """What was found, as an error shows it: on one line, and not longer than one reads.
+
+    Args:
+        as_it_is: it is text of ours, and needs no quotes.
+    """
+    text = str(found) if as_it_is else repr(found)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
+
 def dotted(path: Iterable[str | int]) -> str:
     """A key path as one writes it: `objective.forget.loss`, `measures[2].set`."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        name = part if isinstance(part, int) or (len(part) <= 100 and part.isprintable()) else shown(part, 100)
+        text += f"[{part}]" if isinstance(part, int) else f".{name}" if text else str(name)
     return text
 
 
 def nearest(found: object, valid: Iterable[str]) -> str:
     """' Did you mean X? ' when a valid name is near, and always the list of valid names."""
     names = list(valid)
-    near = difflib.get_close_matches(str(found), names, 1, cutoff=0.5)
+    near = difflib.get_close_matches(str(found)[:200], names, 1, cutoff=0.5)
     return (f"did you mean {near[0]!r}? " if near else "") + "Valid: " + ", ".join(names) + "."
 
 
@@ -124,6 +157,17 @@ def _given(part: object) -> object:
     return [_given(one) for one in part] if isinstance(part, (list, tuple)) else part
 
 
+FLOAT = re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$")
+"""What YAML 1.2 reads as a number, and YAML 1.1, which PyYAML speaks, does not."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that our reader would take for a number: a row may have the id 1e5."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
+
+
 def to_yaml(data: Mapping[str, Any]) -> str:
-    """Plain data as YAML in the order given."""
-    return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=120)
+    """Plain data as YAML in the order given, which is read as the same data again."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,7 +1,7 @@
 """A YAML file as a tree that knows the line of every key, and the typed value that is built from it, or one error that says
 what to change.
 
-The only place that reads YAML, merges `extends` and applies `key=value` words. It knows no recipe and no suite, only files,
+The only place that merges `extends` and applies `key=value` words. It knows no recipe and no suite, only files,
 trees and types.
 """
 
@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import json
+import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-import yaml
 from pydantic import TypeAdapter
 
-from llm_unlearn.spec import Refused, dotted, nearest
+from llm_unlearn.lines import Lines, Path_, checked_key, text_of
+from llm_unlearn.spec import Refused, dotted, nearest, shown
 
 T = TypeVar("T")
-Path_ = tuple[str | int, ...]
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 with the numbers of YAML 1.2: `1e-5` is a float, as everybody expects, not a string."""
-
-
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 @dataclass(frozen=True)
@@ -48,35 +43,6 @@ class Tree:
         return self.places.get(path, self.file)
 
 
-def _plain(
-    loader: _Yaml, node: yaml.Node, file: str, path: Path_, places: dict[Path_, str], above: tuple[yaml.Node, ...] = ()
-) -> Any:
-    """A YAML node as plain data; records the line of every key and item, and refuses a key that is written twice."""
-    line = f"{file}:{node.start_mark.line + 1}"
-    if node in above:
-        raise Refused(f"{line}: {dotted(path)}: refers to itself. Write the value out.")
-    above = (*above, node)
-    if isinstance(node, yaml.SequenceNode):
-        places.update({(*path, i): f"{file}:{child.start_mark.line + 1}" for i, child in enumerate(node.value)})
-        return [_plain(loader, child, file, (*path, i), places, above) for i, child in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        try:
-            return loader.construct_object(node)  # type: ignore[no-untyped-call]
-        except (yaml.YAMLError, ValueError):
-            raise Refused(
-                f"{line}: {dotted(path)}: {node.value!r} cannot be read as {node.tag.rpartition(':')[2]}; put text in quotes."
-            ) from None
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(loader.construct_object(key_node))  # type: ignore[no-untyped-call]
-        place = f"{file}:{key_node.start_mark.line + 1}"
-        if key in result:
-            raise Refused(f"{place}: {dotted((*path, key))} is written twice. Keep one of the two.")
-        places[(*path, key)] = place
-        result[key] = _plain(loader, value_node, file, (*path, key), places, above)
-    return result
-
-
 def _read(path: Path) -> Tree:
     """One YAML file as it stands, without what it extends.
 
@@ -84,32 +50,33 @@ def _read(path: Path) -> Tree:
         Refused: the file is missing, is not UTF-8 text, is not one YAML mapping, or opens with `launch:` but is not the
             Python program that `accelerate launch` needs.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise Refused(no_such_file(path))
-    try:
-        text = path.read_text(encoding="utf-8")
-        loader = _Yaml(text)
-        node = loader.get_single_node()
-    except UnicodeDecodeError as error:
-        raise Refused(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start}).") from None
-    except yaml.YAMLError as error:
-        raise Refused(f"{path}: not valid YAML. {' '.join(str(error).split())}") from None
-    if not isinstance(node, yaml.MappingNode):
+    text = text_of(path)
+    lines = Lines(text, str(path))
+    data = lines.data
+    if not isinstance(data, dict):
         raise Refused(f"{path}: found no settings; expected YAML such as `seed: 0`, one key on a line.")
-    places: dict[Path_, str] = {}
-    data = _plain(loader, node, str(path), (), places)
     if "launch" in data:
         _check_launch_line(path, text)
         del data["launch"]
-    return Tree(data, str(path), places)
+    return Tree(data, str(path), lines.places)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a settings file is there; also of what no file can be named."""
+    return os.path.isfile(path)
 
 
 def no_such_file(path: Path) -> str:
     """What to say of a settings file that is not there, with the nearest name beside it."""
-    beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    if os.path.lexists(path):
+        kind = "a folder" if path.is_dir() else "a link to nothing" if path.is_symlink() else "no ordinary file"
+        return f"{path}: is {kind}; expected a settings file in YAML."
+    beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if os.path.isdir(path.parent) else []
     near = difflib.get_close_matches(path.name, beside, 1)
     hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-    return f"{path}: no such file (looked from {Path.cwd()}).{hint}"
+    return f"{shown(str(path), as_it_is=True)}: no such file (looked from {Path.cwd()}).{hint}"
 
 
 LAUNCH_FIRST = 'launch: r"""'
@@ -120,10 +87,13 @@ def _check_launch_line(path: Path, text: str) -> None:
     """Refuse a file that opens like a launchable recipe but that Python could not run; parses, never executes."""
     expected = f"Expected the first key `{LAUNCH_FIRST}` and the last line `{LAUNCH_LAST}`, and no other triple quotes."
     try:
-        body = ast.parse(text, str(path)).body
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        raise Refused(f"{path}:{line}: `accelerate launch` could not run this file ({error.args[0]}). {expected}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python, about text that is YAML
+            body = ast.parse(text, str(path)).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        place = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
+        why = shown(error.args[0] if error.args else "too deep", as_it_is=True)
+        raise Refused(f"{place}: `accelerate launch` could not run this file ({why}). {expected}") from None
     match body:
         case [ast.AnnAssign(target=ast.Name(id="launch"), annotation=ast.Constant(value=str()), value=None), *rest]:
             runs = [ast.unparse(statement) for statement in rest]
@@ -148,14 +118,9 @@ def _override(tree: Tree, overrides: Iterable[str]) -> Tree:
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise Refused(f"command line: found {word!r}; expected key=value, such as train.lr=1e-4.")
-        try:
-            loader = _Yaml(value)
-            node = loader.get_single_node()
-            above = None if node is None else _plain(loader, node, "command line", (), {})
-        except (yaml.YAMLError, Refused) as error:
-            raise Refused(f"command line: {key}: {value!r} is not valid YAML ({' '.join(str(error).split())}).") from None
-        path = tuple(key.split("."))
+            raise Refused(f"command line: found {shown(word)}; expected key=value, such as train.lr=1e-4.")
+        path = checked_key(word, key)
+        above = _value(value, key)
         places = {p: place for p, place in places.items() if p[: len(path)] != path} | {path: "command line"}
         for end in range(1, len(path)):  # sections that this word makes, or puts in the place of a value
             if not isinstance(_at(data, path[:end]), dict):
@@ -166,14 +131,24 @@ def _override(tree: Tree, overrides: Iterable[str]) -> Tree:
     return replace(tree, data=data, places=places)
 
 
+def _value(text: str, key: str) -> Any:
+    """The value of a `key=value` word."""
+    try:
+        return Lines(text, "command line", numbered=False).data
+    except Refused as error:
+        reason = str(error).removeprefix("command line: ").removeprefix("the whole: ").removeprefix("not valid YAML. ")
+        reason = shown(reason, 400, as_it_is=True)
+        raise Refused(f"command line: {shown(key, as_it_is=True)}: {shown(text)} is not valid YAML ({reason}).") from None
+
+
 def read_tree(path: Path, overrides: Iterable[str] = ()) -> Tree:
     """The settings of one file: what it `extends` (at most one other file, beside it), itself, then the overrides."""
     tree = _read(path)
     if "extends" in tree.data:
         named = tree.data["extends"]
         if not isinstance(named, str):
-            raise Refused(f"{tree.place(('extends',))}: extends: found {named!r}; expected the name of one other file.")
-        if not (path.parent / named).is_file():
+            raise Refused(f"{tree.place(('extends',))}: extends: found {shown(named)}; expected the name of one other file.")
+        if not is_file(path.parent / named):
             raise Refused(f"{tree.place(('extends',))}: extends: {no_such_file(path.parent / named)}")
         below = _read(path.parent / named)
         if "extends" in below.data:
@@ -192,7 +167,7 @@ def locate(name: str, beside: Path | None = None) -> Path:
         *([beside.parent / name, beside.parent.parent / name] if beside else []),
         shipped() / name,
     ]
-    return next((path for path in candidates if path.is_file()), Path(name))
+    return next((path for path in candidates if is_file(path)), Path(name))
 
 
 def shipped() -> Path:
@@ -266,7 +241,7 @@ def _schema_at(schema: dict[str, Any], path: Path_, data: Any) -> dict[str, Any]
 def _explain(errors: list[Any], tree: Tree, path: Path_, schema: dict[str, Any]) -> str:
     """pydantic's errors about one key as one line: place, key, what was found, what was expected."""
     error = errors[0]
-    where, key, found = tree.place(path), dotted(path), _at(tree.data, path)
+    where, key, found = tree.place(path), dotted(path) or "the whole", shown(_at(tree.data, path))
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
             names = _schema_at(schema, path[:-1], tree.data).get("properties", {})
@@ -278,15 +253,25 @@ def _explain(errors: list[Any], tree: Tree, path: Path_, schema: dict[str, Any])
         case "union_tag_invalid":
             tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
             where = tree.place((*path, "name"))
-            return f"{where}: {key}.name: found {error['ctx']['tag']!r}; {nearest(error['ctx']['tag'], tags)}"
+            return f"{where}: {key}.name: found {shown(error['ctx']['tag'])}; {nearest(error['ctx']['tag'], tags)}"
         case "union_tag_not_found":
-            return f"{where}: {key}.name: missing; expected a mapping such as {{name: …}}, found {found!r}."
+            return f"{where}: {key}.name: missing; expected a mapping such as {{name: …}}, found {found}."
         case "literal_error" if len(errors) == 1:
             options = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-            return f"{where}: {key}: found {found!r}; {nearest(found, options)}"
+            return f"{where}: {key}: found {found}; {nearest(_at(tree.data, path), options)}"
         case _:
             messages = [one["msg"].removeprefix("Input should be ").removeprefix("Value error, ").rstrip(".") for one in errors]
-            return f"{where}: {key}: found {found!r}; expected {', or '.join(dict.fromkeys(messages))}."
+            return f"{where}: {key}: found {found}; expected {', or '.join(dict.fromkeys(messages))}."
+
+
+@functools.cache
+def _schema_of(kind: type[object]) -> dict[str, Any]:
+    """The JSON schema of a type, of which there are few, and each takes longer than all else that is said of a wrong key."""
+    return TypeAdapter(kind).json_schema()
+
+
+SAID = 50
+"""So many wrong keys are said one by one."""
 
 
 def build(kind: type[T], tree: Tree) -> T:
@@ -300,8 +285,10 @@ def build(kind: type[T], tree: Tree) -> T:
         # JSON mode is pydantic's way to be strict about scalars and still accept lists as tuples and mappings as classes.
         return adapter.validate_json(json.dumps(tree.data, default=str), strict=True)
     except pydantic.ValidationError as error:
-        schema = adapter.json_schema()
+        schema = _schema_of(kind)  # type: ignore[arg-type]
         by_path: dict[Path_, list[Any]] = {}
         for one in error.errors(include_url=False):
             by_path.setdefault(_loc_to_path(one["loc"], tree.data, one["type"] in ABOUT_A_KEY), []).append(one)
-        raise Refused("\n".join(_explain(found, tree, path, schema) for path, found in by_path.items())) from None
+        said = [_explain(found, tree, path, schema) for path, found in list(by_path.items())[:SAID]]
+        more = [f"{tree.file}: and {len(by_path) - SAID} more."] if len(by_path) > SAID else []
+        raise Refused("\n".join([*said, *more])) from None

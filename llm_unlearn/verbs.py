@@ -70,7 +70,7 @@ def suite_of(wanted: recipe.Recipe, path: Path) -> tuple[suites.Suite | None, st
 def _measured(wanted: recipe.Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """What a run's evaluation found, where there is one and somebody asks."""
     home = Path(wanted.output)
-    return {"evaluation": folder.results_in(home)} if options.json and (home / folder.RESULTS).is_file() else {}
+    return {"evaluation": folder.wordless(folder.results_in(home))} if options.json and (home / folder.RESULTS).is_file() else {}
 
 
 def demo(options: argparse.Namespace) -> Reply:
@@ -118,6 +118,8 @@ def evaluate(options: argparse.Namespace) -> Reply:
     if candidates.is_many(options.model, options.adapter, options.before):
         return _evaluate_many(suite, options)
     options.model, options.adapter = options.model[0], (options.adapter or [None])[0]
+    if options.output:
+        folder.no_way_out(options.output)
     if options.output and (options.output / folder.RESULTS).exists() and not options.overwrite:
         raise Refused(
             f"--output: {options.output} has an {folder.RESULTS} already. Nothing was changed; add --overwrite, or choose another."
@@ -135,8 +137,8 @@ def evaluate(options: argparse.Namespace) -> Reply:
 
     if retrained:
         asked["retrained"] = (replace(model, base=made(retrained, options.cache)), None)
-    results = carry_out(suite, options.suite, asked, cache=options.cache, output=options.output)
-    return Reply(facts={"evaluation": results})
+    results = carry_out(suite, options.suite, asked, cache=options.cache, output=options.output, texts=not options.no_text)
+    return Reply(facts={"evaluation": folder.wordless(results)})
 
 
 def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> Reply:
@@ -150,6 +152,7 @@ def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> Reply:
         retrained=made(retrained, options.cache) if retrained else None,
         output=options.output,
         overwrite=options.overwrite,
+        texts=not options.no_text,
     )
     return many.evaluate(asked, options.cache)
 
@@ -209,6 +212,7 @@ def write_alternates(options: argparse.Namespace) -> Reply:
         recipe.load(locate(str(options.recipe)), options.overrides),
         stream=options.stream, k=options.k, temperature=options.temperature, prompt=options.prompt,
         output=options.output or Path(f"{options.recipe.stem}_alternates.jsonl"), overwrite=options.overwrite,
+        show_text=options.show_text,
     )  # fmt: skip
     alternates.make(wanted, options.cache)
     return Reply(facts={"output": str(wanted.output)})

@@ -253,9 +253,11 @@ def test_what_is_said_at_the_end_names_what_is_lacking(path: Path, usage: Usage)
     asked[0].found, asked[1].found = ("a", "b"), ("c",)
     said = "\n".join(summary(request(path, output=Path("my data.jsonl")), asked, checked=False))
     assert "my data.jsonl: 2 questions, 3 alternate answers" in said
-    assert f"fewer than 2 answers: 1 question; the first, with 1: {asked[1].question!r}" in said
-    assert f"no answer, and left out of the file: 1 question; the first: {asked[2].question!r}" in said
-    assert "read some of them before you train" in said
+    assert "fewer than 2 answers: 1 question; the first, with 1, is row 2" in said
+    assert "no answer, and left out of the file: 1 question; the first is row 3" in said
+    assert "read some of them before you train" in said and "--show-text" in said
+    assert not any(one.question in said or one.truth in said for one in asked)
+    assert asked[0].question in "\n".join(summary(request(path, show_text=True), asked, checked=True))
     assert recipe_lines(request(path, output=Path("my data.jsonl"))) == [
         '  forget: {source: "my data.jsonl", prompt: question, answer: answer, alternate: {answer: alternates}}',
         "  forget: {loss: {name: dpo}}",

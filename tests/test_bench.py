@@ -372,7 +372,7 @@ assert not folder.check(wanted, how == "--resume", how == "--overwrite")
 if how == "--overwrite": folder.clear(pathlib.Path(wanted.output))
 if plan.get(name) == "refuse":
     print("many words"); print("error: data.forget: row 7 is empty", file=sys.stderr); print("late words"); sys.exit(2)
-folder.write(pathlib.Path(wanted.output) / "recipe.yaml", spec.to_yaml(spec.plain(wanted)))
+folder.write(pathlib.Path(wanted.output) / "recipe.yaml", "# hash 0\\n" + spec.to_yaml(spec.plain(wanted)))
 if plan.get(name) == "crash": raise KeyError("lost")
 if plan.get(name) == "hang":
     def end(*_): pathlib.Path("ended.txt").write_text(name); sys.exit(130)
@@ -456,7 +456,7 @@ def test_half_a_run_goes_on_and_another_recipes_run_is_redone(play: Play, here: 
     (here / "s.yaml").write_text(SUITE + "max_new_tokens: 9\n")
     assert play("--seeds", "1") == ["ascent/0 --overwrite", "npo/0 --overwrite"]
     (here / "out" / "npo" / "seed-0" / "evaluation.json").write_text('{"half": ')
-    (here / "out" / "ascent" / "seed-0" / "recipe.yaml").write_text("of: another version\n")
+    (here / "out" / "ascent" / "seed-0" / "recipe.yaml").write_text("# hash 0\nof: another version\n")
     assert play("--seeds", "1") == ["ascent/0 --overwrite", "npo/0 --overwrite"]
     assert play("--seeds", "1") == []
 

@@ -2,10 +2,13 @@
 
 import argparse
 import ast
+import errno
+import io
 import json
 import multiprocessing
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -267,10 +270,56 @@ def test_each_way_to_end_has_its_exit_code(
     assert capsys.readouterr().err.strip() == said
 
 
-def test_a_bug_is_not_dressed_up_as_a_refusal(path: Path, asked: Asked) -> None:
-    asked.outcome = ValueError("a bug")
-    with pytest.raises(ValueError, match="a bug"):
-        main(["run", "r.yaml"])
+def test_a_bug_is_not_dressed_up_as_a_refusal(path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    asked.outcome = ValueError("a bug\nin two lines")
+    assert main(["run", "r.yaml"]) == 70
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("bug: ValueError: a bug in two lines (llm_unlearn/verbs.py:")
+    assert all(word in said for word in ("This is a bug of llm-unlearn", "--debug", "report", "llm-unlearn doctor"))
+    assert main(["run", "r.yaml", "--json"]) == 70
+    found = json.loads(capsys.readouterr().out)
+    assert found["status"] == 70 and found["bug"]["type"] == "ValueError" and found["bug"]["at"].startswith("llm_unlearn/verbs.py:")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), Refused("a: one"), OSError(errno.ENOSPC, "No space left on device", "x")])
+def test_debug_shows_where_an_error_comes_from(
+    error: Exception, path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked.outcome = error
+    plain = main(["run", "r.yaml"]), capsys.readouterr().err
+    error.__traceback__ = None
+    status, said = main(["run", "r.yaml", "--debug"]), capsys.readouterr().err
+    assert status == plain[0] and "Traceback" not in plain[1]
+    assert (
+        said.startswith("Traceback")
+        and "in run" in said
+        and said.splitlines()[-1].split(" (")[0] == plain[1].split(" (")[0].strip()
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x/log"), "error: runs/x/log: No space left on device. Make room;"),
+        (PermissionError(errno.EACCES, "Permission denied", "k"), "error: k: Permission denied. Ask for the right to it, or name"),
+        (OSError(errno.EROFS, "Read-only file system", "a", None, "b"), "error: a -> b: Read-only file system. Name a place that"),
+        (OSError("no such weights"), "error: no such weights"),
+        (MemoryError("Unable to allocate 7 EiB"), "error: out of memory (Unable to allocate 7 EiB); give the process more"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory (DefaultCPUAllocator: can't"),
+        (sqlite3.OperationalError("disk I/O error"), "error: a database cannot be read or written: disk I/O error."),
+        (
+            RuntimeError("I/O error: No space left on device (os error 28)"),
+            "error: I/O error: No space left on device (os error 28)",
+        ),
+    ],
+)
+def test_what_the_machine_cannot_do_is_no_bug(
+    error: Exception, said: str, path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked.outcome = error
+    assert main(["run", "r.yaml"]) == 74
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
 
 
 @pytest.mark.parametrize("words", [[], ["forget"], ["run"], ["evaluate", "eval/quick.yaml"], ["run", "r.yaml", "--sometimes"]])
@@ -515,14 +564,19 @@ def stopped_at(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    def half(self: Path, text: str, **_: object) -> None:
-        self.write_bytes(text.encode()[:3])
-        raise KeyboardInterrupt
+    def half(path: Path) -> Any:
+        class Half(io.FileIO):
+            def write(self, data: Any, /) -> int:
+                super().write(data[:3])
+                raise KeyboardInterrupt
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Half(path, "w")
 
     if what == "name":
         monkeypatch.setattr(os, "replace", interrupt)
     else:
-        monkeypatch.setattr(Path, "write_text", half)
+        monkeypatch.setattr(folder, "new_file", half)
 
 
 @pytest.mark.parametrize("what", ["name", "text"])
@@ -587,7 +641,8 @@ def test_help_and_wrong_words_are_answered_before_anything_of_ours_is_read() -> 
     for words, status in (("'--help'", 0), ("'requests', 'add', '--help'", 0), ("'rn'", 2)):
         done = subprocess.run([sys.executable, "-c", code.replace("{words}", words)], capture_output=True, text=True, check=True)
         *_, said, modules = done.stdout.splitlines()
-        assert (said, modules) == (str(status), "['llm_unlearn.cli', 'llm_unlearn.options', 'llm_unlearn.streams']")
+        light = "['llm_unlearn.cli', 'llm_unlearn.options', 'llm_unlearn.outward', 'llm_unlearn.streams']"
+        assert (said, modules) == (str(status), light)
 
 
 # -------------------------------------------------------------------------------------------------------- for scripts
@@ -604,7 +659,7 @@ def leaves(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
 def test_every_verb_can_be_asked_for_json() -> None:
     found = leaves(parser())
     assert {"run", "evaluate", "requests add", "schema"} <= found.keys()
-    assert all("--json" in leaf._option_string_actions for leaf in found.values())
+    assert all({"--json", "--debug"} <= leaf._option_string_actions.keys() for leaf in found.values())
 
 
 def test_json_is_all_that_stands_on_standard_output(path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from llm_unlearn.data.schedule import build
 from llm_unlearn.data.sources import Rows, rows
 from llm_unlearn.data.tokens import Packer, Some, Tokens, lengths_of, targets_of
 from llm_unlearn.report import crowd
+from llm_unlearn.report.columns import write_columns
 from llm_unlearn.report.ranking import frontier
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.records import Row
@@ -113,6 +114,7 @@ def write_rows(path: Path, kind: str, count: int, **more: Callable[[int], Any]) 
 def in_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every set were a large one, in blocks of seven rows."""
     monkeypatch.setattr(sources, "MANY", 0)
+    monkeypatch.setattr(sources, "LARGE", 0)
     monkeypatch.setattr(sources, "BLOCK", 7)
     monkeypatch.setattr(reading, "BLOCK", 7)
     monkeypatch.setattr(reading, "LARGE", 0)
@@ -130,9 +132,16 @@ CHOSEN: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("chosen", CHOSEN)
-def test_rows_of_a_file_are_those_of_a_list(chosen: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source(source=write_rows(tmp_path / "f.jsonl", "a", 40, odd=lambda i: i % 2 == 1), **COLUMNS, **chosen)
+def test_rows_of_a_file_are_those_of_a_list(
+    chosen: dict[str, Any], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "f.jsonl", "a", 40, odd=lambda i: i % 2 == 1)
+    if kind == "parquet":
+        write_columns([json.loads(line) for line in Path(path).read_text().splitlines()], tmp_path / "f.parquet")
+        path = str(tmp_path / "f.parquet")
+    source = Source(source=path, **COLUMNS, **chosen)
     whole = rows(source)
     in_file(monkeypatch)
     found = rows(source)
@@ -198,7 +207,7 @@ def test_a_bad_row_of_a_later_block_is_named_and_leaves_nothing(
 ) -> None:
     in_file(monkeypatch)
     source = write_rows(tmp_path / "f.jsonl", "a", 40, answer=lambda i: "" if i == 25 else f"It is {i}.")
-    with pytest.raises(Refused, match=r"f.jsonl: row 26: column 'answer' holds ''; expected text"):
+    with pytest.raises(Refused, match=r"f.jsonl: row 26: column 'answer' holds .*; expected text"):
         read_examples(Data(forget=Source(source=source, **COLUMNS)), tokenizer, 0, tmp_path)
     assert [path.suffix for path in (tmp_path / "examples").iterdir()] == [".lock"]
 
@@ -209,7 +218,7 @@ def test_overlap_in_a_file_names_its_row(tmp_path: Path, tokenizer: Any, monkeyp
     retain = write_rows(tmp_path / "r.jsonl", "b", 20)
     with Path(retain).open("a") as file:
         file.write(json.dumps({"id": 1, "question": "What is a 4?", "answer": "It is 124 of them."}) + "\n")
-    with pytest.raises(Refused, match=r"1 of 21 retain rows also stand in the forget set \(first: row 21 of .*'What is a 4\?'"):
+    with pytest.raises(Refused, match=r"1 of 21 retain rows also stand in the forget set \(first: .*r.jsonl: row 21\)"):
         read_examples(
             Data(forget=Source(source=forget, **COLUMNS), retain=Source(source=retain, **COLUMNS)), tokenizer, 0, tmp_path
         )
@@ -261,6 +270,44 @@ def test_a_schedule_of_a_million_examples_is_small_and_quick() -> None:
     size = sum(column.nbytes for column in (found.step, found.slot, found.stream, found.example))
     assert len(found.step) == 256_000 and size == 13 * 256_000
     assert len(np.unique(found.example[found.stream == 0])) == 128_000, "each example of an epoch once"
+
+
+def test_a_large_file_of_lines_is_what_a_small_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty lines, the mark of UTF-8, other line ends, columns that only some rows have, a last line without an end."""
+    path = tmp_path / "a.jsonl"
+    lines = [
+        '\ufeff{"q": "Wo?", "a": "Köln\u2028am Rhein"}',
+        "",
+        '{"q": "x", "a": [1, {"b": null}], "c": 1.5}\r',
+        "  ",
+        '{"a": "z"}',
+    ]
+    path.write_bytes("\n".join(lines).encode())
+    whole = sources.read(str(path))
+    monkeypatch.setattr(sources, "LARGE", 0)
+    found = sources.read(str(path))
+    assert isinstance(found, Rows) and list(found) == whole and found[1:] == whole[1:] and found[0] == whole[0]
+    assert [list(row) for row in found] == [list(row) for row in whole]
+
+
+WRONG = {
+    b'{"a": 1}\n{"a": \n': r"a\.jsonl:2: not a line of JSON", b'{"a": 1}\n\n[1]\n': r"a\.jsonl:3: found ",
+    b'{"a": 1}\n{"a": "\x00"}\n': r"a\.jsonl:2: found a zero byte \(byte 16\)",
+    b'{"a": 1}\n{"a": "\xff"}\n': r"a\.jsonl:2: not text in UTF-8 \(invalid start byte at byte 16\)",
+    b"PAR1\n": "found a Parquet file; expected jsonl as text", b"\xff\xfe{\x00": "found text in UTF-16",
+    b'{"a": 1}\n{"a": 2, "a": 3}\n': r"a\.jsonl:2: .*is written twice",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", WRONG)
+@pytest.mark.parametrize("large", [False, True])
+def test_a_wrong_line_of_a_large_file_is_named_as_of_a_small_one(
+    content: bytes, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LARGE", 0 if large else 1 << 20)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(Refused, match=WRONG[content]):
+        sources.read(str(tmp_path / "a.jsonl"))
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluations

@@ -323,7 +323,7 @@ COMMAND_LINE = {
     "word without a key": (["=3"], ["found '=3'; expected key=value"]),
     "word that looks like an option": (["--lr=3"], ["found '--lr=3'; expected key=value"]),
     "value that is no YAML": (["train.lr=[1"], ["train.lr: '[1'", "not valid YAML"]),
-    "value that is no date": (["train.lr=2024-13-45"], ["train.lr: '2024-13-45'", "not valid YAML"]),
+    "value that is a date": (["train.lr=2024-13-45"], ["train.lr: found '2024-13-45'; expected a valid number"]),
     "value without an end": (["train.lr=&a [*a]"], ["train.lr: '&a [*a]'", "not valid YAML"]),
     "value with a tag": (["train.lr=!rate 3"], ["train.lr: '!rate 3'", "not valid YAML"]),
 }

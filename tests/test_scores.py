@@ -384,7 +384,8 @@ def test_parts_of_scores_are_those_of_their_tokens(make_model: Callable[..., Any
     with torch.no_grad():
         whole = score(Scorer(model), head_of(model), batch, (0, TOP), seed=3)["forget"]
         part = whole.rows(slice(2, 5))
-        assert torch.equal(part.logps, whole.logps[2:5]) and torch.equal(part.hidden(0), whole.hidden(0)[2:5])
+        torch.testing.assert_close(part.logps, whole.logps[2:5], rtol=1e-6, atol=1e-6)  # fewer rows may be multiplied otherwise
+        assert torch.equal(part.hidden(0), whole.hidden(0)[2:5])
         assert torch.equal(part.position, whole.position[2:5]) and part.seed == 3
         given = replace(whole, given=torch.arange(len(whole.targets)).float())
         assert given.logps.tolist() == list(range(len(whole.targets)))  # what was taken before goes before what would be computed

@@ -37,10 +37,12 @@ class Request:
     temperature: float
     template: str | None  # None asks the question itself
     output: Path
+    show_text: bool = False
+    """Say what some rows ask and what was written."""
 
 
 def check(
-    recipe: Recipe, *, stream: str, k: int, temperature: float, prompt: str, output: Path, overwrite: bool
+    recipe: Recipe, *, stream: str, k: int, temperature: float, prompt: str, output: Path, overwrite: bool, show_text: bool = False
 ) -> Request:  # fmt: skip
     """All that can be refused before anything heavy is imported.
 
@@ -67,7 +69,7 @@ def check(
         raise Refused(f"--output: {output} is a folder; expected the name of a file.")
     if output.exists() and not overwrite:
         raise Refused(f"--output: {output} exists already. Nothing was changed; add --overwrite, or choose another.")
-    return Request(recipe, stream, source, k, temperature, _template(prompt), output)
+    return Request(recipe, stream, source, k, temperature, _template(prompt), output, show_text)
 
 
 def _template(prompt: str) -> str | None:

@@ -34,7 +34,8 @@ from llm_unlearn import folder
 from llm_unlearn.alternates.request import COLUMN, Request, filled
 from llm_unlearn.alternates.usage import Usage, words
 from llm_unlearn.bars import Bar
-from llm_unlearn.data.sources import Row, rows
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import row_at, rows
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
 
@@ -135,7 +136,7 @@ def questions(wanted: Request, usage: Usage, tokenizer: Any) -> list[Question]:
     turns: list[list[Turn]] = [conversation(row, i, source) for i, row in enumerate(found)]
     for i, chat in enumerate(turns):
         if len(chat) < 2 or chat[-2]["role"] != "user":
-            raise Refused(f"{source.source}: row {i + 1}: column {source.messages!r} has no user turn before its last answer.")
+            raise Refused(f"{row_at(i, source)}: column {source.messages!r} has no user turn before its last answer.")
     columns = [source.messages] if source.messages else [source.prompt, source.answer]
     plain = encode(turns, tokenizer, wanted.stream, source.max_tokens)
     asked = plain
@@ -237,24 +238,26 @@ def bare(text: str) -> str:
 
 
 def summary(wanted: Request, asked: Sequence[Question], checked: bool) -> list[str]:
-    """What was written, three of its rows, what is lacking, and how a recipe reads it."""
+    """What was written, three of its rows where they may be shown, what is lacking, and how a recipe reads it."""
     done = [one for one in asked if one.found]
     few = [one for one in done if len(one.found) < wanted.k]
     none = [one for one in asked if not one.found]
     count = sum(len(one.found) for one in done)
     lines = [f"{wanted.output}: {_count(len(done))}, {count} alternate answers"]
-    for one in [done[i] for i in sorted({0, len(done) // 2, len(done) - 1})]:
+    for one in [done[i] for i in sorted({0, len(done) // 2, len(done) - 1})] if wanted.show_text else ():
         lines += ["", f"  question   {one.question}", f"  truth      {one.truth}"]
         lines += [f"  alternate  {text}" for text in one.found]
     lines.append("")
     if not checked:
         lines.append(
-            "these are in the model's own words, and only held against the truth: read some of them before you train on them"
+            "these are in the model's own words, and only held against the truth: read some of them before you train on them "
+            "(--show-text shows three)"
         )
     if few:
-        lines.append(f"fewer than {wanted.k} answers: {_count(len(few))}; the first, with {len(few[0].found)}: {few[0].question!r}")
+        first = f"the first, with {len(few[0].found)}, is row {asked.index(few[0]) + 1}"
+        lines.append(f"fewer than {wanted.k} answers: {_count(len(few))}; {first}")
     if none:
-        lines.append(f"no answer, and left out of the file: {_count(len(none))}; the first: {none[0].question!r}")
+        lines.append(f"no answer, and left out of the file: {_count(len(none))}; the first is row {asked.index(none[0]) + 1}")
     return [*lines, "in a recipe, the first line below data and the second below objective:", *recipe_lines(wanted)]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_unlearn.folder import no_way_out
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.objectives.terms import stream_of
@@ -77,6 +78,7 @@ def held(asked: Asked, overwrite: bool) -> dict[str, Any] | None:
         raise Refused(
             f"--output: {output} exists and is not an audit's folder (it has no {FILE}). Nothing was changed; choose another."
         )
+    no_way_out(output)
     if overwrite:
         return None
     found: dict[str, Any] = json.loads((output / FILE).read_text(encoding="utf-8"))

@@ -11,9 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_unlearn.data.sources import Row
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import row_at
 from llm_unlearn.source import Source
-from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.spec import Refused, fingerprint, shown
+from llm_unlearn.unsaid import column_name, unsaid, without_quotes
 
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
@@ -66,12 +68,15 @@ def conversation(row: Row, number: int, source: Source, answer: object = None, c
 
 def _chat(value: object, number: int, source: Source, column: str) -> list[Turn]:
     """A column of turns, each with a role and text."""
-    where = f"{source.source}: row {number + 1}: column {column!r}"
+    where = f"{row_at(number, source)}: column {column!r}"
     if not isinstance(value, list) or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
-        raise Refused(f"{where} holds {_cut(value)}; expected a list of turns such as {{role: user, content: …}}.")
+        raise Refused(f"{where} holds {unsaid(value)}; expected a list of turns such as {{role: user, content: …}}.")
     if not value or value[-1]["role"] != "assistant":
-        raise Refused(f"{where} does not end with an assistant turn, whose text is the answer: {_cut(value[-1:])}.")
-    return [{"role": str(turn["role"]), "content": text_in(turn["content"], number, source, column)} for turn in value]
+        raise Refused(f"{where} does not end with an assistant turn, whose text is the answer.")
+    if len(value) < 2 or not all(isinstance(turn["role"], str) and turn["role"].strip() for turn in value):
+        what = "a turn before the answer, and a role such as user for each"
+        raise Refused(f"{where} holds {unsaid(value)}; expected {what}.")
+    return [{"role": turn["role"], "content": text_in(turn["content"], number, source, column)} for turn in value]
 
 
 def text_in(value: object, number: int, source: Source, column: str) -> str:
@@ -81,14 +86,9 @@ def text_in(value: object, number: int, source: Source, column: str) -> str:
         Refused: it is not text, or blank; names the row.
     """
     if not isinstance(value, str) or not value.strip():
-        where = f"{source.source}: row {number + 1}: column {column!r}"
-        raise Refused(f"{where} holds {_cut(value)}; expected text. (`where` can leave rows out.)")
+        where = f"{row_at(number, source)}: column {column!r}"
+        raise Refused(f"{where} holds {unsaid(value)}; expected text. (`where` can leave rows out.)")
     return value
-
-
-def _cut(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def encode(
@@ -107,10 +107,10 @@ def encode(
     asked: list[Turn] | None = None
     prompt = ""
     for turns in conversations:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = _laid_out(tokenizer, turns, stream)
         if turns[:-1] != asked:  # several answers to one question follow each other
             asked = turns[:-1]
-            prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+            prompt = _laid_out(tokenizer, asked, stream, ask=True)
         same = takewhile(lambda ab: ab[0] == ab[1], zip(text, prompt, strict=False))
         begins.append(len(prompt) if text.startswith(prompt) else sum(1 for _ in same))
         after = text.rfind(turns[-1]["content"]) + len(turns[-1]["content"])
@@ -124,6 +124,30 @@ def encode(
         answer = max(1, next((t for t, (_, end) in enumerate(offsets) if end > begin), len(offsets)))
         examples.append(Example(tuple(ids), answer, stream, first + i) if answer < len(ids) else None)
     return examples
+
+
+def _laid_out(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], stream: str, ask: bool = False) -> str:
+    """Turns as the chat template writes them, with its beginning of an answer where one is asked for.
+
+    Raises:
+        Refused: it has no place for such turns, or is no template.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+    except Exception as error:  # a template is a program, and may raise what it likes
+        roles = ", ".join(column_name(turn["role"]) for turn in turns)
+        why = without_quotes(" ".join(str(error).split()))
+        if _repeats(why, turns):
+            why = type(error).__name__
+        found = f"{shown(roles, as_it_is=True)} ({shown(why, 300, as_it_is=True)})"
+        said = f"{stream}: the chat template does not take turns of {found}"
+        raise Refused(f"{said}; give model.chat_template a file that does, or the rows other roles.") from error
+
+
+def _repeats(said: str, turns: list[Turn]) -> bool:
+    """Whether an error repeats words of a row."""
+    texts = [" ".join(turn["content"].split()) for turn in turns]
+    return any(text[i : i + 12] in said for text in texts for i in range(max(1, len(text) - 11)))
 
 
 def encode_text(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int) -> list[Example]:

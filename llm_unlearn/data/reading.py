@@ -20,13 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn.bars import Bar
 from llm_unlearn.data.examples import Example, content_of, conversation, draw, encode, encode_text, spelling, text_in
-from llm_unlearn.data.sources import BLOCK, Row, chosen, identity_of, read, rows
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import BLOCK, chosen, identity_of, read, row_at, rows
 from llm_unlearn.data.tokens import Companions, Packer, Tokens, mapped
 from llm_unlearn.folder import write
 from llm_unlearn.objectives.views import Kind, beside
 from llm_unlearn.sections import Data
 from llm_unlearn.source import Alternate, Contrast, Source
-from llm_unlearn.spec import Refused, fingerprint, nearest
+from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.unsaid import near_column
 
 LARGE = 50_000
 """From so many rows on, what was encoded is kept on disk."""
@@ -116,7 +118,7 @@ def _made(
         overlap = int(shared.sum())
         if overlap and data.overlap == "error":
             at = int(np.flatnonzero(shared)[0])
-            first = f"row {at + 1} of {data.retain.source}, {_short(found['retain'][at], data.retain)!r}"
+            first = row_at(at, data.retain)
             raise Refused(
                 f"data: {overlap} of {len(found['retain'])} retain rows also stand in the forget set (first: {first}). "
                 "Take them out, or say data.overlap: drop."
@@ -234,9 +236,11 @@ class _Stream:
 
 def _pool(alternate: Alternate) -> Sequence[Row]:
     pool = read(str(alternate.source))
-    if pool and alternate.answer not in pool[0]:
+    if not pool:
+        raise Refused(f"{alternate.source}: has no rows; expected at least one, with an answer in {alternate.answer!r}.")
+    if alternate.answer not in pool[0]:
         what = f"alternate.answer names column {alternate.answer!r}, which is not there"
-        raise Refused(f"{alternate.source}: {what}; {nearest(alternate.answer, pool[0])}")
+        raise Refused(f"{alternate.source}: {what}; {near_column(alternate.answer, pool[0])}")
     return pool
 
 
@@ -280,13 +284,7 @@ def _asked_otherwise(
     for (_, example), other in zip(kept, encoded, strict=True):
         answer = example.ids[example.answer :]
         if other is None or other.ids[other.answer :][: len(answer)] != answer:
-            raise Refused(
-                f"{source.source}: row {example.id + 1}: its answer has other tokens behind {prefix!r}; change data.….contrast."
-            )
+            said = "its answer has other tokens behind the prefix of data.….contrast"
+            raise Refused(f"{row_at(example.id, source)}: {said}; change that.")
         result.append(Example(other.ids[: other.answer + len(answer)], other.answer, stream, example.id))
     return result
-
-
-def _short(row: Row, source: Source) -> str:
-    text = str(row[source.prompt or source.messages or source.text or ""])
-    return text if len(text) <= 80 else text[:77] + "…"

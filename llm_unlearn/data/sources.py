@@ -3,40 +3,76 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llm_unlearn.data.files import Lines, Row, read_file
 from llm_unlearn.embedded import population
 from llm_unlearn.folder import sha256
 from llm_unlearn.source import EMBEDDED, FILES, Source
-from llm_unlearn.spec import Refused, fingerprint, nearest
-
-Row = dict[str, Any]
-
+from llm_unlearn.spec import Refused, fingerprint, nearest, shown
+from llm_unlearn.unsaid import near_column, unsaid, without_quotes
 
 MANY = 20_000
 """More rows than these stay in the file that they are in, and are read from it when they are asked for."""
+LARGE = 8 << 20
+"""Bytes of a file of lines, beyond which the same is done."""
 BLOCK = 1000
 """So many are read at a time."""
 
 
-class Rows(Sequence[Row]):
-    """Rows of a data set that is mapped into memory: some of it, or all."""
+class Held(Protocol):
+    """Rows that something else holds, such as a file."""
 
-    def __init__(self, loaded: Any, at: NDArray[np.int64] | None = None) -> None:
+    def __len__(self) -> int: ...
+    def at(self, places: NDArray[np.int64]) -> list[Row]:
+        """The rows at these places."""
+        ...
+
+    def values(self, column: str, places: NDArray[np.int64]) -> list[Any]:
+        """What one column says at these places."""
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set of `datasets`, which maps its file into memory."""
+
+    loaded: Any
+
+    def __len__(self) -> int:
+        return len(self.loaded)
+
+    def at(self, places: NDArray[np.int64]) -> list[Row]:
+        if not len(places):
+            return []
+        dense = len(places) == places[-1] - places[0] + 1
+        columns = self.loaded[int(places[0]) : int(places[-1]) + 1] if dense else self.loaded[places.tolist()]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def values(self, column: str, places: NDArray[np.int64]) -> list[Any]:
+        return [row[column] for row in Table(self.loaded.select_columns([column])).at(places)]
+
+
+class Rows(Sequence[Row]):
+    """Rows that stay where they are until they are asked for; some of what is held, or all."""
+
+    def __init__(self, held: Held, at: NDArray[np.int64] | None = None) -> None:
         """
         Args:
-            loaded: a data set of `datasets`.
             at: the places of the rows that are meant, ascending; None means all.
         """
-        self.loaded = loaded
-        self.at = np.arange(len(loaded)) if at is None else at
+        self.held = held
+        self.at = np.arange(len(held)) if at is None else at
 
     def __len__(self) -> int:
         return len(self.at)
@@ -46,29 +82,24 @@ class Rows(Sequence[Row]):
     @overload
     def __getitem__(self, place: slice) -> list[Row]: ...
     def __getitem__(self, place: int | slice) -> Row | list[Row]:
-        if not isinstance(place, slice):
-            return dict(self.loaded[int(self.at[place])])
-        at = self.at[place]
-        if not len(at):
-            return []
-        dense = len(at) == at[-1] - at[0] + 1
-        columns = self.loaded[int(at[0]) : int(at[-1]) + 1] if dense else self.loaded[at.tolist()]
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        if isinstance(place, slice):
+            return self.held.at(self.at[place])
+        return self.held.at(np.array([self.at[place]]))[0]
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), BLOCK):
             yield from self[start : start + BLOCK]
 
     def column(self, name: str) -> Iterator[Any]:
-        """The values of one column; the others are not read."""
-        alone = Rows(self.loaded.select_columns([name]), self.at)
-        return (row[name] for row in alone)
+        """The values of one column."""
+        for start in range(0, len(self), BLOCK):
+            yield from self.held.values(name, self.at[start : start + BLOCK])
 
 
 def chosen(found: Sequence[Row], keep: NDArray[np.bool_]) -> Sequence[Row]:
     """Those of the rows for which `keep` is true."""
     if isinstance(found, Rows):
-        return Rows(found.loaded, found.at[keep])
+        return Rows(found.held, found.at[keep])
     return [row for row, kept in zip(found, keep.tolist(), strict=True) if kept]
 
 
@@ -87,10 +118,10 @@ def rows(source: Source) -> Sequence[Row]:
         found = _filtered(found, column, partial(_like, pattern=pattern))
     if not found:
         said = {"where": source.where, "without": source.without, "like": source.like}
-        named = ", ".join(f"{key} = {str(dict(values))[:200]}" for key, values in said.items() if values)
+        named = " and ".join(f"{key} on {', '.join(values)}" for key, values in said.items() if values)
         raise Refused(f"{source.source}: no rows are left after {named}; expected at least one.")
     if isinstance(found, Rows):
-        found = Rows(found.loaded, found.at[: source.limit])
+        found = Rows(found.held, found.at[: source.limit])
         found = found if len(found) > MANY else list(found)
     else:
         found = found[: source.limit]
@@ -107,6 +138,12 @@ def _filtered(found: Sequence[Row], column: str, holds: Callable[[Any], bool]) -
     return chosen(found, np.fromiter(map(holds, values), bool, len(found)))
 
 
+def row_at(number: int, source: Source) -> str:
+    """A row for errors, counted from 1 among those that the source leaves."""
+    chosen = [key for key in ("where", "without", "like") if getattr(source, key)]
+    return f"{source.source}: row {number + 1}{f' of those that {chr(44).join(chosen)} leave' if chosen else ''}"
+
+
 def _like(value: object, pattern: str) -> bool:
     """Whether a value is like a text in which * stands for any text."""
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), str(value), re.DOTALL) is not None
@@ -117,8 +154,8 @@ def _chosen(row: Row, number: int, source: Source) -> Row:
     options, right = row[str(source.choices)], row[str(source.answer)]
     if not isinstance(options, list) or type(right) is not int or not 0 <= right < len(options):
         raise Refused(
-            f"{source.source}: row {number + 1}: expected a list in column {source.choices!r} and the number of one of them, "
-            f"from 0, in {source.answer!r}; found {options!r} and {right!r}."
+            f"{row_at(number, source)}: expected a list in column {source.choices!r} and the number of one of them, "
+            f"from 0, in {source.answer!r}; found {unsaid(options)} and {unsaid(right)}."
         )
     wrong = [option for i, option in enumerate(options) if i != right]
     return {**row, str(source.answer): options[right], str(source.choices): wrong}
@@ -132,34 +169,37 @@ def read(name: str, config: str | None = None, split: str | None = None) -> Sequ
     """
     if name.startswith("embedded:"):
         return _embedded(name.removeprefix("embedded:"))
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
+        if path.suffix not in FILES:
+            raise Refused(f"{name}: cannot read a {path.suffix or 'nameless'} file; expected one of {', '.join(FILES)}.")
+        if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
+            return Rows(Lines.of(path, name))
+        if (found := read_file(path, name)) is not None:
+            return found
+    elif os.path.exists(path) and not path.is_dir():
+        raise Refused(f"{name}: is no ordinary file; expected one of {', '.join(FILES)}, or a folder.")
     import datasets
 
     datasets.disable_progress_bars()  # reading is short; the bars here are those of our own long work
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it says of a file is said by us, once
 
-    path = Path(name).expanduser()
     try:
         if path.is_file():
-            kind = FILES.get(path.suffix)
-            if kind is None:
-                raise Refused(f"{name}: cannot read a {path.suffix or 'nameless'} file; expected one of {', '.join(FILES)}.")
-            if kind == "text":
-                return [
-                    dict(row) for row in datasets.load_dataset("text", data_files=str(path), split="train", sample_by="document")
-                ]
+            kind = FILES[path.suffix]
             loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
             loaded = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             loaded = datasets.load_dataset(name, config, split=split or "train")
-    except Refused:
-        raise
+        return Rows(Table(loaded)) if len(loaded) > MANY else [dict(row) for row in loaded]
     except Exception as error:  # `datasets` raises a dozen types; each becomes one line that names the source
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        if path.is_file() and (not path.stat().st_size or "no data" in reason):
-            return []
-        raise Refused(f"{name}: cannot be read as a data set ({type(error).__name__}: {reason}).") from error
-    return Rows(loaded) if len(loaded) > MANY else [dict(row) for row in loaded]
+        reason = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
+        if path.is_file() and (not path.stat().st_size or "no data" in reason or "BatchSize must be" in reason):
+            return []  # the last is what pyarrow makes of a file without rows
+        why = shown(f"{type(error.__cause__ or error).__name__}: {without_quotes(reason)}", 400, as_it_is=True)
+        raise Refused(f"{name}: cannot be read as a data set ({why}); write it again, or name another.") from error
 
 
 def identity_of(name: str, config: str | None, split: str | None, found: Sequence[Row]) -> str:
@@ -168,7 +208,7 @@ def identity_of(name: str, config: str | None, split: str | None, found: Sequenc
     files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else []
     if files:
         return fingerprint(split, [[one.name, sha256(one)] for one in files])
-    made = getattr(found.loaded, "_fingerprint", None) if isinstance(found, Rows) else None
+    made = getattr(found.held.loaded, "_fingerprint", None) if isinstance(found, Rows) and isinstance(found.held, Table) else None
     return fingerprint(name, config, split, made or [json.dumps(row, default=str, sort_keys=True) for row in found])
 
 
@@ -192,7 +232,7 @@ def _columns(found: Sequence[Row], source: Source) -> Sequence[Row]:
              "keyword": source.keyword, "choices": source.choices}  # fmt: skip
     for key, column in [*named.items(), *_of_filters(source)]:
         if column is not None and column not in found[0]:
-            raise Refused(f"{source.source}: {key} names column {column!r}, which is not there; {nearest(column, found[0])}")
+            raise Refused(f"{source.source}: {key} names column {column!r}, which is not there; {near_column(column, found[0])}")
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +31,8 @@ from llm_unlearn.evaluation.kept import Part
 from llm_unlearn.evaluation.likelihood import teacher_forced
 from llm_unlearn.evaluation.passes import Job, made
 from llm_unlearn.evaluation.scoring import scores_of
-from llm_unlearn.evaluation.task_files import content, manager_of, place_of, quiet
+from llm_unlearn.evaluation.task_code import code_problems, fenced_templates
+from llm_unlearn.evaluation.task_files import content, files_of, leaves, manager_of, place_of, quiet
 from llm_unlearn.evaluation.tasks import Answered, Score, Task
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.readings import alternatives
@@ -235,6 +237,11 @@ def _found(task: Task) -> Any:
         Refused: it cannot be had; code and data of a task are anybody's, and so is what they raise.
     """
     manager = manager_of(task)
+    fenced_templates()
+    if problems := [text for _, text in code_problems(task, list(leaves(task)), files_of(task))]:
+        raise Refused(f"tasks: {problems[0]}")
+    if task.code:
+        print(f"tasks: {task.task} may run the Python in {task.include}, as `code: true` says", file=sys.stderr)
     try:
         with quiet(), contextlib.chdir(place_of(task)):
             found = manager.load([task.task])

@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from llm_unlearn.folder import new_file
+
 Part = Mapping[str, Any]
 """What one pass found of one set: arrays, and lists of text."""
 
 
 def write_part(part: Part, path: Path) -> None:
     """Keep a part; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: value for name, value in part.items() if isinstance(value, np.ndarray)}
     texts = {name: value for name, value in part.items() if name not in arrays}
     unfinished = path.with_suffix(f".{os.getpid()}.npz")
-    with unfinished.open("wb") as file:
+    with new_file(unfinished) as file:
         np.savez_compressed(file, json=np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]  # of the stubs
     os.replace(unfinished, path)
 

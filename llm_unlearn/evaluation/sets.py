@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llm_unlearn.data.examples import Example, conversation, encode, encode_text, text_in
-from llm_unlearn.data.sources import Row, rows
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import row_at, rows
 from llm_unlearn.evaluation.tables import Cut, Need, Shots
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.unsaid import unsaid
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any)
         if "perturbed" in needs and (column := source.perturbed or source.choices):
             wrong = row[column]
             if not isinstance(wrong, list) or not wrong:
-                raise Refused(f"{source.source}: row {i + 1}: column {column!r} holds {wrong!r}; expected a list of wrong answers.")
+                raise Refused(f"{row_at(i, source)}: column {column!r} holds {unsaid(wrong)}; expected a list of wrong answers.")
             wanted.extend((i, "perturbed", conversation(row, i, source, answer, column)) for answer in wrong)
     encoded = encode([turns for _, _, turns in wanted], tokenizer, name, source.max_tokens)
     whole = {i for (i, kind, _), example in zip(wanted, encoded, strict=True) if kind == "answer" and example}

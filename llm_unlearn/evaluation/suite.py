@@ -29,8 +29,8 @@ from llm_unlearn.evaluation.tasks import Task
 from llm_unlearn.evaluation.text import ExactMatch, Fluency, KeywordRecall, Rouge
 from llm_unlearn.evaluation.utility import ModelUtility, MultipleChoice, OptionProbability
 from llm_unlearn.source import Source, missing, source_problems
-from llm_unlearn.spec import NaturalInt, PositiveInt, Refused, by_name, dotted, nearest, parts_of, spec
-from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
+from llm_unlearn.spec import NaturalInt, PositiveInt, Refused, by_name, dotted, nearest, parts_of, readable, spec
+from llm_unlearn.tree import Tree, build, is_file, locate, no_such_file, read_tree
 
 AnyMeasure = Annotated[
     Perplexity
@@ -115,7 +115,7 @@ def _problems(suite: Suite, tree: Tree) -> Iterable[str]:
     """How the parts of a suite must fit together."""
 
     def say(text: str, *path: str | int) -> str:
-        return f"{tree.place(path)}: {dotted(path)}: {text}"
+        return readable(f"{tree.place(path)}: {dotted(path)}: {text}")
 
     for name, source in suite.sets.items():
         yield from (say(text, "sets", name, *where) for where, text in source_problems(source))
@@ -145,7 +145,7 @@ def _read_by_attacks(suite: Suite) -> Iterable[tuple[tuple[str | int, ...], str]
         if isinstance(part, Source):
             yield from (((*where, *key), text) for key, text in source_problems(part))
     for i, attack in enumerate(suite.attacks):
-        if isinstance(attack, Shadows) and not (path := locate(attack.recipe)).is_file():
+        if isinstance(attack, Shadows) and not is_file(path := locate(attack.recipe)):
             yield ("attacks", i, "recipe"), no_such_file(path)
 
 

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from llm_unlearn.evaluation.task_code import code_problems
 from llm_unlearn.evaluation.tasks import Task
 from llm_unlearn.spec import Refused, fingerprint
 
@@ -41,6 +42,9 @@ def task_problems(task: Task) -> Iterator[tuple[str, str]]:
         yield "task", f"found {task.task!r}; {hint}`python -m lm_eval ls tasks` lists all {len(index)} names."
         return
     configs = list(leaves(task))
+    if found := list(code_problems(task, configs, files_of(task))):
+        yield from found
+        return
     if unsafe := [str(one["task"]) for one in configs if one.get("unsafe_code")]:
         yield "task", f"{unsafe[0]} runs the code that a model writes, and nothing here keeps that in; choose another task."
     if task.shots and configs and all(one.get("num_fewshot") == 0 for one in configs):
@@ -93,6 +97,13 @@ def leaves(task: Task) -> Iterator[dict[str, Any]]:
         entry = index.get(name)
         if entry and entry.cfg and not isinstance(entry.cfg.get("task"), list):
             yield {**entry.cfg, "task": name, "file": entry.yaml_path}
+
+
+def files_of(task: Task) -> list[Path]:
+    """The files of the tasks that are asked, and of their groups."""
+    index = manager_of(task).task_index
+    entries = (index.get(name) for name in dict.fromkeys((task.task, *_members(index, task.task))))
+    return [Path(entry.yaml_path) for entry in entries if entry and entry.yaml_path]
 
 
 def content(task: Task) -> str:

@@ -21,6 +21,8 @@ class Task:
     """Its name, such as arc_easy, mmlu, wmdp_bio; or one that a file in `include` defines."""
     include: str | None = None
     """Folder with task files (YAML) of one's own. Their `data_files` are looked for from here, else beside the task file."""
+    code: bool | None = None
+    """Let the files in `include` run the Python that they name (`!function`): whatever their author wrote, as you."""
     shots: NaturalInt | None = None
     """Examples with their answers before each question; without it, as many as the task says, else none."""
     limit: PositiveInt | None = None
@@ -35,7 +37,7 @@ class Task:
     @property
     def asked(self) -> dict[str, Any]:
         """The settings that decide the numbers."""
-        return {key: value for key, value in plain(self).items() if key not in ("include", "forget")}
+        return {key: value for key, value in plain(self).items() if key not in ("include", "code", "forget")}
 
 
 @dataclass(frozen=True)

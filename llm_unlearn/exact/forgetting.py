@@ -57,6 +57,7 @@ class Session:
         self.recipe, self.method, self.folder, self.cache = recipe, method_of(recipe), Path(recipe.output), cache
         self.accelerator: Accelerator = start(recipe.model)
         sharded.check(recipe)
+        run_folder.no_way_out(self.folder)
         self.model: Model = embedded(recipe.model, cache)
         loaded = load(self.model, self.accelerator.device, train=True)
         self.known = read_known(recipe, self.method, loaded.tokenizer)

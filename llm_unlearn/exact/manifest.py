@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from llm_unlearn.spec import Refused, fingerprint, plain
 FILE, PIECES, WORK, BEFORE, WEIGHTS = "manifest.json", "pieces", "work", "before", "weights.safetensors"
 """Names in the run folder: the manifest, kept weights, training under way, the model with all rows, and a piece's one file."""
 FORMAT = 1
+KEY = re.compile(r"[0-9a-f]{16}")
 State = Literal["building", "storing", "deleting", "complete"]
 """What is under way: the first training of a run, which then deletes its forget set · of a store · a deletion · nothing."""
 BEGUN: tuple[State, ...] = ("building", "storing")
@@ -113,7 +115,11 @@ def read(folder: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise Refused(f"{path}: format {data['format']!r}; this version reads {FORMAT}.")
-        return Manifest(**{**data, "pieces": [Piece(**piece) for piece in data["pieces"]]})
+        pieces = [Piece(**piece) for piece in data["pieces"]]
+        for key in (*(one.key for one in pieces), *data["serving"]):
+            if not KEY.fullmatch(key):  # it is the name of a folder
+                raise ValueError(f"{key!r} is no piece's key")
+        return Manifest(**{**data, "pieces": pieces})
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, Refused):
             raise

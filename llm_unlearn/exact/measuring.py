@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from llm_unlearn import folder as run_folder
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
@@ -22,6 +20,7 @@ from llm_unlearn.exact.rows import Known, read_known
 from llm_unlearn.look import Looks
 from llm_unlearn.models.joined import WEIGHTS
 from llm_unlearn.models.load import read_tokenizer
+from llm_unlearn.models.sound import weights_in
 from llm_unlearn.report.terminal import print_table
 from llm_unlearn.results import keep_numbers, results_of, run_facts
 from llm_unlearn.run import start
@@ -86,7 +85,7 @@ class Measured:
         after = self._look("after")
         if accelerator.is_main_process:
             earlier, manifest = pending(self.home), read(self.store)
-            serving = [load_file(path) for path in (self.store / run_folder.ADAPTER).rglob(WEIGHTS)]  # one, or several averaged
+            serving = [weights_in(path) for path in (self.store / run_folder.ADAPTER).rglob(WEIGHTS)]  # one, or several averaged
             about = run_facts(recipe, outcome, accelerator, began, sum(one.numel() for part in serving for one in part.values()))
             facts = {"deletions": manifest.deletions, "before": {key: earlier[key] for key in ("deletions", "adapter")}}
             asked_for = recipe.evaluation.thresholds if recipe.evaluation else None

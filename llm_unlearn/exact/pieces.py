@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.data.schedule import Schedule, by_key
@@ -26,6 +26,7 @@ from llm_unlearn.exact.rows import STREAM, Known, digest
 from llm_unlearn.methods.exact import Exact, Line, Stage
 from llm_unlearn.models.joined import Weights, adapter_blocks, served
 from llm_unlearn.models.load import trainable
+from llm_unlearn.models.sound import weights_in
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.run import start
 from llm_unlearn.spec import Refused
@@ -147,7 +148,7 @@ class Workshop:
         """
         began, parent = time.perf_counter(), one.piece.parent
         scratch, final = self.folder / WORK / one.piece.key, self.folder / PIECES / one.piece.key
-        restore(self.model, load_file(self.folder / PIECES / parent / WEIGHTS) if parent else self.fresh)
+        restore(self.model, weights_in(self.folder / PIECES / parent / WEIGHTS) if parent else self.fresh)
         weights, mine = trainable(self.model), adapter_blocks(self.model, one.stage.block)
         examples = [example for id in one.ids for example in known[id].examples]
         job = Job(self.method.terms, {STREAM: examples}, one.schedule, self.recipe.train, self.recipe.seed)
@@ -227,7 +228,7 @@ def serving_of(alive: list[list[Wanted]]) -> list[Piece]:
 
 def weights_of(folder: Path, pieces: Iterable[Piece]) -> dict[str, Weights]:
     """The weights of pieces by their line, as a name of a folder."""
-    return {piece.line.replace(" ", "-"): load_file(folder / PIECES / piece.key / WEIGHTS) for piece in pieces}
+    return {piece.line.replace(" ", "-"): weights_in(folder / PIECES / piece.key / WEIGHTS) for piece in pieces}
 
 
 def sweep(folder: Path, manifest: Manifest) -> None:

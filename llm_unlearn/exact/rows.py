@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_unlearn.data.examples import Example, content_of, conversation, encode, encode_text, text_in
-from llm_unlearn.data.sources import Row, rows
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import row_at, rows
 from llm_unlearn.methods.exact import Exact, Modules, Placed
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, nearest
+from llm_unlearn.unsaid import near_column, unsaid
 
 STREAM = "retain"
 """The one stream of a stage."""
@@ -62,7 +64,11 @@ def identified(source: Source, method: Exact) -> tuple[list[str], list[Row]]:
     kept = list(rows(source))
     for column in (method.id, method.owner if isinstance(method, Modules) else None):
         if column and column not in kept[0]:
-            raise Refused(f"method: {source.source} has no column {column!r}; {nearest(column, kept[0])}")
+            raise Refused(f"method: {source.source} has no column {column!r}; {near_column(column, kept[0])}")
+        for number, row in enumerate(kept):
+            if column and (row[column] is None or isinstance(row[column], (list, dict, float))):
+                found = f"holds {unsaid(row[column])}; expected text or a whole number, by which it can be named"
+                raise Refused(f"{row_at(number, source)}: column {column!r} {found}.")
     return [str(row[method.id]) if method.id else digest(content_of(row, source)) for row in kept], kept
 
 
@@ -92,7 +98,7 @@ def find(known: Mapping[str, Known], ids: list[str], where: Mapping[str, str]) -
         )
     columns = {column for one in known.values() for row in one.rows for column in row}
     if absent := [column for column in where if column not in columns]:
-        raise Refused(f"--where: no column {absent[0]!r}; {nearest(absent[0], sorted(columns))}")
+        raise Refused(f"--where: no column {absent[0]!r}; {near_column(absent[0], sorted(columns))}")
     met = [
         id
         for id, one in known.items()
@@ -100,6 +106,6 @@ def find(known: Mapping[str, Known], ids: list[str], where: Mapping[str, str]) -
     ]
     found = sorted({*ids, *met})
     if not found:
-        said = ", ".join(f"{column}={value}" for column, value in where.items()) or "no id"
-        raise Refused(f"no row of this run has {said}. Nothing was changed.")
+        said = f"has this in {', '.join(where)}" if where else "was named"
+        raise Refused(f"no row of this run {said}. Nothing was changed.")
     return found

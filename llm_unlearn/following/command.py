@@ -11,6 +11,7 @@ from typing import Any
 
 from llm_unlearn.folder import RESULTS, results_in
 from llm_unlearn.following.standing import UNDER_WAY, age, standing
+from llm_unlearn.outward import canvas
 from llm_unlearn.reply import Reply
 
 EVERY = 1.0
@@ -45,7 +46,7 @@ def _follow(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
     from llm_unlearn.report.standing import drawn
 
-    console = Console()
+    console = Console(file=canvas("stdout"))
     if not console.file.isatty() or console.is_dumb_terminal:
         while facts["state"] in UNDER_WAY or facts["state"] == "running":
             print(_line(facts), file=sys.stdout, flush=True)

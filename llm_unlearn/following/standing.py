@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import at_work
-from llm_unlearn.folder import ADAPTER, LOG, MODEL, RECIPE, REPORT, RESULTS
+from llm_unlearn.folder import ADAPTER, LOG, MODEL, RECIPE, REPORT, RESULTS, steps_in
 from llm_unlearn.spec import Refused
 from llm_unlearn.tree import read_tree
 
@@ -52,7 +52,7 @@ def standing(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    recipe, rows, work = read_tree(folder / RECIPE).data, log_of(folder / LOG), at_work.read(folder)
+    recipe, rows, work = read_tree(folder / RECIPE).data, steps_in(folder / LOG), at_work.read(folder)
     results = _json(folder / RESULTS)
     method = recipe.get("method") or {}
     facts: dict[str, Any] = {
@@ -138,7 +138,7 @@ def _pieces(folder: Path, method: Mapping[str, Any]) -> dict[str, Any]:
     manifest = _json(folder / MANIFEST)
     lines = {piece["line"] for piece in manifest.get("pieces", ())}
     asked = method.get("shards", method.get("slices")) if method.get("name") in ("sisa", "s3t") else None
-    under_way = [rows[-1]["step"] for path in sorted((folder / WORK).glob(f"*/{LOG}")) if (rows := log_of(path))]
+    under_way = [rows[-1]["step"] for path in sorted((folder / WORK).glob(f"*/{LOG}")) if (rows := steps_in(path))]
     return {
         "pieces": len(there),
         "lines": len(lines) or asked,
@@ -154,7 +154,7 @@ def _pieces(folder: Path, method: Mapping[str, Any]) -> dict[str, Any]:
 
 def _audit(folder: Path) -> dict[str, Any]:
     found = _json(folder / AUDIT)
-    rows, done = log_of(folder / LOG), "verdict" in found
+    rows, done = steps_in(folder / LOG), "verdict" in found
     state = "finished" if done else "unfinished"
     facts = {"kind": "audit", "state": state, "hash": found.get("recipe")}
     words = "llm-unlearn audit RECIPE with the options that it was begun with goes on from there"
@@ -197,19 +197,6 @@ def _evaluation(folder: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-
-
-def log_of(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log that may be in the middle of being written."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # half a line
-        if isinstance(row, dict) and "step" in row:
-            found.append(row)
-    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

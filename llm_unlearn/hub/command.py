@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn import compare, folder, recipe
+from llm_unlearn import folder, recipe
 from llm_unlearn.hub import contents
 from llm_unlearn.hub.card import card
 from llm_unlearn.hub.describing import shortcomings, texts_of, told_of
@@ -186,7 +186,7 @@ def made(run: Run, repo_id: str, failed: list[str], places: list[Path]) -> tuple
         from llm_unlearn.report.page import page
 
         texts[folder.RESULTS] = json.dumps(results, indent=1, ensure_ascii=False)
-        texts[folder.REPORT] = page(results, compare.log_in(run.place))
+        texts[folder.REPORT] = page(results, folder.steps_in(run.place / folder.LOG))
     beside = [contents.Piece(name, text.encode("utf-8", "replace")) for name, text in texts.items()]
     return [*beside, *weights], [name for name in left if name != contents.CARD]
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn.source import missing
+from llm_unlearn.source import HUB_ID
 from llm_unlearn.spec import Refused
 
 ADAPTER_FILE, COMBINATION_FILE = "adapter_config.json", "combination.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 MODEL_FILES = ("*.safetensors", *SMALL_FILES)
 """What is fetched of a model or adapter."""
-HUB_ID = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
 def named(name: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -25,7 +24,7 @@ def named(name: str, revision: str | None = None) -> tuple[str, str | None]:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name can only mean something on the hub: it is shaped so, and nothing here has it."""
-    return bool(HUB_ID.fullmatch(named(name)[0])) and not missing(name) and not Path(name).expanduser().exists()
+    return bool(HUB_ID.fullmatch(named(name)[0])) and not os.path.exists(os.path.expanduser(name))
 
 
 def adapter_on_hub(name: str) -> Path | None:

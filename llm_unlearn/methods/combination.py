@@ -27,7 +27,8 @@ class Combination:
     def __post_init__(self) -> None:
         if len(self.members) != len(self.weights) or len(set(self.members)) != len(self.members) or not any(self.members):
             raise ValueError("members, each once and not the base alone, and a weight for each")
-        if any(name is not None and (not name.strip(".") or "/" in name or "\\" in name) for name in self.members):
+        names = [name for name in self.members if name is not None]
+        if any(not name.strip(".") or len(name) > 100 or "/" in name or "\\" in name for name in names):
             raise ValueError("members that are names of folders beside this file")
         if self.rule == "average" and min(self.weights) <= 0:
             raise ValueError("weights above 0, which is what probabilities are averaged with")

@@ -22,12 +22,14 @@ from transformers.utils import logging as transformers_logging
 from llm_unlearn.data.examples import PLAIN_TEMPLATE
 from llm_unlearn.folder import adapter_in
 from llm_unlearn.hub.fetching import MODEL_FILES, SMALL_FILES, named
-from llm_unlearn.models import combined, kernels
+from llm_unlearn.lines import text_of
+from llm_unlearn.models import combined, kernels, sound, strangers
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import missing
-from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.spec import Refused, fingerprint, reason
 
+transformers_logging.set_verbosity_error()  # what a model lacks is refused, in words of ours (sound.py)
 transformers_logging.disable_progress_bar()  # weights load in a moment; the bars here are those of our own long work
 
 
@@ -77,21 +79,21 @@ def folder_of(name: str, revision: str | None = None, files: tuple[str, ...] = M
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise Refused(f"{name}: neither a folder here (looked from {Path.cwd()}) nor readable from the hub ({reason}).") from error
+        why = f"neither a folder here (looked from {Path.cwd()}) nor readable from the hub ({reason(error)})"
+        raise Refused(f"{name}: {why}.") from error
 
 
 def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a chat template in every case: the recipe's, its own, or the plain layout."""
     folder = folder_of(model.base, model.revision, SMALL_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{model.base}: no tokenizer can be read there ({str(error).splitlines()[0]}).") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # unsaid, it asks on the terminal
+    except Exception as error:  # of a broken file, nearly anything
+        raise Refused(f"{model.base}: no tokenizer can be read there ({strangers.why(error)}).") from error
     if not tokenizer.is_fast:
         raise Refused(f"{model.base}: its tokenizer has no fast version (tokenizer.json), which tells where an answer begins.")
     if model.chat_template:
-        tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = text_of(Path(model.chat_template))
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
@@ -102,9 +104,10 @@ def read_config(model: Model) -> Any:
     their number."""
     folder = folder_of(model.base, model.revision, SMALL_FILES)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{model.base}: no model can be read there ({str(error).splitlines()[0]}).") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a broken file, nearly anything
+        raise Refused(f"{model.base}: no model can be read there ({strangers.why(error)}).") from error
+    strangers.check_kernels(config, model.base)
     for name, value in vars(config).items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -130,18 +133,25 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     if model.kernels and train:
         kernels.known(device)  # said before anything is read
     folder = folder_of(model.base, model.revision)
+    strangers.check_weights(folder, model.base, "*.safetensors")
     dtype = dtype_of(model, device)
     weights = torch.float32 if train and not model.adapter else dtype
+    config, quantization = read_config(model), _quantization(model, dtype)
     try:
-        net = AutoModelForCausalLM.from_pretrained(
-            folder, config=read_config(model), dtype=weights, device_map={"": device}, use_safetensors=True,
-            quantization_config=_quantization(model, dtype), attn_implementation=model.attention,
+        net, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=weights, device_map={"": device}, use_safetensors=True, trust_remote_code=False,
+            quantization_config=quantization, attn_implementation=model.attention, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )  # fmt: skip
-    except (OSError, ValueError, ImportError) as error:
-        raise Refused(f"{model.base}: cannot be loaded ({str(error).splitlines()[0]}).") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a broken file, nearly anything
+        raise Refused(f"{model.base}: cannot be loaded ({strangers.why(error)}).") from error
+    sound.check_model(net, report, model.base)
     if model.quantize in ("nf4", "fp4") and device.type == "cpu":
         _prepare_4bit_on_cpu(net)
     tokenizer = read_tokenizer(model)
+    sound.check_vocabulary(net, tokenizer, model.base)
     if model.start:
         if model.quantize:
             raise Refused(
@@ -168,20 +178,25 @@ def parts_of(model: Model, tokenizer: PreTrainedTokenizerBase, weights: torch.dt
 def put_on(net: Any, folder: Path) -> Any:
     """The model with what a folder holds: one adapter, or several that are combined."""
     wanted = combined.read(folder) if combined.is_combined(folder) else None
+    places = {name: folder / name for name in wanted.adapters} if wanted else {"default": folder}
+    for place in places.values():
+        strangers.check_adapter(place, str(place))
+        sound.check_adapter_files(place)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            if not wanted:
-                return peft.PeftModel.from_pretrained(net, str(folder))
-            one, *others = wanted.adapters
-            model = peft.PeftModel.from_pretrained(net, str(folder / one), adapter_name=one)
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below, by name
+            one, *others = places
+            model = peft.PeftModel.from_pretrained(net, str(places[one]), adapter_name=one)
             for name in others:
-                model.load_adapter(str(folder / name), adapter_name=name)
-            return combined.combine(model.get_base_model(), wanted)
-    except Refused:
+                model.load_adapter(str(places[name]), adapter_name=name)
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise Refused(f"{folder}: no adapter that fits this model ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # of a broken file, nearly anything
+        raise Refused(f"{folder}: no adapter that fits this model ({reason(error)}).") from error
+    for name, place in places.items():
+        sound.check_adapter(model, place, name)
+    return combined.combine(model.get_base_model(), wanted) if wanted else model
 
 
 def _prepare_4bit_on_cpu(net: Any) -> None:
@@ -239,7 +254,7 @@ def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
                 return peft.get_peft_model(net, config)
         except ValueError as error:
             names = sorted({name.rpartition(".")[2] for name, layer in net.named_modules() if isinstance(layer, nn.Linear)})
-            found = str(error).splitlines()[0]
+            found = reason(error)
             raise Refused(
                 f"model.adapter.targets: found {adapter.targets!r} ({found}); linear layers here: {', '.join(names)}."
             ) from None
@@ -283,12 +298,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def earlier_directions(name: str) -> dict[str, torch.Tensor]:
     """The A matrices of a saved adapter, by the names that they have in a model which is training one of the same layers."""
-    from safetensors.torch import load_file
-
-    folder = folder_of(adapter_in(name))
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise Refused(f"{name}: no adapter there (adapter_model.safetensors).")
-    weights = load_file(str(folder / "adapter_model.safetensors"))
+    weights = sound.weights_in(folder_of(adapter_in(name)) / sound.ADAPTER_WEIGHTS)
     return {key.replace(".lora_A.", ".lora_A.default."): one for key, one in weights.items() if ".lora_A." in key}
 
 

@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_unlearn.folder import new_file
+
 
 def write_columns(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write records, all of the same keys, as columns; whole or not at all, for `datasets`, pandas or polars to read."""
     import pyarrow
     from pyarrow import parquet
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        parquet.write_table(pyarrow.Table.from_pylist([dict(record) for record in records]), unfinished)
+        with new_file(unfinished) as file:
+            parquet.write_table(pyarrow.Table.from_pylist([dict(record) for record in records]), file)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

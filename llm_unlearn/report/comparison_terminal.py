@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llm_unlearn.outward import canvas
 from llm_unlearn.report.leaderboard import COLUMNS, PIPED
 from llm_unlearn.report.terminal import writable
 from llm_unlearn.report.verdict import BAD, by_set, printable, shown, value_of
@@ -29,7 +30,7 @@ def print_comparison(comparison: Mapping[str, Any], console: Console | None = No
         comparison: what `comparison.json` holds.
         console: where to print; standard output when None.
     """
-    console = console or Console()
+    console = console or Console(file=canvas("stdout"))
     if not console.is_terminal and console.width < PIPED:
         console.width = PIPED
     _say(console, f"{_count(comparison.get('all', len(comparison['runs'])))} on {comparison['suite']}", "bold")

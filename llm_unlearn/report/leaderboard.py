@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from llm_unlearn.catalogue import Method
+from llm_unlearn.outward import canvas
 from llm_unlearn.report.ranking import APART, FLOOR, against, key_of, middle, ranked, scores_of, standing, values_of
 from llm_unlearn.report.verdict import Results, printable, shown, value_of
 
@@ -234,7 +235,7 @@ def print_board(board: Mapping[str, Any]) -> None:
 
     from llm_unlearn.report.terminal import writable
 
-    console = Console()
+    console = Console(file=canvas("stdout"))
     if not console.is_terminal:
         console.width = PIPED
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

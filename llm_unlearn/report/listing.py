@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_unlearn.catalogue import Method, needs_of, terms_of
+from llm_unlearn.outward import canvas
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.terminal import writable
 from llm_unlearn.report.verdict import printable
@@ -76,6 +77,6 @@ def print_findings(found: Sequence[tuple[str, str, str]], console: Console | Non
 
 def _sized(console: Console | None) -> tuple[Console, bool]:
     """A console of the right width, and whether it is a terminal."""
-    console = console or Console()
+    console = console or Console(file=canvas("stdout"))
     console.width = min(console.width, WIDE) if console.is_terminal else LINE
     return console, console.is_terminal

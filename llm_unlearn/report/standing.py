@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_unlearn.bars import span
+from llm_unlearn.outward import canvas
 from llm_unlearn.report.terminal import NARROW, print_table, writable
 from llm_unlearn.report.verdict import printable, shown
 
@@ -34,7 +35,7 @@ def print_standing(facts: Mapping[str, Any], results: Mapping[str, Any] | None, 
         results: what `evaluation.json` holds, for its table.
         console: where to print; standard output when None.
     """
-    console = console or Console()
+    console = console or Console(file=canvas("stdout"))
     width = min(console.width, NARROW)
     console.print(drawn(facts, console), width=width)
     if results:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llm_unlearn.outward import canvas
 from llm_unlearn.report.summary import thresholds_of
 from llm_unlearn.report.verdict import BAD, Number, by_set, columns_of, gained, has_collapsed, headline, judge, printable, shown
 
@@ -24,7 +25,7 @@ def print_table(results: Mapping[str, Any], console: Console | None = None) -> N
         results: what `evaluation.json` holds.
         console: where to print; standard output when None.
     """
-    console = console or Console()
+    console = console or Console(file=canvas("stdout"))
 
     def text(content: str, style: str = "") -> Text:
         return Text(writable(printable(content), console), style=style)

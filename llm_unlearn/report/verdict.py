@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from llm_unlearn.outward import without_secrets
+
 Number = Mapping[str, Any]
 Results = Mapping[str, Any]
 
@@ -281,6 +283,6 @@ def _setting(value: object) -> str:
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """Text on one line without control characters, cut to `most` characters: for plots and terminals."""
-    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    """Text on one line without secrets and control characters, cut to `most` characters: for plots and terminals."""
+    line = "".join(letter if letter.isprintable() else " " for letter in without_secrets(text))
     return line if most is None or len(line) <= most else line[: most - 1] + "…"

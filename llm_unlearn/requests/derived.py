@@ -44,7 +44,7 @@ def recipe_of(office: Office, model: str, forget: Ids, gone: Ids, earlier: Seque
         train = replace(train, rules=(*(rule for rule in train.rules if rule.name != "orthogonal"), apart))
     named = template.evaluation
     evaluation = Evaluation(
-        suite=office.suite_name, retrained=named.retrained if named else None, every=named.every if named else None
+        suite=office.suite_name, retrained=named.retrained if named else None, every=named.every if named else None, texts=False
     )
     return replace(
         template, output=str(output), model=model_of(template.model, model, earlier), data=sets, train=train, evaluation=evaluation

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_unlearn.data.sources import Row, read
+from llm_unlearn.data.files import Row
+from llm_unlearn.data.sources import read
 from llm_unlearn.options import SCORE
 from llm_unlearn.requests.service import Office
-from llm_unlearn.spec import Refused, nearest
+from llm_unlearn.spec import Refused
+from llm_unlearn.unsaid import near_column
 
 RowId = str | int
 NEAR = 3
@@ -39,14 +41,16 @@ def read_training(office: Office) -> dict[RowId, Row]:
         raise Refused(f"{data.source}: has no rows; expected at least one.")
     for key, column in [("data.id", data.id), *(("data.forget of the recipe", column) for column in office.columns)]:
         if column not in rows[0]:
-            raise Refused(f"{data.source}: {key} names column {column!r}, which is not there; {nearest(column, rows[0])}")
+            raise Refused(f"{data.source}: {key} names column {column!r}, which is not there; {near_column(column, rows[0])}")
     found: dict[RowId, Row] = {}
+    written: set[str] = set()
     for number, row in enumerate(rows):
         name = row[data.id]
         if isinstance(name, bool) or not isinstance(name, (str, int)):
             raise Refused(f"{data.source}: row {number + 1}: column {data.id!r} holds no text and no whole number.")
-        if name in found:
+        if str(name) in written:
             raise Refused(f"{data.source}: id {name!r} stands on two rows; a request could not say which one it means.")
+        written.add(str(name))
         found[name] = row
     return found
 
@@ -75,7 +79,7 @@ def by_columns(wanted: Mapping[str, str], rows: Mapping[RowId, Row]) -> list[Fou
     columns = next(iter(rows.values()))
     for column in wanted:
         if column not in columns:
-            raise Refused(f"--where: no column {column!r}; {nearest(column, columns)}")
+            raise Refused(f"--where: no column {column!r}; {near_column(column, columns)}")
     found = [Found(name, row) for name, row in rows.items() if all(_says(row[key]) == value for key, value in wanted.items())]
     if not found:
 

@@ -9,7 +9,10 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+from llm_unlearn.spec import Refused
 
 VERSION, APPLICATION = 1, 0x4C4C4D55
 PENDING, RUNNING, FULFILLED, ATTENTION, WITHDRAWN = "pending", "running", "fulfilled", "needs attention", "withdrawn"
@@ -143,4 +146,8 @@ def request_of(found: sqlite3.Row) -> Request:
 
 
 def run_of(found: sqlite3.Row) -> Run:
+    """A run as a ledger has it; where it lies is the name of a folder beside others, and no way to elsewhere."""
+    if Path(str(found["folder"])).name != found["folder"]:
+        said = f"run {found['id']} of the ledger: folder: found {found['folder']!r}; expected a name"
+        raise Refused(f"{said}. The ledger was changed.")
     return Run(**{**dict(found), "numbers": json.loads(found["numbers"]) if found["numbers"] else None})

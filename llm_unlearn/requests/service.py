@@ -13,9 +13,9 @@ from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.sections import Threshold
 from llm_unlearn.source import Source, same_data, source_problems
-from llm_unlearn.spec import NonNegativeFloat, Portion, Refused, dotted, fingerprint, spec
+from llm_unlearn.spec import NonNegativeFloat, Portion, Refused, dotted, fingerprint, readable, spec
 from llm_unlearn.thresholds import problems
-from llm_unlearn.tree import Tree, build, locate, no_such_file, read_tree
+from llm_unlearn.tree import Tree, build, is_file, locate, no_such_file, read_tree
 
 TEMPLATE = """\
 # How deletion requests are served: llm-unlearn requests add --where person=…, then llm-unlearn requests run
@@ -111,19 +111,19 @@ def load(path: Path) -> Office:
     Raises:
         Refused: every wrong key at once, each with its place, what was found and what was expected.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise Refused(f"{no_such_file(path)} Name one with --service FILE, or write one with: llm-unlearn requests new.")
     tree = read_tree(path)
     service = build(Service, tree)
     at = locate(service.recipe, path)
-    if not at.is_file():
+    if not is_file(at):
         raise Refused(f"{tree.place(('recipe',))}: recipe: {no_such_file(at)}")
     recipe = recipes.load(at)
     name = service.suite or (recipe.evaluation.suite if recipe.evaluation else None)
     if name is None:
         raise Refused(f"{path}: suite: missing; {service.recipe} names none, and a request is judged by its numbers.")
     suite_at = locate(name, path) if service.suite else locate(name, at)
-    if not suite_at.is_file():
+    if not is_file(suite_at):
         raise Refused(f"{tree.place(('suite',))}: suite: {no_such_file(suite_at)}")
     office = Office(
         service, recipe, suites.load(suite_at), name, path.parent / service.ledger, path.resolve().parent / service.output
@@ -136,7 +136,7 @@ def load(path: Path) -> Office:
 
 def _problems(office: Office, tree: Tree) -> Iterable[str]:
     def say(text: str, *path: str | int) -> str:
-        return f"{tree.place(path)}: {dotted(path)}: {text}"
+        return readable(f"{tree.place(path)}: {dotted(path)}: {text}")
 
     service, suite, method = office.service, office.suite, office.recipe.method
     if isinstance(method, Contrast):

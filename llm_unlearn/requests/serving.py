@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llm_unlearn.data.sources import Row as DataRow
+from llm_unlearn.data.files import Row as DataRow
 from llm_unlearn.reply import BUSY, DONE, INTERRUPTED, UNFIT
 from llm_unlearn.report.verdict import listed
 from llm_unlearn.requests.certificate import signed

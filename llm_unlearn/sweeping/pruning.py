@@ -22,7 +22,6 @@ better.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,19 +66,8 @@ def looks_in(path: Path, file: str, done: Results | None) -> list[Look]:
         file: what `readable` gives.
         done: the evaluation of a run that is done, for the models that `evaluations.jsonl` is compared with.
     """
-    rows = list(_rows(path / file))
+    rows = folder.steps_in(path / file)
     return list(_by_suite(rows, done) if file == folder.ALONG else _by_probe(rows))
-
-
-def _rows(file: Path) -> Iterable[Mapping[str, Any]]:
-    """The lines of a file that somebody is writing: half a last one is passed over."""
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            yield row
 
 
 def _by_probe(rows: Iterable[Mapping[str, Any]]) -> Iterable[Look]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import compare, folder
+from llm_unlearn.outward import canvas
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.verdict import printable
 from llm_unlearn.spec import Refused, plain, to_yaml
@@ -41,13 +42,17 @@ def print_front(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | N
     front = sorted((row for row in rows if row["frontier"]), key=lambda row: -float(row["forgotten"]))
     if not front:
         return
-    console = Console()
+    console = Console(file=canvas("stdout"))
     if not console.is_terminal:
         console.width = PIPED
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     keys = list(front[0]["settings"])
     for name in ("trial", "forgotten", "kept", "score", *keys):
-        table.add_column(name, overflow="fold", justify="right" if name in ("trial", "forgotten", "kept", "score") else "left")
+        table.add_column(
+            Text(writable(printable(name), console)),
+            overflow="fold",
+            justify="right" if name in ("trial", "forgotten", "kept", "score") else "left",
+        )
     for row in front:
         mine = chosen is not None and row["number"] == chosen["number"]
         numbers = (f"{row[key]:.3f}" for key in ("forgotten", "kept", "score"))

@@ -1,27 +1,35 @@
-"""Where a run can go on after it was stopped: trainable weights, optimizer, schedule and progress, written whole or not at all."""
+"""Where a run can go on after it was stopped: trainable weights, optimizer, schedule and progress, written whole or not at all.
+
+A run folder may be somebody else's: nothing in a checkpoint is run when it is read.
+"""
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import fill, is_sharded, whole
+from llm_unlearn.models.sound import weights_in
+from llm_unlearn.spec import Refused
 from llm_unlearn.training.sharded import load_optimizer, save_optimizer
 
-WEIGHTS = "trainable.safetensors"
+WEIGHTS, PROGRESS = "trainable.safetensors", "progress.pt"
 
 
 @dataclass
 class Progress:
-    """How far a run has come; Accelerate saves it with the rest (`state_dict`, `load_state_dict`)."""
+    """How far a run has come."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -61,19 +69,23 @@ class Checkpoints:
         self.folder = folder
         self.accelerator = accelerator
         self.progress = progress
-        accelerator.register_for_checkpointing(progress, scheduler)
 
-        # Accelerate would save the frozen base with every checkpoint; only what is trained is needed.
+        # Accelerate would save the frozen base with every checkpoint; only what is trained is needed. And what is registered
+        # with it to be saved it reads as a pickle that may run anything.
         def save(models: list[Any], weights: list[Any], where: str) -> None:
             weights.clear()
             kept = snapshot(model) if accelerator.is_main_process or is_sharded(model) else {}
             if accelerator.is_main_process:
                 save_file(kept, str(Path(where) / WEIGHTS))
+                torch.save({"progress": progress.state_dict(), "schedule": scheduler.state_dict()}, Path(where) / PROGRESS)
             save_optimizer(accelerator, optimizer, wrapped, Path(where))
 
         def load(models: list[Any], where: str) -> None:
             models.clear()
-            restore(model, load_file(str(Path(where) / WEIGHTS)))
+            restore(model, weights_in(Path(where) / WEIGHTS))
+            held = torch.load(Path(where) / PROGRESS, map_location="cpu", weights_only=True)
+            progress.load_state_dict(held["progress"])
+            scheduler.load_state_dict(held["schedule"])
             load_optimizer(accelerator, optimizer, wrapped, Path(where))
 
         self.hooks = (accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load))
@@ -108,7 +120,16 @@ class Checkpoints:
         newest = latest(self.folder)
         if newest is None:
             return False
-        self.accelerator.load_state(str(newest))
+        if any(newest.glob("custom_checkpoint_*")):  # Accelerate would read it as a pickle that may run anything
+            raise Refused(f"{newest}: of another version of this project, or none of it. Add --overwrite to begin anew.")
+        try:
+            self.accelerator.load_state(str(newest))
+        except (pickle.UnpicklingError, SafetensorError, OSError, KeyError, Refused) as error:
+            # numbers and tensors are read, and nothing that would be run
+            said = str(error).strip().splitlines()[0]
+            raise Refused(
+                f"{newest}: not a checkpoint of this project ({said}). Remove it, or add --overwrite to begin anew."
+            ) from None
         device, memory = self.accelerator.device, self.progress.memory
         memory.update({name: [one.to(device) for one in kept] for name, kept in memory.items()})
         return True

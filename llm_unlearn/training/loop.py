@@ -17,6 +17,7 @@ from transformers import get_scheduler
 
 from llm_unlearn.bars import Bar
 from llm_unlearn.data.batch import Layout
+from llm_unlearn.folder import new_file, no_link
 from llm_unlearn.models.load import earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of
@@ -294,15 +295,15 @@ class Log:
     def __init__(self, path: Path, active: bool, step: int) -> None:
         self.path, self.active = path, active
         if active:
-            path.parent.mkdir(parents=True, exist_ok=True)
             kept = (
                 [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
                 if step and path.exists()
                 else []
             )
-            path.write_text("".join(line + "\n" for line in kept))
+            with new_file(path) as file:
+                file.write("".join(line + "\n" for line in kept).encode())
 
     def write(self, row: Mapping[str, float]) -> None:
         if self.active:
-            with self.path.open("a") as file:
+            with open(self.path, "a", encoding="utf-8", opener=no_link) as file:
                 file.write(json.dumps({key: value if np.isfinite(value) else str(value) for key, value in row.items()}) + "\n")

@@ -30,6 +30,7 @@ from llm_unlearn.models.load import causal
 from llm_unlearn.models.scores import Scorer
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.spec import Refused
+from llm_unlearn.training import shards
 from llm_unlearn.training.alone import told
 
 FILE = "launch/fsdp2.yaml"
@@ -132,6 +133,7 @@ def save_optimizer(accelerator: Accelerator, optimizer: Any, wrapped: nn.Module,
 def load_optimizer(accelerator: Accelerator, optimizer: Any, wrapped: nn.Module, folder: Path) -> None:
     """Read what `save_optimizer` has written, on as many processes or on others."""
     if isinstance(wrapped, FSDPModule):
+        shards.check(folder)
         load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, wrapped, str(folder))
 
 

@@ -1,0 +1,255 @@
+"""Local files of rows, read as they are written: JSON, JSON lines, CSV and text. What is wrong in one is said with its line.
+
+`datasets` reads the same formats, and guesses: text that looks like a date becomes one, a column of mixed types becomes JSON in
+text, a row that is too long shifts the columns of all. Here a value is what the file says.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_unlearn.spec import Refused, shown
+from llm_unlearn.unsaid import column_name, unsaid
+
+Row = dict[str, Any]
+
+MARKS = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"BZh": "bzip2",
+    b"PAR1": "Parquet",
+    b"\xfd7zXZ": "xz",
+}
+"""How files of other kinds begin."""
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""How a character of two halves is written, or one half of it."""
+INTEGER, DECIMAL = re.compile(r"-?(0|[1-9]\d{0,17})"), re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
+
+
+def read_file(path: Path, name: str) -> list[Row] | None:
+    """The rows of a file; None of a kind that others read.
+
+    Args:
+        name: what the recipe calls it, for errors.
+
+    Raises:
+        Refused: it is not what its ending says; names the line.
+    """
+    match path.suffix:
+        case ".jsonl":
+            return _even(list(_lines(_text(path, name), name)))
+        case ".json":
+            return _even(_json(_text(path, name), name))
+        case ".csv":
+            return _csv(_text(path, name), name)
+        case ".txt":
+            text = _text(path, name)
+            return [{"text": text}] if text else []
+    return None
+
+
+def _even(rows: list[Row]) -> list[Row]:
+    """The rows with every column of any of them; what a row does not say is none."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [row if len(row) == len(columns) else {**columns, **row} for row in rows]
+
+
+def _text(path: Path, name: str) -> str:
+    whole = path.read_bytes()
+    _no_other_kind(whole, path, name)
+    if (at := whole.find(0)) >= 0:
+        line = whole.count(10, 0, at) + 1
+        raise Refused(f"{name}:{line}: found a zero byte (byte {at}); expected text in UTF-8. Save it as that, or write it again.")
+    try:
+        return whole.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = whole.count(b"\n", 0, error.start) + 1
+        raise Refused(f"{name}:{line}: not text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+
+
+def _no_other_kind(begin: bytes, path: Path, name: str) -> None:
+    """Refuse what begins like a file of another kind."""
+    if kind := next((kind for mark, kind in MARKS.items() if begin.startswith(mark)), None):
+        raise Refused(f"{name}: found a {kind} file; expected {path.suffix[1:]} as text. Unpack it, or give it its own ending.")
+    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Refused(f"{name}: found text in UTF-16; expected UTF-8. Save it as UTF-8.")
+
+
+def _json(text: str, name: str) -> list[Row]:
+    """A list of objects, or an object on each line, as many programs name such a file, too."""
+    try:
+        whole = _parsed(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text[: error.pos].strip().count("\n") < 1:
+            return list(_lines(text, name))
+        if not text.strip():
+            return []
+        raise Refused(f"{name}:{error.lineno}: not JSON ({error.msg} at column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{name}: not JSON that can be read ({shown(_why(error), as_it_is=True)}).") from None
+    rows = whole if isinstance(whole, list) else [whole]
+    return [_object(row, f"{name}: row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _lines(text: str, name: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`: U+2028 may stand in a text
+        if not line.strip():
+            continue
+        yield _row(line, number, name)
+
+
+def _row(line: str, number: int, name: str) -> Row:
+    try:
+        row = _parsed(line)
+    except (ValueError, RecursionError) as error:
+        why = shown(_why(error), as_it_is=True)
+        raise Refused(f"{name}:{number}: not a line of JSON ({why}); found {unsaid(line)}.") from None
+    return _object(row, f"{name}:{number}")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A large file of JSON lines. It is checked once, line by line; then rows are read from it as they are asked for."""
+
+    path: Path
+    starts: NDArray[np.int64]
+    """(n,) the byte at which each row begins."""
+    sizes: NDArray[np.int64]
+    """(n,) its bytes."""
+    columns: dict[str, None]
+    """Every column of any row: what a row does not say is none."""
+
+    @staticmethod
+    def of(path: Path, name: str) -> Lines:
+        """Find the rows of a file.
+
+        Raises:
+            Refused: as `read_file`; of several wrong lines the first is named.
+        """
+        starts, sizes, columns, at = array("q"), array("q"), dict[str, None](), 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                text = _checked(line, at, number, path, name)
+                if text.strip():
+                    columns |= dict.fromkeys(_row(text, number, name))
+                    starts.append(at)
+                    sizes.append(len(line))
+                at += len(line)
+        return Lines(path, np.frombuffer(starts, np.int64), np.frombuffer(sizes, np.int64), columns)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def at(self, places: NDArray[np.int64]) -> list[Row]:
+        rows = []
+        with self.path.open("rb") as file:
+            for place in places.tolist():
+                if file.tell() != self.starts[place]:
+                    file.seek(self.starts[place])
+                row = json.loads(file.read(self.sizes[place]).decode("utf-8-sig"))
+                rows.append(row if len(row) == len(self.columns) else {**self.columns, **row})
+        return rows
+
+    def values(self, column: str, places: NDArray[np.int64]) -> list[Any]:
+        return [row[column] for row in self.at(places)]
+
+
+def _checked(line: bytes, at: int, number: int, path: Path, name: str) -> str:
+    """A line as text; `at` is its place in the file."""
+    if at == 0:
+        _no_other_kind(line, path, name)
+    if (zero := line.find(0)) >= 0:
+        raise Refused(
+            f"{name}:{number}: found a zero byte (byte {at + zero}); expected text in UTF-8. Save it as that, or write it again."
+        )
+    try:
+        return line.decode("utf-8-sig" if at == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(
+            f"{name}:{number}: not text in UTF-8 ({error.reason} at byte {at + error.start}). Save it as UTF-8."
+        ) from None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "lists and objects too deep inside each other"
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _parsed(text: str) -> Any:
+    found = json.loads(text, object_pairs_hook=_once)
+    if HALF.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"it holds {error.object[error.start : error.end]!r}, half a character") from None
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{column_name(next(name for name in names if names.count(name) > 1))} is written twice")
+    return found
+
+
+def _object(row: object, place: str) -> Row:
+    if not isinstance(row, dict) or not row:
+        raise Refused(f'{place}: found {unsaid(row)}; expected a row such as {{"question": …, "answer": …}}.')
+    return row
+
+
+def _csv(text: str, name: str) -> list[Row]:
+    """Rows under a header. A column of which every value is a number, or true or false, is read so; an empty value is none."""
+    csv.field_size_limit(max(len(text), 1))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    rows: list[list[str]] = []
+    try:
+        for values in reader:
+            if not values:
+                continue
+            if not header:
+                header = _header(values, f"{name}:{reader.line_num}")
+            elif len(values) != len(header):
+                row = f"row {len(rows) + 1} has {len(values)} values, and the header {len(header)}"
+                raise Refused(f"{name}:{reader.line_num}: {row}; put text with commas or line breaks in double quotes.")
+            else:
+                rows.append(values)
+    except csv.Error as error:
+        raise Refused(f"{name}:{reader.line_num}: not CSV ({error}); double quotes inside quoted text are doubled.") from None
+    columns = [_typed(column) for column in zip(*rows, strict=True)]
+    return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _header(names: list[str], place: str) -> list[str]:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise Refused(f"{place}: the header names column {column_name(twice)} twice; give each a name of its own.")
+    return names
+
+
+def _typed(column: tuple[str, ...]) -> list[Any]:
+    given = [value for value in column if value]
+    kinds: list[tuple[re.Pattern[str], Any]] = [
+        (INTEGER, int),
+        (DECIMAL, float),
+        (re.compile("[Tt]rue|[Ff]alse|TRUE|FALSE"), lambda value: value.lower() == "true"),
+    ]
+    for pattern, kind in kinds:
+        if given and all(pattern.fullmatch(value) for value in given):
+            return [kind(value) if value else None for value in column]
+    return [value or None for value in column]

@@ -1,0 +1,147 @@
+"""Words on their way out of this process: without secrets, and without what a terminal would obey.
+
+Names, rows, what a model writes and what a library or a hub says pass through here before they are shown, whoever prints them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from llm_unlearn.streams import be_patient
+
+HIDDEN = "…"
+"""What stands in the place of a secret."""
+SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY)S?$", re.IGNORECASE)
+"""Names of environment variables whose values are secrets."""
+SHORTEST = 8
+"""What is shorter is a word that may stand anywhere."""
+SHAPES = re.compile(
+    r"(?P<before>://)[^\s/@'\"<>]+(?P<after>@)"  # who logs in, in an address
+    r"|(?P<key>[?&][\w.\-]*(?:token|key|password|secret|signature|credential|sig)=)[^&\s'\"<>]+"
+    r"|(?P<bearer>\bauthorization\W{1,5}(?:bearer|basic)\s+)[^\s'\"]+"
+    r"|hf_[A-Za-z0-9]{20,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Secrets that one knows by their shape."""
+
+COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff\ud800-\udfff]")
+"""Control characters but for the tabulator and the end of a line, letters that turn the direction of others around, halves of
+characters."""
+MOVES = re.compile(r"((?:\x1b\[[0-9;:?]*[A-Za-z]|\r)+)")
+"""What draws in a terminal: colours, and the cursor on its way."""
+BAR = re.compile(r"(?:\r|(?:\n|\x1b\[A)+\Z)?")
+"""How a progress bar goes back to its line: at the beginning of what it writes, or as all of it."""
+
+_known: set[str] = set()
+
+
+def without_known(text: str) -> str:
+    """Text without the secrets that this process was given."""
+    for secret in _known:
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def without_secrets(text: str) -> str:
+    """Text without what was given as a secret, and without what looks like one."""
+    return SHAPES.sub(
+        lambda found: "".join(found[name] or "" for name in ("before", "key", "bearer")) + HIDDEN + (found["after"] or ""),
+        without_known(text),
+    )
+
+
+def harmless(text: str) -> str:
+    """Text that a terminal shows and does not obey: colours are left out, the rest is written out, as it is within JSON."""
+    return OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", COLOUR.sub("", text.replace("\r\n", "\n")))
+
+
+class Guarded:
+    """A stream in front of a terminal, a file or a pipe."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.beneath = stream
+
+    def write(self, text: str) -> int:
+        """Write what is harmless of a text. A progress bar may go back to its line."""
+        begin = BAR.match(text)
+        moved = begin[0] if begin else ""
+        said = harmless(without_secrets(text[len(moved) :]))
+        encoding = getattr(self.beneath, "encoding", None) or "utf-8"  # what it cannot write is written out, too
+        self.beneath.write(moved + said.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Each as `write` does it."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else one asks a stream for is the stream's."""
+        return getattr(self.beneath, name)
+
+
+class Drawn:
+    """One of the two streams for who draws: moves of the cursor and colours pass, and the words between them as ever."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, text: str) -> int:
+        """Write a text with what moves in it."""
+        parts = MOVES.split(text)  # words and moves by turns
+        own(self.name).write("".join(part if i % 2 else harmless(without_secrets(part)) for i, part in enumerate(parts)))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else one asks a stream for is the stream's."""
+        return getattr(own(self.name), name)
+
+
+def canvas(name: str) -> TextIO:
+    """`stdout` or `stderr`, whatever stands there when something is drawn."""
+    return cast(TextIO, Drawn(name))
+
+
+def own(name: str) -> Any:
+    """A stream without what this room, or rich while it draws, has put before it."""
+    stream: Any = getattr(sys, name)
+    while True:
+        if isinstance(stream, Guarded):
+            stream = stream.beneath
+        elif (proxied := getattr(stream, "rich_proxied_file", None)) is not None:
+            stream = proxied
+        else:
+            return stream
+
+
+@contextlib.contextmanager
+def guarded(environment: Mapping[str, str]) -> Iterator[None]:
+    """Inside, all that is printed passes through here, and the secrets of this user are known."""
+    be_patient()
+    before, known = (sys.stdout, sys.stderr), set(_known)
+    _known.update(secrets_of(environment))
+    sys.stdout, sys.stderr = (cast(TextIO, stream if isinstance(stream, Guarded) else Guarded(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        _known.clear()
+        _known.update(known)
+
+
+def secrets_of(environment: Mapping[str, str]) -> set[str]:
+    """Tokens, keys and passwords in the environment, and the tokens that `hf auth login` has kept."""
+    found = {value.strip() for name, value in environment.items() if SECRET_NAMES.search(name)}
+    cache = environment.get("XDG_CACHE_HOME") or f"{environment.get('HOME', '')}/.cache"
+    home = Path(environment.get("HF_HOME") or f"{cache}/huggingface")
+    for path in (Path(environment.get("HF_TOKEN_PATH") or home / "token"), home / "stored_tokens"):
+        with contextlib.suppress(OSError, ValueError):
+            found |= {line.rpartition("=")[2].strip() for line in path.read_text(encoding="utf-8").splitlines()}
+    return {one for one in found if len(one) >= SHORTEST and not one.startswith(("/", "["))}

@@ -1,0 +1,75 @@
+"""What no verb foresaw, in one line: what the machine could not do, or a bug of the project, which is called one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_unlearn.reply import BUG, UNABLE, Reply
+from llm_unlearn.spec import readable
+
+TODO: Mapping[int, str] = {
+    errno.ENOSPC: "Make room; then the same command.",
+    errno.EDQUOT: "Make room; then the same command.",
+    errno.EACCES: "Ask for the right to it, or name another place.",
+    errno.EPERM: "Ask for the right to it, or name another place.",
+    errno.EROFS: "Name a place that can be written.",
+    errno.EMFILE: "Let a process open more files (ulimit -n); then the same command.",
+}
+"""What to do about an error of the system, where something can be said."""
+MEMORY = "give the process more, or less to do: smaller batch_tokens, a smaller or quantized model; then the same command."
+PACKAGE = Path(__file__).parent
+
+
+def reply_to(error: Exception) -> tuple[str, Reply]:
+    """What is said of an error that no verb refused, and the answer to it."""
+    if said := _of_the_machine(error):
+        line = f"error: {said}"
+        return line, Reply(UNABLE, {"errors": [said]})
+    kind, message, at = type(error).__name__, _one_line(error), place_of(error)
+    told: dict[str, Any] = {"type": kind, "message": message, "at": at}
+    said = (
+        f"{kind}: {message} ({at}). This is a bug of llm-unlearn. The same command with --debug shows how it came to it; please "
+        "report what that prints, with your recipe and what `llm-unlearn doctor` says."
+    )
+    return f"bug: {said}", Reply(BUG, {"errors": [said], "bug": told})
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What the machine could not do; None where it is not to blame."""
+    text = _one_line(error)
+    if _out_of_memory(error, text):
+        return f"out of memory ({text}); {MEMORY}"
+    if told := re.search(r"\(os error (\d+)\)", text):  # of safetensors, which is written in Rust
+        return f"{text}. {TODO.get(int(told[1]), '')}".strip()
+    if isinstance(error, OSError):
+        if error.errno is None:
+            return text
+        named = " -> ".join(str(one) for one in (error.filename, error.filename2) if one is not None)
+        return readable(f"{named}: {error.strerror}. {TODO.get(error.errno, '')}".removeprefix(": ").strip())
+    if type(error).__module__ == "sqlite3" and type(error).__name__ == "OperationalError":
+        return f"a database cannot be read or written: {text}."
+    return None
+
+
+def _out_of_memory(error: Exception, text: str) -> bool:
+    known = isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "ArrowMemoryError")
+    return known or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text))
+
+
+def _one_line(error: Exception) -> str:
+    return readable(" ".join(str(error).split()) or "no reason given")
+
+
+def place_of(error: Exception) -> str:
+    """The last line of ours through which an error came, as file:line in the package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
+    if not ours:
+        return "outside llm_unlearn"
+    return f"llm_unlearn/{os.path.relpath(ours[-1].filename, PACKAGE)}:{ours[-1].lineno}"
