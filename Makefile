@@ -1,10 +1,11 @@
 # make demo: set up and run the main job · make test: set up and run the tests · make test-long: those that take minutes each · make check: lint, format, types
+# make audit: known vulnerabilities in what is installed (says so where no index of them can be asked)
 # make docs: build the site into site/, where a warning is an error
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-long check docs clean
+.PHONY: setup demo test test-long check docs audit clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +31,9 @@ check: setup
 
 docs: setup
 	scripts/docs
+
+audit: setup
+	$(BIN)/python scripts/audit.py
 
 clean:
 	rm -rf $(VENV) .cache runs site

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_unlearn import folder, recipe
+from llm_unlearn import at_work, folder, recipe
 from llm_unlearn.cli import cache_folder, settle
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
@@ -204,6 +204,7 @@ def unlearn(wanted: Recipe, *, resume: bool = False, overwrite: bool = False, ca
     settle()
     suite, control = suite_of(wanted, Path("recipe"))
     home, kept = Path(wanted.output), cache or cache_folder()
+    at_work.alone(home)
     if not folder.check(wanted, resume, overwrite):
         retrained = made(control, kept) if control else None
         outcome = command.engine(wanted)(wanted, suite, cache=kept, resume=resume, overwrite=overwrite, retrained=retrained)

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from typing import Literal
 import psutil
 
 from llm_unlearn.folder import PROCESS, write
+from llm_unlearn.spec import Refused
 
 How = Literal["running", "interrupted", "failed"]
 
@@ -67,10 +68,12 @@ def at_work(folder: Path, steps: int, active: bool) -> Iterator[list[How]]:
     try:
         yield ended
     except KeyboardInterrupt:
-        _write(replace(mine, how="interrupted"), folder)
+        with suppress(OSError):
+            _write(replace(mine, how="interrupted"), folder)
         raise
     except BaseException as error:
-        _write(replace(mine, how="failed", reason=type(error).__name__), folder)
+        with suppress(OSError):  # of a full disk, which is what is to be said
+            _write(replace(mine, how="failed", reason=type(error).__name__), folder)
         raise
     if ended:
         _write(replace(mine, how=ended[-1]), folder)
@@ -84,6 +87,17 @@ def read(folder: Path) -> AtWork | None:
         return AtWork(**json.loads((folder / PROCESS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def alone(folder: Path) -> None:
+    """Nobody else is at work in a run folder, as far as can be seen from here.
+
+    Raises:
+        Refused: another process of this machine is, such as one whose bench or sweep was killed.
+    """
+    other = read(folder)
+    if other and other.here and other.alive and other.pid != os.getpid():
+        raise Refused(f"output: process {other.pid} is at work in {folder}. Nothing was changed; wait for it, or end it first.")
 
 
 def _write(one: AtWork, folder: Path) -> None:

@@ -10,10 +10,12 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,11 +43,18 @@ def main(words: Sequence[str] | None = None) -> int:
     settle()
     options.words = list(sys.argv[1:] if words is None else words)
     options.cache, options.config, options.environment = cache_folder(), config_folder(), os.environ
+    from llm_unlearn.reply import INTERRUPTED, TERMINATED
+    from llm_unlearn.training.signals import leaving
+
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show, as half a character of a file's name, is written out
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with words_elsewhere(options.json):
+    with leaving() as came, words_elsewhere(options.json):
         reply = carried_out(options)
+        if reply.status == INTERRUPTED and came and came[0] != signal.SIGINT:
+            name = signal.Signals(came[0]).name
+            print(f"{name} asked for it, as when a node is preempted or a terminal is closed.", file=sys.stderr)
+            reply = replace(reply, status=TERMINATED)
     if options.json and not int(os.environ.get("RANK", "0")):
         print(json.dumps({"status": reply.status, **reply.facts}, indent=1, ensure_ascii=False, default=str))
     return reply.status
@@ -57,6 +66,7 @@ def carried_out(options: argparse.Namespace) -> Reply:
     from llm_unlearn.spec import Refused  # from here on something is done: settings may be read
     from llm_unlearn.troubles import reply_to
 
+    again = f"the same command{' with --resume' * hasattr(options, 'resume')}"
     try:
         module, _, function = options.verb.partition(":")
         verb: Callable[[argparse.Namespace], Reply] = getattr(import_module(f"llm_unlearn.{module}"), function)
@@ -69,12 +79,12 @@ def carried_out(options: argparse.Namespace) -> Reply:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return Reply(REFUSED, {"errors": str(error).splitlines()})
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted; {again} goes on from what is finished.", file=sys.stderr)
         return Reply(INTERRUPTED)
     except Exception as error:
         if options.debug:
             traceback.print_exception(error)
-        words, reply = reply_to(error)
+        words, reply = reply_to(error, again)
         print(words, file=sys.stderr)
         return reply
 

@@ -13,6 +13,7 @@ runs/forget_lora/
     process.json       who is at work here, or how it ended before the run's end; not in a finished run
     hashes.json        SHA-256 of all these, as the run left them; `llm-unlearn verify` compares
     checkpoints/       while the run is under way; with the key that a private run draws from
+    before/            of an exact method while the run is under way: the model with all rows
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from llm_unlearn import recipe
+from llm_unlearn.durable import remove, settle, whole
 from llm_unlearn.outward import without_known
 from llm_unlearn.spec import Refused
 
@@ -34,7 +36,7 @@ RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
 RESULTS, REPORT, CHECKPOINTS, ALONG = "evaluation.json", "report.html", "checkpoints", "evaluations.jsonl"
 ROWS, INFLUENCES, PRIVACY = "evaluation.parquet", "influence.parquet", "privacy.json"
 TRACKERS, PROCESS = "trackers", "process.json"
-HASHES = "hashes.json"
+HASHES, BEFORE = "hashes.json", "before"
 SEALED = (RECIPE, ADAPTER, MODEL, LOG, ALONG, RESULTS, ROWS, REPORT, INFLUENCES, PRIVACY)
 """Files, and folders with all that is in them, whose content a run vouches for."""
 FIRST = "# hash "
@@ -53,15 +55,17 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         Refused: the folder holds another run, or something that is no run at all.
     """
     folder = Path(wanted.output)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(f".{RECIPE}.") for path in folder.iterdir())):
+        return False  # nothing is there, or a run that was killed while it wrote its very first file
     if not (folder / RECIPE).is_file():
         raise Refused(
             f"output: {folder} exists and is not a run folder (it has no {RECIPE}). Nothing was changed; choose another output."
         )
     no_way_out(folder)
     weights = (folder / ADAPTER).is_dir() or (folder / MODEL).is_dir()
-    finished = (folder / RESULTS).is_file() or (weights and not wanted.evaluation)
+    # a run without numbers vouches for its files last of all; before 0.2 none did, and none said who was at work
+    unmeasured = weights and not wanted.evaluation and ((folder / HASHES).is_file() or not (folder / PROCESS).exists())
+    finished = ((folder / RESULTS).is_file() or unmeasured) and not (folder / BEFORE).exists()
     if resume:
         if recipe.load(folder / RECIPE, check=False).hash != wanted.hash:
             raise Refused(
@@ -94,6 +98,12 @@ def _may_be_cleared(folder: Path) -> None:
     else:
         return
     raise Refused(f"output: {folder} {said}, so all that is in it is not removed. Nothing was changed; choose another output.")
+
+
+def tidy(folder: Path) -> None:
+    """Remove what is needed only while a run is under way; a finished one that was killed as it did so has it still."""
+    remove(folder / CHECKPOINTS)  # with the key of a private run
+    (folder / PROCESS).unlink(missing_ok=True)
 
 
 def clear(folder: Path) -> None:
@@ -133,14 +143,9 @@ def no_link(path: str, flags: int) -> int:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, without the secrets of this user."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with new_file(unfinished) as file:
-            file.write(without_known(text).encode())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write a file, for good: whole or not at all, without the secrets of this user."""
+    with whole(path) as unfinished, new_file(unfinished) as file:
+        file.write(without_known(text).encode())
 
 
 def seal(folder: Path, to_come: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -149,7 +154,9 @@ def seal(folder: Path, to_come: Mapping[str, str] = MappingProxyType({})) -> Non
     Args:
         to_come: texts of files that are written next, by name: what says that a run is finished comes last of all.
     """
-    found = {name: sha256(folder / name) for name in _sealed(folder)}
+    for name in (names := _sealed(folder)):
+        settle(folder / name)  # a hash on the disk without what it is of would call the file changed
+    found = {name: sha256(folder / name) for name in names}
     found |= {name: hashlib.sha256(without_known(text).encode()).hexdigest() for name, text in to_come.items()}
     write(folder / HASHES, json.dumps({"format": 1, "files": dict(sorted(found.items()))}, indent=1))
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-DONE, UNFIT, REFUSED, BUSY, UNREACHABLE, BUG, UNABLE, INTERRUPTED = 0, 1, 2, 3, 4, 70, 74, 130
+DONE, UNFIT, REFUSED, BUSY, UNREACHABLE, BUG, UNABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 70, 74, 130, 143
 """Done, or ended by the recipe's own bound · done, and something in it does not hold, such as a loss that was not finite · refused,
-and nothing was changed · another process is at it · a service did not answer, try again · a bug of
-llm-unlearn, please report it · the machine could not: no room, no right, no memory · interrupted, the same command goes on."""
+and nothing was changed · another process is at it · a service did not answer, try again · a bug of llm-unlearn, please report it ·
+the machine could not: no room, no right, no memory; what was finished is kept · interrupted by Ctrl-C, the same command goes on ·
+the same by SIGTERM or SIGHUP, as of a preempted node."""
 
 
 @dataclass(frozen=True)

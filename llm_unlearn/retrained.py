@@ -12,6 +12,7 @@ from filelock import FileLock
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
 from llm_unlearn.data.sources import rows
+from llm_unlearn.durable import whole
 from llm_unlearn.embedded.target import embedded, key_of
 from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.exact import Exact
@@ -71,10 +72,8 @@ def _make(wanted: Recipe, cache: Path, final: Path) -> None:
     accelerator = start(wanted.model)
     if main and trained.is_dir():
         loaded = load(embedded(replace(wanted.model, quantize=None), cache), accelerator.device, adapter=str(trained))
-        unfinished = final.with_name(f".{final.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        loaded.model.merge_and_unload().save_pretrained(str(unfinished))
-        loaded.tokenizer.save_pretrained(str(unfinished))
-        unfinished.rename(final)
+        with whole(final) as unfinished:
+            loaded.model.merge_and_unload().save_pretrained(str(unfinished))
+            loaded.tokenizer.save_pretrained(str(unfinished))
         shutil.rmtree(trained)
     accelerator.wait_for_everyone()

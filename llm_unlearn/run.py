@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
+from llm_unlearn import durable
 from llm_unlearn import folder as run_folder
 from llm_unlearn.at_work import at_work
 from llm_unlearn.data.reading import Examples, read_examples
@@ -129,7 +129,7 @@ def _end(folder: Path, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         if not (folder / run_folder.HASHES).is_file():
             run_folder.seal(folder)
-        shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
+        run_folder.tidy(folder)
     accelerator.wait_for_everyone()
 
 
@@ -287,18 +287,15 @@ def save(
     final = folder / (run_folder.MODEL if whole else run_folder.ADAPTER)
     weights = (state_of(model) if whole else snapshot(model)) if is_sharded(model) else None  # of all processes
     if accelerator.is_main_process:
-        unfinished = final.with_name(f".{final.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if fila.begun(model):
-            fila.save(model, unfinished)
-        else:
-            model.save_pretrained(str(unfinished / ADAPTER if combination else unfinished), state_dict=weights)
-        if combination:
-            combined.write(combination, unfinished)
-        if whole:
-            loaded.tokenizer.save_pretrained(str(unfinished))
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
+        with durable.whole(final) as unfinished:
+            if fila.begun(model):
+                fila.save(model, unfinished)
+            else:
+                model.save_pretrained(str(unfinished / ADAPTER if combination else unfinished), state_dict=weights)
+            if combination:
+                combined.write(combination, unfinished)
+            if whole:
+                loaded.tokenizer.save_pretrained(str(unfinished))
     accelerator.wait_for_everyone()
     return final
 

@@ -14,21 +14,31 @@ from llm_unlearn.reply import BUG, UNABLE, Reply
 from llm_unlearn.spec import readable
 
 TODO: Mapping[int, str] = {
-    errno.ENOSPC: "Make room; then the same command.",
-    errno.EDQUOT: "Make room; then the same command.",
-    errno.EACCES: "Ask for the right to it, or name another place.",
-    errno.EPERM: "Ask for the right to it, or name another place.",
-    errno.EROFS: "Name a place that can be written.",
-    errno.EMFILE: "Let a process open more files (ulimit -n); then the same command.",
+    errno.ENOSPC: "Make room",
+    errno.EDQUOT: "Make room",
+    errno.EFBIG: "Let a process write larger files (ulimit -f)",
+    errno.EACCES: "Ask for the right to it, or name another place",
+    errno.EPERM: "Ask for the right to it, or name another place",
+    errno.EROFS: "Name a place that can be written",
+    errno.EMFILE: "Let a process open more files (ulimit -n)",
+    errno.EIO: "Look after the disk",
 }
 """What to do about an error of the system, where something can be said."""
-MEMORY = "give the process more, or less to do: smaller batch_tokens, a smaller or quantized model; then the same command."
+MEMORY = "give the process more, or less to do: smaller batch_tokens, a smaller or quantized model"
 PACKAGE = Path(__file__).parent
 
 
-def reply_to(error: Exception) -> tuple[str, Reply]:
-    """What is said of an error that no verb refused, and the answer to it."""
-    if said := _of_the_machine(error):
+LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Timed out waiting")
+"""What the network between processes says where one of them is gone."""
+
+
+def reply_to(error: Exception, again: str = "the same command") -> tuple[str, Reply]:
+    """What is said of an error that no verb refused, and the answer to it.
+
+    Args:
+        again: what goes on with the work, of which all that was finished is kept.
+    """
+    if said := _of_the_machine(error, again):
         line = f"error: {said}"
         return line, Reply(UNABLE, {"errors": [said]})
     kind, message, at = type(error).__name__, _one_line(error), place_of(error)
@@ -40,21 +50,27 @@ def reply_to(error: Exception) -> tuple[str, Reply]:
     return f"bug: {said}", Reply(BUG, {"errors": [said], "bug": told})
 
 
-def _of_the_machine(error: Exception) -> str | None:
+def _of_the_machine(error: Exception, again: str) -> str | None:
     """What the machine could not do; None where it is not to blame."""
     text = _one_line(error)
     if _out_of_memory(error, text):
-        return f"out of memory ({text}); {MEMORY}"
+        return f"out of memory ({text}); {MEMORY}; then {again} goes on."
+    if isinstance(error, RuntimeError) and any(phrase in text for phrase in LOST):
+        return f"another process of this run has ended ({text[:200]}). Start all of them anew: {again} goes on."
     if told := re.search(r"\(os error (\d+)\)", text):  # of safetensors, which is written in Rust
-        return f"{text}. {TODO.get(int(told[1]), '')}".strip()
+        return f"{text}. {_then(int(told[1]), again)}".strip()
     if isinstance(error, OSError):
         if error.errno is None:
             return text
         named = " -> ".join(str(one) for one in (error.filename, error.filename2) if one is not None)
-        return readable(f"{named}: {error.strerror}. {TODO.get(error.errno, '')}".removeprefix(": ").strip())
+        return readable(f"{named}: {error.strerror}. {_then(error.errno, again)}".removeprefix(": ").strip())
     if type(error).__module__ == "sqlite3" and type(error).__name__ == "OperationalError":
         return f"a database cannot be read or written: {text}."
     return None
+
+
+def _then(number: int, again: str) -> str:
+    return f"{TODO[number]}; then {again} goes on." if number in TODO else ""
 
 
 def _out_of_memory(error: Exception, text: str) -> bool:

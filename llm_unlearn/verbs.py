@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn import alternates, candidates, catalogue, compare, folder, many, recipe, sections
+from llm_unlearn import alternates, at_work, candidates, catalogue, compare, folder, many, recipe, sections
 from llm_unlearn.auditing import request as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
@@ -25,7 +25,9 @@ def run(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
     suite, named = suite_of(wanted, path)
+    at_work.alone(Path(wanted.output))
     if folder.check(wanted, options.resume, options.overwrite):
+        folder.tidy(Path(wanted.output))
         print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
         return Reply(facts={"output": wanted.output, **_measured(wanted, options)})
     if wanted.track:  # the one tracker whose place only its environment says

@@ -261,7 +261,7 @@ def test_the_page_has_every_method_and_both_models_to_compare_with(here: Path) -
     assert npo[:3] == ["1", "[npo](../few/npo.yaml)", "Zhang et al. 2024, [2404.05868](https://arxiv.org/abs/2404.05868)"]
     assert npo[3:7] == ["0.600 ± 1.271", "1.000 ± 0.000", "0.745 ± 0.997", "●"] and npo[-3] == "0.400"
     assert bad[0] == "failed" and "—" in bad
-    assert "- `bad`, seed 1: exit status 1: KeyError: 'a\\|b'" in lines
+    assert "- bad, seed 1: exit status 1: KeyError: 'a\\|b'" in lines
     assert "llm-unlearn bench few --suite eval/quick.yaml" in lines and "](board.svg)" in page
     assert "mean over 2 seeds" in page and "under torch 2.13.0" in page
     assert not re.search(r"20\d\d-\d\d", page), "a page without a date changes only when its numbers do"
@@ -276,7 +276,7 @@ def test_methods_that_begin_elsewhere_are_judged_by_where_they_end() -> None:
     assert found["models"]["others"] == ["sisa"] and found["models"]["before"]["name"] == "some/before"
     (one,) = next(method for method in found["methods"] if method["name"] == "sisa")["runs"]
     assert (one["forgotten"], one["kept"]) == pytest.approx((0.5, 0.6))
-    assert "or have another control: `sisa`" in markdown(found, Path("a.md"), Path("a.svg"))
+    assert "or have another control: sisa" in markdown(found, Path("a.md"), Path("a.svg"))
 
 
 def test_the_plot_is_svg_that_says_the_names(here: Path) -> None:
@@ -363,7 +363,7 @@ def test_every_shipped_recipe_has_a_header(path: Path) -> None:
 CHILD = """\
 import json, pathlib, signal, sys, time
 from llm_unlearn import folder, recipe, spec
-path, *settings, how = sys.argv[1:]
+path, *settings, how = [word for word in sys.argv[1:] if word != "--debug"]
 wanted = recipe.load(pathlib.Path(path), settings)
 name = f"{pathlib.Path(path).stem}/{wanted.seed}"
 with open("calls.txt", "a") as calls: calls.write(f"{name} {how}\\n")
@@ -465,7 +465,7 @@ def test_a_recipe_that_forgets_other_rows_is_left_out_and_named(play: Play, here
     (here / "few" / "ascent.yaml").write_text(ASCENT + "data: {forget: {where: {person: Dorami Caldorn}}}\n")
     play("--seeds", "1")
     assert "forgets other rows than s.yaml asks about: ascent" in capsys.readouterr().out
-    assert "forgets other rows than the suite asks about: `ascent`." in (here / "out" / "leaderboard.md").read_text()
+    assert "forgets other rows than the suite asks about: ascent." in (here / "out" / "leaderboard.md").read_text()
     assert not (here / "out" / "ascent").exists()
 
 

@@ -257,7 +257,7 @@ def test_a_shipped_recipe_is_found_from_anywhere(asked: Asked) -> None:
             130,
             "interrupted after step 7; the same command with --resume goes on from there.",
         ),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command with --resume goes on from what is finished."),
         (Refused("a: one\nb: two"), 2, "error: a: one\nerror: b: two"),
     ],
     ids=["finished", "not finite", "its own bound", "interrupted", "Ctrl-C", "refused"],

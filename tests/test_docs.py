@@ -137,7 +137,17 @@ def test_a_wrong_command_would_be_seen(tmp_path: Path, capsys: pytest.CaptureFix
 def test_exit_statuses_are_those_of_the_code() -> None:
     said = re.search(r"^Exit statuses: (.*)$", (ROOT / "docs/reference/index.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert said
-    codes = [reply.DONE, reply.UNFIT, reply.REFUSED, reply.BUSY, reply.UNREACHABLE, reply.INTERRUPTED]
+    codes = [
+        reply.DONE,
+        reply.UNFIT,
+        reply.REFUSED,
+        reply.BUSY,
+        reply.UNREACHABLE,
+        reply.BUG,
+        reply.UNABLE,
+        reply.INTERRUPTED,
+        reply.TERMINATED,
+    ]
     assert [int(part.split()[0]) for part in said[1].split(" · ")] == codes
 
 

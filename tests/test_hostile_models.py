@@ -224,7 +224,8 @@ def test_a_checkpoint_is_read_and_never_run(make_model: Callable[..., Any], tmp_
             try:
                 train(job(steps=3), with_it, Accelerator(cpu=True), folder, resume=True)
             except Refused as error:
-                assert "not a checkpoint of this project" in str(error) or "of another version" in str(error)
+                known = ("not a checkpoint of this project", "of another version", "weights that cannot be read")
+                assert any(one in str(error) for one in known)
             AcceleratorState._reset_state(reset_partial_state=True)
             assert not mark.exists(), name
 

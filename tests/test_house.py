@@ -21,6 +21,7 @@ ROOMS = (
     "outward",  # words on their way out: without secrets, and harmless
     "spec",
     "unsaid",  # what errors may say of rows
+    "durable",  # how files are written that vouch for something
     "bars",  # what long work shows of itself
     "troubles",  # what is said of an error that no verb refused
     "lines",
@@ -300,6 +301,7 @@ LIGHT = {
     "spec.py",
     "bars.py",
     "unsaid.py",
+    "durable.py",
     "lines.py",
     "recipe.py",
     "folder.py",

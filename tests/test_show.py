@@ -261,3 +261,19 @@ def test_it_needs_nothing_heavy(tmp_path: Path) -> None:
 def test_curves_and_sizes() -> None:
     assert spark([1.0, 1.0], Console(width=80)) == "▁▁" and spark([0.0, 1.0, 0.5], Console(width=80)) == "▁█▅"
     assert [size(x) for x in (12, 1200, 3_400_000, 5_600_000_000)] == ["12 B", "1.2 kB", "3.4 MB", "5.6 GB"]
+
+
+def test_a_run_is_not_begun_beside_itself(tmp_path: Path) -> None:
+    """As after a bench was killed whose child goes on."""
+    folder = run_folder(tmp_path / "x")
+    at_work.alone(folder)
+    process(folder)
+    at_work.alone(folder)  # it is we who are at work
+    other = psutil.Process(os.getppid())
+    process(folder, pid=other.pid, began=other.create_time())
+    with pytest.raises(Refused, match=rf"output: process {other.pid} is at work in .*x\. Nothing was changed"):
+        at_work.alone(folder)
+    process(folder, pid=other.pid, began=other.create_time(), host="another machine")
+    at_work.alone(folder)  # it may be gone, as a preempted node is
+    process(folder, pid=other.pid, began=other.create_time(), how="interrupted")
+    at_work.alone(folder)

@@ -4,7 +4,6 @@ row tells which were in (Steinke, Nasr & Jagielski 2023, 2305.08846; `attacks/ca
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from llm_unlearn.auditing.request import FILE, Asked, said
 from llm_unlearn.bars import Bar
 from llm_unlearn.data.examples import Example, draw, encode, encode_text
 from llm_unlearn.data.reading import Examples, read_examples
+from llm_unlearn.durable import remove
 from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import loss_pass
 from llm_unlearn.models.load import Loaded, load, read_tokenizer
@@ -90,7 +90,7 @@ def trial(asked: Asked, cache: Path, overwrite: bool) -> bool:
     if accelerator.is_main_process:
         found = asked.key | result(asked, planted, plain, job, before, after)
         run_folder.write(folder / FILE, json.dumps(found, indent=1, ensure_ascii=False))
-        shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)  # with the key
+        remove(folder / run_folder.CHECKPOINTS)  # with the key
         print(said(found, folder))
     accelerator.wait_for_everyone()
     return True

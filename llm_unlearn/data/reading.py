@@ -23,6 +23,7 @@ from llm_unlearn.data.examples import Example, content_of, conversation, draw, e
 from llm_unlearn.data.files import Row
 from llm_unlearn.data.sources import BLOCK, chosen, identity_of, read, row_at, rows
 from llm_unlearn.data.tokens import Companions, Packer, Tokens, mapped
+from llm_unlearn.durable import put
 from llm_unlearn.folder import write
 from llm_unlearn.objectives.views import Kind, beside
 from llm_unlearn.sections import Data
@@ -72,7 +73,7 @@ def read_examples(
             shutil.rmtree(unfinished, ignore_errors=True)
             try:
                 _keep(_made(data, sources, found, tokenizer, seed, unfinished, quiet), unfinished)
-                unfinished.rename(place)
+                put(unfinished, place)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return _kept(place)

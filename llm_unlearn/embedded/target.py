@@ -8,7 +8,6 @@ fingerprint of all that decides them. The child processes run this file: `python
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.bars import Bar
+from llm_unlearn.durable import whole
 from llm_unlearn.embedded import population
 from llm_unlearn.sections import Model, Train
 from llm_unlearn.spec import Refused, fingerprint, nearest, plain
@@ -83,7 +83,6 @@ def embedded(model: Model, cache: Path) -> Model:
 
 
 def _train_all(names: tuple[str, ...], home: Path, show: bool) -> None:
-    unfinished = home.with_suffix(f".{os.getpid()}")
     # The children are runs of their own: whatever launched this process must not make them look for its other ranks.
     launcher = (
         "RANK",
@@ -99,6 +98,12 @@ def _train_all(names: tuple[str, ...], home: Path, show: bool) -> None:
         "OMPI_",
     )
     env = {name: value for name, value in os.environ.items() if not name.startswith(launcher)} | {"OMP_NUM_THREADS": "1"}
+    with whole(home) as unfinished:
+        _train_side_by_side(names, unfinished, env, show)
+
+
+def _train_side_by_side(names: tuple[str, ...], unfinished: Path, env: dict[str, str], show: bool) -> None:
+    """Each by a process of its own, into a folder of its name."""
     children = {}
     try:
         for name in names:
@@ -117,13 +122,11 @@ def _train_all(names: tuple[str, ...], home: Path, show: bool) -> None:
                 raise Refused(f"embedded:{name}: training failed with status {child.returncode}: {' '.join(last)}")
             for scratch in ("errors.txt", "log.jsonl"):
                 (unfinished / name / scratch).unlink()
-        unfinished.rename(home)
     finally:
         for child in children.values():
             if child.poll() is None:
                 child.terminate()
                 child.wait()
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _share(folder: Path) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llm_unlearn.durable import whole
 from llm_unlearn.folder import new_file
 
 Part = Mapping[str, Any]
@@ -20,10 +20,8 @@ def write_part(part: Part, path: Path) -> None:
     """Keep a part; the file appears whole or not at all."""
     arrays = {name: value for name, value in part.items() if isinstance(value, np.ndarray)}
     texts = {name: value for name, value in part.items() if name not in arrays}
-    unfinished = path.with_suffix(f".{os.getpid()}.npz")
-    with new_file(unfinished) as file:
+    with whole(path) as unfinished, new_file(unfinished) as file:
         np.savez_compressed(file, json=np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]  # of the stubs
-    os.replace(unfinished, path)
 
 
 def read_part(path: Path) -> Part:

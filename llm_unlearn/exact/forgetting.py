@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,12 +14,14 @@ from accelerate import Accelerator
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
 from llm_unlearn.at_work import at_work
+from llm_unlearn.durable import remove
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.exact.foreseen import said
-from llm_unlearn.exact.manifest import BEFORE, BEGUN, FILE, Manifest, State, new_manifest, read, save, settings_of
+from llm_unlearn.exact.manifest import BEGUN, FILE, Manifest, State, new_manifest, read, save, settings_of
 from llm_unlearn.exact.pieces import Wanted, Workshop, wanted
 from llm_unlearn.exact.rows import Known, find, read_known
+from llm_unlearn.folder import BEFORE
 from llm_unlearn.look import Looks, attacked
 from llm_unlearn.methods.exact import S3T, Exact
 from llm_unlearn.models.load import add_adapter, load, trainable
@@ -206,7 +207,8 @@ def _carry_out(session: Session, suite: Suite | None, began: float, retrained: s
         if session.main:
             print(said(manifest.deletions[-1]))
     folder, accelerator = session.folder, session.accelerator
-    if suite and recipe.evaluation:
+    measured = (folder / run_folder.RESULTS).is_file()  # and killed before the model with all rows was gone
+    if suite and recipe.evaluation and not measured:
         facts = run_facts(recipe, outcome, accelerator, began, session.weights) | {"deletions": session.manifest.deletions}
         model = replace(session.model, adapter=None)
         del session.workshop
@@ -218,12 +220,12 @@ def _carry_out(session: Session, suite: Suite | None, began: float, retrained: s
         attacks = attacked(suite, seen, accelerator, session.cache)
         if session.main:
             results = results_of(suite, seen, attacks, title=str(folder), named=recipe.evaluation, run=facts)
-            shutil.rmtree(folder / BEFORE, ignore_errors=True)  # before anything says that the run is finished
             publish(results, suite, seen, folder)
             tell_numbers(accelerator, results["numbers"])
-    elif session.main:
-        shutil.rmtree(folder / BEFORE, ignore_errors=True)
-        run_folder.seal(folder)
+    if session.main:
+        remove(folder / BEFORE)  # while it is there the run is not finished, whatever else is
+        if not suite:
+            run_folder.seal(folder)
     accelerator.wait_for_everyone()
     return outcome
 
@@ -314,6 +316,4 @@ def forget(
     if session.main and (folder / run_folder.RESULTS).is_file():
         without_texts(folder)
     manifest, outcome = session.delete(asked)
-    if session.main and outcome.status != "interrupted" and (folder / run_folder.HASHES).is_file():
-        run_folder.seal(folder)
     return ({} if outcome.status == "interrupted" or not session.main else manifest.deletions[-1]), outcome

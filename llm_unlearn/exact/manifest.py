@@ -15,8 +15,8 @@ from llm_unlearn.folder import write
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.spec import Refused, fingerprint, plain
 
-FILE, PIECES, WORK, BEFORE, WEIGHTS = "manifest.json", "pieces", "work", "before", "weights.safetensors"
-"""Names in the run folder: the manifest, kept weights, training under way, the model with all rows, and a piece's one file."""
+FILE, PIECES, WORK, WEIGHTS = "manifest.json", "pieces", "work", "weights.safetensors"
+"""Names in the run folder: the manifest, kept weights, training under way, and a piece's one file."""
 FORMAT = 1
 KEY = re.compile(r"[0-9a-f]{16}")
 State = Literal["building", "storing", "deleting", "complete"]

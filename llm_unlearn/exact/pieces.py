@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.data.schedule import Schedule, by_key
+from llm_unlearn.durable import remove, whole
 from llm_unlearn.exact.manifest import PIECES, WEIGHTS, WORK, Manifest, Piece, State, adapter_files, save
 from llm_unlearn.exact.rows import STREAM, Known, digest
 from llm_unlearn.methods.exact import Exact, Line, Stage
@@ -166,15 +167,12 @@ class Workshop:
             return outcome
         if outcome.broken:
             raise Refused(f"{title}: {outcome.reason}; a smaller train.lr may help. What was trained before it is kept.")
-        unfinished = final.with_name(f".{final.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_file(snapshot(self.model), unfinished / WEIGHTS)
         seconds = round(time.perf_counter() - began, 3)
         cost = {"steps": one.schedule.steps, "examples": one.seen, "seconds": seconds}
-        run_folder.write(unfinished / COST, json.dumps(cost))
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
+        with whole(final) as unfinished:
+            unfinished.mkdir()
+            save_file(snapshot(self.model), unfinished / WEIGHTS)
+            (unfinished / COST).write_text(json.dumps(cost), encoding="utf-8")
         shutil.rmtree(scratch)
         return outcome
 
@@ -198,10 +196,10 @@ class Workshop:
             name: of the adapter's folder in the run folder.
         """
         serving = serving_of(alive)
-        unfinished, final = self.folder / f".{name}", self.folder / name
-        served(weights_of(self.folder, serving) or {"fresh": self.fresh}, self.method).save(self.model, unfinished)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
+        with whole(self.folder / name) as unfinished:
+            served(weights_of(self.folder, serving) or {"fresh": self.fresh}, self.method).save(self.model, unfinished)
+        if (self.folder / run_folder.HASHES).is_file():  # a finished run that deletes more
+            run_folder.seal(self.folder)
         done = replace(
             manifest, pieces=self.finished(alive, manifest), serving=[piece.key for piece in serving], state=state,
             adapter=adapter_files(self.folder),
@@ -236,8 +234,8 @@ def sweep(folder: Path, manifest: Manifest) -> None:
     keys = manifest.by_key
     for path in (folder / PIECES).iterdir() if (folder / PIECES).is_dir() else ():
         if path.name not in keys:
-            shutil.rmtree(path)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+            remove(path)
+    remove(folder / WORK)
 
 
 def _cost(piece: Piece) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn.spec import Refused
+from llm_unlearn.spec import Refused, reason
 
 OWN_CODE = "brings Python of its own, which is never run here; name a model of an architecture that transformers itself has"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -15,11 +15,11 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 def why(error: Exception) -> str:
-    """The first line of what a library says of a model; where it asks for leave to run code, that there is none."""
+    """What a library says of a model; where it asks for leave to run code, that there is none."""
     text = str(error)
     if "trust_remote_code" in text or "custom code" in text:
         return OWN_CODE
-    return (text.splitlines() or [type(error).__name__])[0]
+    return reason(error)
 
 
 def check_weights(folder: Path, name: str, wanted: str) -> None:

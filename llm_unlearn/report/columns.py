@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_unlearn.durable import whole
 from llm_unlearn.folder import new_file
 
 
@@ -15,13 +15,8 @@ def write_columns(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with new_file(unfinished) as file:
-            parquet.write_table(pyarrow.Table.from_pylist([dict(record) for record in records]), file)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole(path) as unfinished, new_file(unfinished) as file:
+        parquet.write_table(pyarrow.Table.from_pylist([dict(record) for record in records]), file)
 
 
 def read_columns(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 from llm_unlearn.catalogue import Method
 from llm_unlearn.outward import canvas
@@ -140,7 +141,8 @@ def markdown(board: Mapping[str, Any], page: Path, plot: Path) -> str:
     seeds = max((len(method["runs"]) for method in methods), default=0)
     head = ["", "method", "paper", "forgotten", "kept", "score", "frontier", "forget quality p", *columns, "seconds"]
     lines = [MADE_BY, f"# Leaderboard: {_md(board['suite'])}", "", how_to_read(board, seeds), ""]
-    lines += ["```sh", board["command"], "```", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", board["command"])), default=0))
+    lines += [f"{fence}sh", board["command"], fence, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for column in ("before", "retrained"):
         if column in board["models"]:
             values = board["models"][column]["values"]
@@ -149,17 +151,17 @@ def markdown(board: Mapping[str, Any], page: Path, plot: Path) -> str:
     lines += [f"| {' | '.join(_row(method, columns, page))} |" for method in methods]
     lines += ["", f"![What each method forgot and what it kept]({_relative(plot, page)})"]
     if board["models"]["others"]:
-        names = ", ".join(f"`{name}`" for name in board["models"]["others"])
+        names = ", ".join(map(_md, board["models"]["others"]))
         lines += [
             "",
             f"Scored against the models of the first rows too, though they begin from another, or have another control: {names}.",
         ]
     if board["left_out"]:
-        names = ", ".join(f"`{name}`" for name in board["left_out"])
+        names = ", ".join(map(_md, board["left_out"]))
         lines += ["", f"Left out, as the recipe forgets other rows than the suite asks about: {names}."]
     failed = [(method["name"], run) for method in methods for run in method["runs"] if "error" in run]
     if failed:
-        lines += ["", "Failed:", ""] + [f"- `{name}`, seed {run['seed']}: {_md(run['error'])}" for name, run in failed]
+        lines += ["", "Failed:", ""] + [f"- {_md(name)}, seed {run['seed']}: {_md(run['error'])}" for name, run in failed]
     versions = ", ".join(f"{name} {number}" for name, number in board["versions"].items())
     if versions:
         lines += ["", f"Ran on {board['machine']}, under {versions}; suite {board['suite_hash']}."]
@@ -219,8 +221,7 @@ def _md(text: str) -> str:
 
 
 def _relative(path: Path, page: Path) -> str:
-    found = Path(os.path.relpath(path, page.parent)).as_posix()
-    return f"<{found}>" if re.search(r"[\s()]", found) else found
+    return quote(Path(os.path.relpath(path, page.parent)).as_posix())
 
 
 # ------------------------------------------------------------------------------------------------------------- terminal

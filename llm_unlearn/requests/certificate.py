@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_unlearn.durable import settle, settle_names
 from llm_unlearn.requests.records import canonical
 from llm_unlearn.spec import Refused
 
@@ -54,12 +55,14 @@ def signing_key(folder: Path) -> Ed25519PrivateKey:
         unfinished.unlink(missing_ok=True)
         with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(made)
+        settle(unfinished)
         try:
             os.link(unfinished, path)  # whole or not at all, and the first of several processes wins
         except FileExistsError:
             pass
         finally:
             unfinished.unlink()
+        settle_names(folder)
     if path.stat().st_mode & 0o077:
         raise Refused(f"{path}: others may read this signing key; expected mode 0600. Change it with: chmod 600 {path}")
     try:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from llm_unlearn.durable import about
 from llm_unlearn.requests.records import APPLICATION, VERSION, make_tables
 from llm_unlearn.spec import Refused
 
@@ -99,7 +100,7 @@ class LedgerFile:
     @contextmanager
     def change(self) -> Iterator[sqlite3.Connection]:
         """One transaction that writes: all of it, or nothing."""
-        with self._connected() as connection:
+        with about(self.path), self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection

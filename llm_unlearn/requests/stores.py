@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn import folder
+from llm_unlearn.durable import remove
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.requests.certificate import STORE
 from llm_unlearn.requests.derived import Ids, suite_of
@@ -38,6 +38,7 @@ class ByStore:
 
     def serve(self, work: Work) -> Served | None:
         from llm_unlearn.exact.manifest import FILE, read
+        from llm_unlearn.exact.measuring import PENDING
         from llm_unlearn.exact.verify import problems
 
         store, output = Path(work.model), work.output
@@ -45,7 +46,8 @@ class ByStore:
         scratch = own_cache(output, self.cache)
         if not (output / folder.RESULTS).is_file() and not self._delete(work, store, suite, scratch):
             return None
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(scratch)
+        (output / PENDING).unlink(missing_ok=True)  # of a serving that was killed as it removed it
         results, manifest, found = folder.results_in(output), read(store), problems(store)
         run = results["run"]
         deletions = manifest.deletions[run["before"]["deletions"] :]

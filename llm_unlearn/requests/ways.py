@@ -3,13 +3,13 @@ another class with `serve`, such as that of a store (`stores.py`); ledger, thres
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from llm_unlearn import folder
+from llm_unlearn.durable import remove, whole
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.verdict import Number
 from llm_unlearn.requests.certificate import files_of
@@ -80,7 +80,6 @@ class ByRecipe:
         wanted = recipe_of(self.office, work.model, forget, gone, work.before, work.output)
         suite = suite_of(self.office, {**work.earlier, **work.requests}, (*forget, *gone))
         scratch = own_cache(work.output, self.cache)
-        _clear_unbegun(work.output)
         if not folder.check(wanted, resume=True, overwrite=False):
             from llm_unlearn.run import run
 
@@ -90,8 +89,8 @@ class ByRecipe:
         from llm_unlearn.results import without_texts
 
         without_texts(work.output)
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(work.output / folder.CHECKPOINTS, ignore_errors=True)
+        remove(scratch)  # before the ledger says that the request is fulfilled: it holds texts of the rows
+        folder.tidy(work.output)
         results = folder.results_in(work.output)
         facts = results["run"]
         known = {
@@ -141,22 +140,14 @@ def release(model: Model, output: Path, cache: Path) -> None:
 
     wanted = replace(embedded(model, cache), quantize=None)
     loaded = load(wanted, torch.device("cpu"))
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    loaded.causal.save_pretrained(str(unfinished))
-    loaded.tokenizer.save_pretrained(str(unfinished))
-    unfinished.rename(output)
+    with whole(output) as unfinished:
+        loaded.causal.save_pretrained(str(unfinished))
+        loaded.tokenizer.save_pretrained(str(unfinished))
 
 
 def part(place: str, name: str, at: Path) -> dict[str, Any]:
     """Weights as a certificate names them."""
     return {"place": place, "name": name, "files": files_of(at)}
-
-
-def _clear_unbegun(output: Path) -> None:
-    """Remove what a run leaves that was killed while it wrote the very first file."""
-    if output.is_dir() and all(path.name.startswith(".") for path in output.iterdir()):
-        shutil.rmtree(output)
 
 
 def own_cache(output: Path, cache: Path) -> Path:

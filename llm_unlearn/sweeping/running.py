@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_unlearn import folder, recipe
 from llm_unlearn.children import Child, how_it_ended, last_words
-from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT
+from llm_unlearn.reply import DONE, INTERRUPTED, TERMINATED, UNFIT
 from llm_unlearn.report.ranking import scores_of
 from llm_unlearn.report.verdict import Results
 from llm_unlearn.spec import Refused
@@ -108,7 +108,7 @@ class Trials:
 
     def ended(self, child: Child, status: int) -> str:
         drawn, name = self.given.pop(child.name), child.name
-        killed = status < 0 or status == INTERRUPTED
+        killed = status < 0 or status in (INTERRUPTED, TERMINATED)
         if killed and name not in self.cut and name not in self.again:
             self.again.add(name)
             self.waiting.append(drawn)
@@ -122,7 +122,7 @@ class Trials:
         """Tell the study how a trial ended; the same in words."""
         place = self.job.output / name
         results = _results_in(place) if status in (DONE, UNFIT) else None
-        if name in self.cut and results is None and (status < 0 or status == INTERRUPTED):
+        if name in self.cut and results is None and (status < 0 or status in (INTERRUPTED, TERMINATED)):
             shutil.rmtree(place / folder.CHECKPOINTS, ignore_errors=True)  # it is never gone on with
             self.study.ended(drawn.number, "PRUNED", {"why": self.cut[name]})
             self.good += 1

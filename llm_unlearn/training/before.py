@@ -7,7 +7,6 @@ once, in one pass over the examples that the run sees: log-probabilities (4 byte
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from llm_unlearn.bars import Bar
 from llm_unlearn.data.batch import cut
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.tokens import Some, lengths_of, targets_of
+from llm_unlearn.durable import whole
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal, has_adapter
 from llm_unlearn.models.reference import (
@@ -176,10 +176,8 @@ class _Taking:
             for name in self.needs
             for column in self.needs[name].columns
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-        save_file(tensors, str(unfinished))
-        os.replace(unfinished, path)
+        with whole(path) as unfinished:
+            save_file(tensors, str(unfinished))
 
     def _read(self, path: Path) -> dict[tuple[str, Example], Columns] | None:
         if not path.is_file():

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llm_unlearn.durable import about, put
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import fill, is_sharded, whole
 from llm_unlearn.models.sound import weights_in
-from llm_unlearn.spec import Refused
+from llm_unlearn.spec import Refused, reason
 from llm_unlearn.training.sharded import load_optimizer, save_optimizer
 
 WEIGHTS, PROGRESS = "trainable.safetensors", "progress.pt"
@@ -45,10 +45,18 @@ class Progress:
     """How far their forget set was from the aim."""
     beyond: int = 0
     """Looks in a row that were beyond the budget."""
+    warned: bool = False
+    """Whether it was said that most of what is to be kept is gone."""
     multipliers: dict[str, float] = field(default_factory=dict)
     """Weights that a budget has found."""
     batch_tokens: int = 0
     """Of one micro-batch, where that was found by a probe."""
+    watch: dict[str, Any] = field(default_factory=dict)
+    """What is remembered to notice that a run comes to nothing good (divergence.py)."""
+    safe_step: int = 0
+    """Where no probe keeps the best weights, the step of the last ones before anything was wrong."""
+    safe: dict[str, Tensor] = field(default_factory=dict)
+    """The weights at that step."""
     memory: dict[str, list[Tensor]] = field(default_factory=dict)
     """What rules keep from step to step."""
 
@@ -100,10 +108,15 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished), safe_serialization=True)
+        try:
+            with about(name):
+                self.accelerator.save_state(str(unfinished), safe_serialization=True)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk it would be in the way
+            raise
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            unfinished.rename(name)
+            put(unfinished, name)  # on the disk, before the older ones are not
             for other in self.folder.glob("step-*"):
                 if other != name:
                     shutil.rmtree(other)
@@ -124,12 +137,9 @@ class Checkpoints:
             raise Refused(f"{newest}: of another version of this project, or none of it. Add --overwrite to begin anew.")
         try:
             self.accelerator.load_state(str(newest))
-        except (pickle.UnpicklingError, SafetensorError, OSError, KeyError, Refused) as error:
-            # numbers and tensors are read, and nothing that would be run
-            said = str(error).strip().splitlines()[0]
-            raise Refused(
-                f"{newest}: not a checkpoint of this project ({said}). Remove it, or add --overwrite to begin anew."
-            ) from None
+        except (pickle.UnpicklingError, OSError, KeyError, Refused) as error:  # tensors are read, and nothing that would be run
+            said = f"not a checkpoint of this project ({reason(error)})"
+            raise Refused(f"{newest}: {said}. Remove it, or add --overwrite to begin anew.") from None
         device, memory = self.accelerator.device, self.progress.memory
         memory.update({name: [one.to(device) for one in kept] for name, kept in memory.items()})
         return True

@@ -30,7 +30,8 @@ from llm_unlearn.training.checkpoint import Progress, restore
 from llm_unlearn.training.fisher import fisher, slopes, some
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
 from llm_unlearn.training.job import Job
-from llm_unlearn.training.loop import Log, train
+from llm_unlearn.training.log import Log
+from llm_unlearn.training.loop import train
 from llm_unlearn.training.tracking import tell_step
 from llm_unlearn.training.vectors import Gradient, norm, plus, put
 

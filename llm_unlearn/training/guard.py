@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from llm_unlearn.training.job import Job
 
 
+COLLAPSED = 0.5
+"""Of its accuracy before: a model with less has lost most of what was to be kept; so has one of ten times the perplexity."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
@@ -37,7 +42,7 @@ class Outcome:
     """The step whose weights the model now has."""
     reason: str = ""
     broken: bool = False
-    """It ended because a loss or gradient was not finite, not by the recipe's own bound."""
+    """It ended because it came to nothing good (divergence.py), not by the recipe's own bound."""
 
 
 @torch.no_grad()
@@ -113,6 +118,14 @@ class Probe:
                 return f"retain accuracy {value:.4g} is more than {100 * bounds.retain_accuracy:g} % below {then:.4g}"
         return ""
 
+    def collapse(self, now: Mapping[str, float], before: Mapping[str, float]) -> str:
+        """In words, that most of what is to be kept is gone; "" where it is not. No recipe sets this bound, and it ends no run."""
+        then, value = before.get("retain_accuracy", 0.0), now.get("retain_accuracy", 1.0)
+        if value < COLLAPSED * then:
+            return f"retain accuracy fell from {then:.4g} to {value:.4g}"
+        then, value = before.get("retain_perplexity", 1.0), now.get("retain_perplexity", 1.0)
+        return f"retain perplexity rose from {then:.4g} to {value:.4g}" if value * COLLAPSED > 5 * then else ""
+
     def gap(self, now: Mapping[str, float]) -> float | None:
         """log of the aim over the forget set's perplexity: what is still to be forgotten, below 0 beyond the aim; None without
         aim."""
@@ -144,6 +157,9 @@ def first(probe: Probe, seen: dict[str, float], progress: Progress, model: nn.Mo
 def judge(probe: Probe, seen: Mapping[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
     """Keep these weights if they are the best so far, and end the run where its aim is reached or its budget is spent."""
     harm, gap = probe.harm(progress.before, seen), probe.gap(seen)
+    if not harm and not progress.warned and (found := probe.collapse(seen, progress.before)):
+        progress.warned = True
+        print(f"warning: {found} by step {progress.step}, and no budget of train.stop ends the run", file=sys.stderr)
     progress.beyond = progress.beyond + 1 if harm else 0
     if not harm and (gap is None or abs(gap) <= progress.gap):
         progress.good_step, progress.good, progress.good_look = progress.step, snapshot(model), dict(seen)
@@ -167,4 +183,6 @@ def ending(probe: Probe | None, progress: Progress, more: str = "more epochs") -
         reason = f"the aim is not reached: {probe.compared(progress.good_look)}{further}"
     elif progress.beyond:
         reason = "the last looks were beyond the budget"
+    if found := probe.collapse(progress.good_look, progress.before):
+        reason = "; ".join(filter(None, (reason, f"{found}: most of what was to be kept is gone")))
     return Outcome("finished", step, progress.good_step, reason)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -17,7 +15,6 @@ from transformers import get_scheduler
 
 from llm_unlearn.bars import Bar
 from llm_unlearn.data.batch import Layout
-from llm_unlearn.folder import new_file, no_link
 from llm_unlearn.models.load import earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of
@@ -29,13 +26,15 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.training.before import Shelf, reference_of
 from llm_unlearn.training.checkpoint import Checkpoints, Progress, restore
 from llm_unlearn.training.clipped import Clipped
+from llm_unlearn.training.divergence import Watch
 from llm_unlearn.training.during import during
 from llm_unlearn.training.fisher import fisher, some
 from llm_unlearn.training.gradients import Latent, Orthogonal, Saliency, TrustRegion, total
 from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
 from llm_unlearn.training.job import Job
+from llm_unlearn.training.log import Log
 from llm_unlearn.training.progress import Said
-from llm_unlearn.training.room import fitting, out_of_memory
+from llm_unlearn.training.room import fitting, is_out_of_memory, out_of_memory
 from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
 from llm_unlearn.training.tracking import tell_step
@@ -74,19 +73,22 @@ def train(
             began = time.perf_counter()
             try:
                 row, outcome = training.step(asked.is_set())
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise out_of_memory(training.layout, progress.step + 1) from None
             row["seconds"] = round(time.perf_counter() - began, 4)
             log.write(row)
             tell_step(accelerator, row)
             bar.update(progress.step - bar.n, said(row))
             if (progress.step % every == 0 and outcome is None) or (outcome and outcome.status == "interrupted"):
+                log.settle()
                 checkpoints.save()
             if look and outcome is None:
                 look(progress.step)
     outcome = outcome or ending(training.probe, progress)
-    if outcome.status != "interrupted" and outcome.kept != progress.step and progress.good:
-        restore(model, progress.good)
+    if outcome.status != "interrupted" and outcome.kept != progress.step and (kept := progress.good or progress.safe):
+        restore(model, kept)
     checkpoints.close()
     model.eval()
     return outcome
@@ -134,6 +136,7 @@ class Training:
         self.layout = Layout(settings.batch_tokens, packed)
         self.window = Window(job, 0, accelerator, self.layout)
         self.clipped = Clipped.of(job, self.model, accelerator)
+        self.watch = Watch(job, model, self.progress, accelerator)
         self.row: dict[str, float] = {}
 
     def settle(self) -> None:
@@ -184,7 +187,7 @@ class Training:
         self.row |= {f"{name}_weight": weight for name, weight in self.multipliers(moving).items()}
         self.row["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.weights, settings.clip or float("inf")))
         self.row["tokens"] = self.window.tokens
-        if unfit := _unfit(self.row, progress, self.multipliers(self.job.terms)):
+        if unfit := self.watch.before(self.row, weights := self.multipliers(self.job.terms)):
             return self.row, unfit
         self._move()
         progress.step += 1
@@ -196,7 +199,7 @@ class Training:
             seen = probe.look(self.model.scorer, self.model.head, self.accelerator)
             self.row |= seen
             outcome = judge(probe, seen, progress, self.net) or outcome
-        return self.row, outcome
+        return self.row, self.watch.after(self.row, weights) or outcome
 
     def _move(self) -> None:
         """The optimizer's step, what a trust region leaves of it, and budgets; or a noisy step, not to be remembered."""
@@ -273,37 +276,3 @@ def _directions(settings: Train, weights: Mapping[str, nn.Parameter]) -> dict[st
         for name, a in mine.items():
             found.setdefault(name, []).append(a.to(weights[name]))
     return found
-
-
-def _unfit(row: Mapping[str, float], progress: Progress, weights: Mapping[str, float]) -> Outcome | None:
-    """A step that must not be taken: its loss or gradient is not finite. The weights are still those before it."""
-    broken = [name for name, value in row.items() if not np.isfinite(value)]
-    if broken:
-        kept = progress.good_step if progress.good else progress.step
-        return Outcome("stopped", progress.step, kept, f"{', '.join(broken)} not finite at step {progress.step + 1}", True)
-    fading_in = any(weight == 0 for weight in weights.values()) and any(weights.values())
-    if progress.step == 0 and row["grad_norm"] == 0 and not fading_in:
-        raise Refused(
-            "objective: not one trainable weight received a gradient in the first step, so nothing would be learnt or forgotten."
-        )
-    return None
-
-
-class Log:
-    """`log.jsonl`: one line per optimizer step, written by one process; a resumed run goes on after its checkpoint."""
-
-    def __init__(self, path: Path, active: bool, step: int) -> None:
-        self.path, self.active = path, active
-        if active:
-            kept = (
-                [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-                if step and path.exists()
-                else []
-            )
-            with new_file(path) as file:
-                file.write("".join(line + "\n" for line in kept).encode())
-
-    def write(self, row: Mapping[str, float]) -> None:
-        if self.active:
-            with open(self.path, "a", encoding="utf-8", opener=no_link) as file:
-                file.write(json.dumps({key: value if np.isfinite(value) else str(value) for key, value in row.items()}) + "\n")

@@ -108,6 +108,11 @@ def _allowed() -> int:
     return int(text) - int(now.read_text())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; PyTorch's allocator on CPUs says so in words only."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def out_of_memory(layout: Layout, step: int) -> Refused:
     """What to do where a step does not fit."""
     return Refused(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_bytes
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list
 
+from llm_unlearn.durable import whole
 from llm_unlearn.folder import CHECKPOINTS, PRIVACY, write
 
 NAME = "secret.key"
@@ -50,11 +50,9 @@ def key_of(reproducible: bool | None, seed: int, folder: Path, resume: bool) -> 
 def begin(noisy: Noisy | None, folder: Path) -> None:
     """Keep the key, where only this user can read it, and say what the guarantee is."""
     if noisy:
-        path = folder / CHECKPOINTS / NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(noisy.key)
+        with whole(folder / CHECKPOINTS / NAME) as unfinished:  # a resumed run's key must not be lost as it is written again
+            unfinished.touch(0o600)
+            unfinished.write_bytes(noisy.key)
         print(noisy.said)
 
 

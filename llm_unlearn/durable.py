@@ -1,0 +1,150 @@
+"""Files that outlast a kill and a power cut: what they hold is on the disk before the name that vouches for it, and an error of the
+disk names the path, whichever library met it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+PHRASES = {
+    "No space left": errno.ENOSPC,
+    "os error 28": errno.ENOSPC,
+    "disk is full": errno.ENOSPC,
+    "quota exceeded": errno.EDQUOT,
+    "File too large": errno.EFBIG,
+    "file write failed": errno.ENOSPC,  # PyTorch's writer keeps no reason
+    "unexpected pos": errno.ENOSPC,
+    "Read-only file system": errno.EROFS,
+    "readonly database": errno.EROFS,
+    "disk I/O error": errno.EIO,
+}
+"""What libraries say that hand on no error number."""
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+"""Systems that cannot sync a folder say so by one of these."""
+
+
+def settle(path: Path) -> None:
+    """Have the disk hold a file, or a folder and all that is in it."""
+    for one in [*sorted(path.rglob("*")), path] if path.is_dir() else [path]:
+        if one.is_dir():
+            settle_names(one)
+        else:
+            descriptor = os.open(one, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def settle_names(folder: Path) -> None:
+    """Have the disk hold which names a folder has, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """A folder, for good, with those above it."""
+    if path.is_dir():
+        return
+    absent = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in absent:
+        settle_names(one.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, for good: no power cut brings back what was to be gone."""
+    if path.is_dir():
+        shutil.rmtree(path)
+        settle_names(path.parent)
+
+
+def put(unfinished: Path, final: Path) -> None:
+    """Give a file or folder its name once the disk holds all of it; what had the name before is gone."""
+    settle(unfinished)
+    if final.is_dir() and not final.is_symlink():
+        shutil.rmtree(final)
+    os.replace(unfinished, final)
+    settle_names(final.parent)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Inside, a place to write a file or a folder to; afterwards it has its name, whole and for good, or nothing was changed."""
+    with about(path):
+        make_folder(path.parent)
+        _remove_leftovers(path)
+        place = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+        _remove(place)
+        try:
+            yield place
+            put(place, path)
+        except BaseException:
+            _remove(place)
+            raise
+
+
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """An error of the disk that is raised inside names this path, whichever library met it."""
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number is None or (isinstance(error, OSError) and error.filename is not None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _number(error: Exception) -> int | None:
+    """The error number of what a disk refused; None of anything else."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return error.errno
+    return next((number for phrase, number in PHRASES.items() if phrase in str(error)), None)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a process of this machine left of the same file when it was killed."""
+    start = f".{path.name}.{platform.node()}."
+    for one in path.parent.glob(f"{glob_of(start)}*"):
+        number = one.name.removeprefix(start)
+        if number.isdigit() and int(number) != os.getpid() and not _alive(int(number)):
+            _remove(one)
+
+
+def glob_of(text: str) -> str:
+    """A pattern that matches this text alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.is_symlink() or path.exists():
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
