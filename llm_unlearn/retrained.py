@@ -56,7 +56,7 @@ def home_of(wanted: Recipe, cache: Path) -> Path:
     named = [model.base, *(run_folder.adapter_in(one) for one in model.starts)]
     made = key_of((model.base.removeprefix("embedded:"),)) if model.base in EMBEDDED_MODELS else None
     folders = [folder_identity(Path(one).expanduser()) for one in named if Path(one).expanduser().is_dir()]
-    read = {name: rows(wanted.sources[name]) for name in wanted.window}
+    read = {name: list(rows(wanted.sources[name])) for name in wanted.window}
     settings = {key: value for key, value in plain(wanted).items() if key not in ("output", "evaluation", "track")}
     return cache / "retrained" / fingerprint(settings, made, folders, read)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,6 +109,11 @@ def canonical(data: object) -> str:
 def digest_of(text: str | None) -> str | None:
     """SHA-256 of a text, as 64 hexadecimal digits; None of none."""
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_rows(found: Iterable[Sequence[str]]) -> str:
+    """One hash of the rows of a request: id and content of each, in the order of their ids."""
+    return hashlib.sha256(canonical([list(one) for one in found]).encode()).hexdigest()
 
 
 def link(previous: str, number: int, event: Mapping[str, Any]) -> str:
