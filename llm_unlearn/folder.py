@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llm_unlearn import held as shape
 from llm_unlearn import recipe
 from llm_unlearn.spec import Refused
 
@@ -87,13 +88,14 @@ def results_in(path: Path) -> dict[str, Any]:
     file = path / RESULTS
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{file}: cannot be read ({error}). Make it again with llm-unlearn evaluate … --overwrite.") from None
     if not isinstance(held, dict) or not held.keys() >= KEYS:
         lacking = ", ".join(sorted(KEYS - set(held))) if isinstance(held, dict) else "an object"
         raise Refused(
             f"{file}: not an evaluation of this project; expected {lacking}. Name a folder that `run` or `evaluate` wrote."
         )
+    shape.check(held, str(file))
     return held
 
 

@@ -19,6 +19,7 @@ ROOMS = (
     "reply",  # what a verb answers
     "spec",
     "troubles",  # what is said of an error that no verb refused
+    "held",
     "lines",
     "tree",
     "objectives",
@@ -286,6 +287,7 @@ LIGHT = {
     "alternates/usage.py",
     "alternates/writing.py",
     "troubles.py",
+    "held.py",
     "spec.py",
     "lines.py",
     "recipe.py",
