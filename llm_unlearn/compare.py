@@ -110,7 +110,7 @@ def found(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def _found_by(word: str) -> tuple[list[Path], list[Path], str]:
     """One word: the folders with an evaluation, those that were passed over, and what is wrong."""
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     if path.name == folder.RESULTS and path.is_file():
         path = path.parent
     if path.is_dir():
@@ -176,17 +176,8 @@ def read(folders: Sequence[Path]) -> list[Run]:
 
 
 def log_in(path: Path) -> list[Mapping[str, Any]]:
-    """The rows of a run's `log.jsonl`; half a last line, of a run that was killed, is passed over."""
-    file = path / folder.LOG
-    rows: list[Mapping[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+    """The rows of a run's `log.jsonl`."""
+    return [*folder.rows_in(path / folder.LOG)]
 
 
 def names_of(places: Sequence[str]) -> list[str]:
@@ -195,7 +186,9 @@ def names_of(places: Sequence[str]) -> list[str]:
     `runs/bench/npo/seed-0`, `runs/bench/dpo/seed-0` -> `npo/seed-0`, `dpo/seed-0`: a seed says nothing without its method. No
     name is one of the columns before and retrained, and none is there twice.
     """
-    local = {place: Path(place).expanduser().absolute().parts for place in places if Path(place).expanduser().exists()}
+    local = {
+        place: Path(os.path.expanduser(place)).absolute().parts for place in places if Path(os.path.expanduser(place)).exists()
+    }
     least = {
         place: next((depth for depth, part in enumerate(reversed(parts), 1) if not ANY_RUN.fullmatch(part)), len(parts))
         for place, parts in local.items()

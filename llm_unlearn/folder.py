@@ -41,6 +41,8 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         Refused: the folder holds another run, or something that is no run at all.
     """
     folder = Path(wanted.output)
+    if blocked := in_the_way(folder):
+        raise Refused(f"output: {blocked} is a file, and {folder} is to be a folder. Nothing was changed; choose another output.")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / RECIPE).is_file():
@@ -60,6 +62,12 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         state = "holds a finished run" if finished else "holds a run that did not finish; add --resume to go on with it"
         raise Refused(f"output: {folder} {state}. Nothing was changed; add --overwrite to replace it, or choose another output=….")
     return False
+
+
+def in_the_way(folder: Path) -> Path | None:
+    """The file that stands where a folder, or one above it, would have to be."""
+    there = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), None)
+    return there if there and not there.is_dir() else None
 
 
 def clear(folder: Path) -> None:
@@ -99,13 +107,26 @@ def results_in(path: Path) -> dict[str, Any]:
     return held
 
 
+def rows_in(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file with a line for each step; half a line, of a run that was killed, is passed over."""
+    rows: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
 def adapter_in(name: str) -> str:
     """An adapter's folder; a run folder stands for the adapter in it."""
-    inner = Path(name).expanduser() / ADAPTER
+    inner = Path(os.path.expanduser(name)) / ADAPTER
     return str(inner) if inner.is_dir() else name
 
 
 def model_in(name: str) -> str:
     """A model's folder; a run folder stands for the model in it."""
-    inner = Path(name).expanduser() / MODEL
+    inner = Path(os.path.expanduser(name)) / MODEL
     return str(inner) if inner.is_dir() else name

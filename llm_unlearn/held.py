@@ -31,7 +31,7 @@ class Number:
     measure: str
     title: str
     set: str
-    values: Mapping[str, Value | None]
+    values: Mapping[str, Value]
     settings: Columns | None = None
     goal: str | None = None
     unit: str | None = None

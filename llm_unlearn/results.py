@@ -145,6 +145,6 @@ def _write(results: Mapping[str, Any], folder: Path, log: Path | None) -> None:
     """The page, then the JSON file, which says that all are there."""
     from llm_unlearn.report.page import write_page
 
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log and log.is_file() else []
+    rows = run_folder.rows_in(log) if log else []
     write_page(results, rows, folder / run_folder.REPORT)
     run_folder.write(folder / run_folder.RESULTS, json.dumps(results, indent=1, ensure_ascii=False))

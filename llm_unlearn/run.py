@@ -251,8 +251,7 @@ def _along(look: Look | None, loaded: Loaded, model: Any, recipe: Recipe, folder
             tables = look(replace(loaded, model=model), f"step {step}", keep=False)
             if look.accelerator.is_main_process:
                 path = folder / run_folder.ALONG
-                rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-                rows = [row for row in rows if row["step"] < step]  # a resumed run passes some steps again
+                rows = [row for row in run_folder.rows_in(path) if row["step"] < step]  # a resumed run passes some steps again
                 rows.append({"step": step, "numbers": numbers(look.suite, {"after": tables})})
                 run_folder.write(path, "".join(json.dumps(row) + "\n" for row in rows))
 

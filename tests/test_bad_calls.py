@@ -1,10 +1,9 @@
 """Bad calls: verbs on folders and files that are broken. Each ends with a status of its own and one block of words, shows no
 traceback, and leaves every byte as it was."""
 
-import copy
+import contextlib
+import io
 import json
-import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,11 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from bad_input import WRONG, content, places, put, without
+from bad_input import WRONG, content, places, put, refusal, without
 
+from llm_unlearn import compare, folder
 from llm_unlearn.cli import main
+from llm_unlearn.evaluation import kept
 from llm_unlearn.requests import service
+from llm_unlearn.spec import to_yaml
+from llm_unlearn.tree import read_tree
 
 ROOT = Path(__file__).parents[1]
 RECIPE = (
@@ -24,6 +28,9 @@ RECIPE = (
     "objective:\n  forget: {loss: {name: npo}}\n"
 )
 SUITE = "sets:\n  forget: {source: rows.jsonl, prompt: question, answer: answer}\nmeasures:\n- {name: perplexity, set: forget}\n"
+
+
+BOMB = b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i + 1, i + 1, i, i) for i in range(30))
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +67,15 @@ def ends(capsys: pytest.CaptureFixture[str], *words: str, status: tuple[int, ...
 
 # ------------------------------------------------------------------------------------------------------ settings and rows
 
+PUSH = ["push", "a", "--repo-id", "u/n", "--dry-run"]
+EVALUATE = ["evaluate", "s.yaml", "--model"]
+AUDIT = ["audit", "r.yaml", "model.base=embedded:target", "objective.forget.loss={name: nll}"]
+TARGET = "model.base=embedded:target"
 CALLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no recipe": ({}, ["run", "none.yaml"]),
     "a folder": ({}, ["run", "."]),
     "a binary recipe": ({"r.yaml": bytes(range(256))}, ["run", "r.yaml"]),
-    "a bomb": ({"r.yaml": b"a: &a [x,x]\n" + b"".join(b"a%d: &a%d [*a%s,*a%s]\n" % (i, i, b"%d" % (i - 1) if i else b"", b"%d" % (i - 1) if i else b"") for i in range(30))}, ["run", "r.yaml"]),
+    "a bomb": ({"r.yaml": BOMB}, ["run", "r.yaml"]),
     "a tag": ({"r.yaml": b"output: !!python/object/apply:os.system ['touch pwned']\n"}, ["run", "r.yaml"]),
     "a circle": ({"r.yaml": b"extends: r.yaml\n"}, ["plan", "r.yaml"]),
     "a chain of 10,000": ({"r.yaml": b"- " * 10_000}, ["plan", "r.yaml"]),
@@ -75,9 +86,9 @@ CALLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a name with a line break": ({}, ["run", "a\nerror: b.yaml"]),
     "no model": ({}, ["plan", "r.yaml"]),
     "an output that is a file": ({"runs": b"x"}, ["run", "r.yaml", "model.base=embedded:target"]),
-    "an output that is no run": ({"runs/x/mine.txt": b"x"}, ["run", "r.yaml", "model.base=embedded:target", "--overwrite"]),
-    "a run of nobody's": ({"runs/x/recipe.yaml": b"hello"}, ["run", "r.yaml", "model.base=embedded:target", "--resume"]),
-    "a run of another version": ({"runs/x/recipe.yaml": RECIPE.encode() + b"new_key: 1\n"}, ["run", "r.yaml", "model.base=embedded:target", "--resume"]),
+    "an output that is no run": ({"runs/x/mine.txt": b"x"}, ["run", "r.yaml", TARGET, "--overwrite"]),
+    "a run of nobody's": ({"runs/x/recipe.yaml": b"hello"}, ["run", "r.yaml", TARGET, "--resume"]),
+    "a run of another version": ({"runs/x/recipe.yaml": RECIPE.encode() + b"new_key: 1\n"}, ["run", "r.yaml", TARGET, "--resume"]),
     "a suite of a recipe": ({}, ["evaluate", "r.yaml", "--model", "embedded:target"]),
     "a recipe of a suite": ({}, ["run", "s.yaml"]),
     "a bench of nothing": ({"m/x.yaml": b"x"}, ["bench", "m", "--suite", "s.yaml", "--output", "out"]),
@@ -85,13 +96,13 @@ CALLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "methods of a broken folder": ({"m/x.yaml": b"\xff\xfe"}, ["methods", "m"]),
     "methods of nothing": ({}, ["methods", "none"]),
     "alternates of a broken recipe": ({"r.yaml": b"seed: [1"}, ["alternates", "r.yaml"]),
-    "alternates over a file": ({"a.jsonl": b"mine"}, ["alternates", "r.yaml", "model.base=embedded:target", "--output", "a.jsonl"]),
+    "alternates over a file": ({"a.jsonl": b"mine"}, ["alternates", "r.yaml", TARGET, "--output", "a.jsonl"]),
     "an audit without privacy": ({}, ["audit", "r.yaml", "model.base=embedded:target", "--canaries", "7"]),
     "a broken audit": (
-        {"a/privacy_audit.json": b"{"}, ["audit", "r.yaml", "model.base=embedded:target", "objective.forget.loss={name: nll}", "--output", "a"],
+        {"a/privacy_audit.json": b"{"}, [*AUDIT, "--output", "a"],
     ),
     "an audit of a list": (
-        {"a/privacy_audit.json": b"[]"}, ["audit", "r.yaml", "model.base=embedded:target", "objective.forget.loss={name: nll}", "--output", "a"],
+        {"a/privacy_audit.json": b"[]"}, [*AUDIT, "--output", "a"],
     ),
     "a new recipe over another": ({}, ["new", "r"]),
     "a new recipe below a file": ({}, ["new", "rows.jsonl/x"]),
@@ -100,12 +111,12 @@ CALLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "compare a broken run": ({"a/evaluation.json": b"{"}, ["compare", "a"]),
     "compare another's": ({"a/evaluation.json": b"{}"}, ["compare", "a"]),
     "compare bytes": ({"a/evaluation.json": bytes(range(256))}, ["compare", "a"]),
-    "push no run": ({"a/x": b""}, ["push", "a", "--repo-id", "u/n", "--dry-run"]),
-    "push half a run": ({"a/recipe.yaml": RECIPE.encode()}, ["push", "a", "--repo-id", "u/n", "--dry-run"]),
-    "push a broken recipe": ({"a/recipe.yaml": b"\xff", "a/adapter/adapter_config.json": b"{}"}, ["push", "a", "--repo-id", "u/n", "--dry-run"]),
+    "push no run": ({"a/x": b""}, PUSH),
+    "push half a run": ({"a/recipe.yaml": RECIPE.encode()}, PUSH),
+    "push a broken recipe": ({"a/recipe.yaml": b"\xff", "a/adapter/adapter_config.json": b"{}"}, PUSH),
     "push a broken adapter": (
         {"a/recipe.yaml": RECIPE.encode(), "a/adapter/adapter_config.json": b"{", "a/adapter/adapter_model.safetensors": b"x"},
-        ["push", "a", "--repo-id", "u/n", "--dry-run"],
+        PUSH,
     ),
     "forget in no store": ({"a/recipe.yaml": RECIPE.encode()}, ["forget", "a", "--ids", "1"]),
     "forget in a broken store": ({"a/recipe.yaml": RECIPE.encode(), "a/manifest.json": b"{"}, ["forget", "a", "--ids", "1"]),
@@ -116,9 +127,9 @@ CALLS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "evaluate an empty folder": ({"m/x": b""}, ["evaluate", "s.yaml", "--model", "./m"]),
     "evaluate a broken model": ({"m/config.json": b"{", "m/model.safetensors": b"x"}, ["evaluate", "s.yaml", "--model", "./m"]),
     "evaluate a broken adapter of a folder": (
-        {"m/adapter_config.json": b"{", "m/adapter_model.safetensors": b"x"}, ["evaluate", "s.yaml", "--model", "./m", "--model", "./m2"],
+        {"m/adapter_config.json": b"{", "m/adapter_model.safetensors": b"x"}, [*EVALUATE, "./m", "--model", "./m2"],
     ),
-    "evaluate over another": ({"o/evaluation.json": b"mine"}, ["evaluate", "s.yaml", "--model", "embedded:target", "--output", "o"]),
+    "evaluate over another": ({"o/evaluation.json": b"mine"}, [*EVALUATE, "embedded:target", "--output", "o"]),
 }  # fmt: skip
 
 
@@ -145,20 +156,200 @@ def test_a_process_ends_with_the_status_and_one_line(words: list[str], here: Pat
 
 # ------------------------------------------------------------------------------------------------------------ run folders
 
-MADE: dict[str, Any] = {
-    "format": 1, "title": "t", "suite": "s.yaml", "suite_hash": "0" * 16, "suite_settings": {"sets": {}}, "thresholds": [], "attacks": [],
-    "robustness": [], "curves": [], "run": {"recipe_hash": "0" * 16, "seed": 0, "status": "finished", "reason": "", "broken": False,
-    "steps": 3, "kept_step": 3, "seconds": 1.0, "trainable": 10, "device": "cpu", "processes": 1, "precision": "fp32", "versions": {}},
-    "models": {"before": {"name": "m", "identity": "a"}, "after": {"name": "m", "identity": "b"}},
-    "numbers": [
-        {"measure": "perplexity", "set": "forget", "column": "before", "value": 1.0, "low": 0.9, "high": 1.1, "good": "up"},
-    ],
-    "answers": {"forget": [{"id": "0", "prompt": "p", "answer": "a", "before": "x", "after": "y"}]},
-}  # fmt: skip
+EVALUATION: dict[str, Any] = json.loads((Path(__file__).parent / "corpus" / "evaluation.json").read_text(encoding="utf-8"))
+"""What a real evaluation says, cut to a few numbers and rows."""
+UNSEEN = ("suite_settings", "definition", "unit", "settings", "versions", "robustness")
 
 
-@pytest.fixture(scope="module")
-def evaluation() -> dict[str, Any]:
-    """What a real evaluation says, cut to two numbers of each kind: kept beside the tests, as making one takes a minute."""
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "corpus" / "evaluation.json").read_text(encoding="utf-8"))
-    return found
+def made_wrong(every: int) -> list[tuple[tuple[str | int, ...], str, dict[str, Any]]]:
+    """The evaluation with each key taken out, and each value in the place of each other; of all these every so many-th."""
+    found = [(where, name) for where in places(EVALUATION) for name in [*WRONG, "taken out"] if name != "megabyte"]
+    taken = [(where, name) for where, name in found if not set(UNSEEN) & set(where)][::every]
+    return [(at, name, without(EVALUATION, at) if name == "taken out" else put(EVALUATION, at, WRONG[name])) for at, name in taken]
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_changed_evaluation_is_refused_where_it_is_read(part: int, here: Path) -> None:
+    """By the key at which it is none; what still is one can be put beside another."""
+    (here / "a").mkdir()
+    refused = 0
+    for where, name, data in made_wrong(11)[part::3]:
+        (here / "a" / "evaluation.json").write_text(json.dumps(data))
+        said = refusal(lambda: folder.results_in(here / "a"))
+        assert said is None or str(here / "a" / "evaluation.json") in said, (where, name)
+        refused += said is not None
+    assert refused > 100
+
+
+def compared(every: int, here: Path) -> tuple[int, int]:
+    """How many of the changed evaluations are refused, and how many are compared with what was not changed."""
+    (here / "a").mkdir()
+    (here / "b").mkdir()
+    (here / "b" / "evaluation.json").write_text(json.dumps(EVALUATION))
+    refused = taken = 0
+    for where, name, data in made_wrong(every):
+        (here / "a" / "evaluation.json").write_text(json.dumps(data))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                said = refusal(
+                    lambda: compare.compare([str(here / "a"), str(here / "b")], here / "out", overwrite=True, common=True)
+                )
+        except Exception as error:
+            raise AssertionError(f"{where} {name}") from error
+        refused, taken = refused + (said is not None), taken + (said is None)
+    return refused, taken
+
+
+@pytest.mark.slow
+def test_a_changed_evaluation_can_be_compared_or_is_refused(here: Path) -> None:
+    refused, taken = compared(307, here)
+    assert refused > 5 and taken > 0
+
+
+@pytest.mark.long
+def test_every_changed_evaluation_can_be_compared_or_is_refused(here: Path) -> None:
+    refused, taken = compared(7, here)
+    print(f"changed evaluations: {refused} refused, {taken} compared")
+    assert refused > 400
+
+
+@pytest.mark.parametrize("lines", ["", "{", "null\n3\n[]\n", '{"step": "x"}\n', '{"step": 1, "x": 2}\n{"step": 2, "x"', "\x00\xff"])
+def test_half_a_log_is_passed_over(lines: str, here: Path) -> None:
+    (here / "log.jsonl").write_text(lines, encoding="latin-1")
+    assert folder.rows_in(here / "log.jsonl") == ([{"step": 1, "x": 2}] if '"x": 2' in lines else [])
+
+
+@pytest.mark.parametrize("whole", [b"", b"PK\x03\x04", b"x" * 100, None])
+def test_a_damaged_table_is_made_again(whole: bytes | None, here: Path) -> None:
+    kept.write_part({"x": np.arange(3), "text": ["a"]}, here / "t.npz")
+    good = (here / "t.npz").read_bytes()
+    for damaged in [whole] if whole is not None else [good[:n] for n in range(1, len(good), 37)]:
+        (here / "t.npz").write_bytes(damaged)
+        assert kept.read_part(here / "t.npz") is None
+    (here / "t.npz").write_bytes(good)
+    assert list((kept.read_part(here / "t.npz") or {})["x"]) == [0, 1, 2]
+    assert kept.read_part(here / "none.npz") is None
+
+
+def test_a_cache_that_lacks_a_file_is_refused_with_what_to_remove(here: Path) -> None:
+    from llm_unlearn.embedded import target
+
+    home = here / "embedded" / target.key_of(target.TOGETHER[0])
+    for name in target.TOGETHER[0]:
+        (home / name).mkdir(parents=True)
+    before = content(here)
+    said = refusal(lambda: target.models(here))
+    assert said and f"lacks config.json. Remove {home}, and the models are made again." in said and content(here) == before
+
+
+# ---------------------------------------------------------------------------------------------- ledgers and certificates
+
+
+@pytest.fixture
+def office(here: Path) -> Path:
+    """A service with a ledger of one request."""
+    (here / "r.yaml").write_text(RECIPE.replace("./model", "embedded:target") + "evaluation: s.yaml\n")
+    rows = [json.dumps({"question": f"Who is {i}?", "answer": "Ada.", "id": i}) for i in range(8)]
+    (here / "rows.jsonl").write_text("\n".join(rows))
+    (here / "requests.yaml").write_text(
+        "recipe: r.yaml\nsuite: s.yaml\ndata: {source: rows.jsonl, id: id}\n"
+        "thresholds:\n- {measure: perplexity, set: forget, at_least: 1.5}\n"
+    )
+    assert main(["requests", "add", "--ids", "1"]) == 0
+    return here
+
+
+def in_ledger(statement: str) -> Callable[[Path], object]:
+    def change(file: Path) -> None:
+        with contextlib.closing(sqlite3.connect(file)) as on:
+            on.execute("PRAGMA writable_schema = ON")
+            on.execute(statement)
+            on.commit()
+
+    return change
+
+
+def cut_to(share: float) -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+
+
+LEDGERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another version": (in_ledger("PRAGMA user_version = 7"), "a ledger of version 7; this llm-unlearn reads version 1"),
+    "another program's": (in_ledger("PRAGMA application_id = 1"), "another program's database, not a ledger of requests"),
+    "text": (lambda file: file.write_text("hello " * 1000), "not a ledger"),
+    "its first page zeros": (lambda file: file.write_bytes(bytes(4096) + file.read_bytes()[4096:]), "ledger"),
+    "half of it": (cut_to(0.5), "ledger"),
+    "its first bytes": (cut_to(0.01), "ledger"),
+    "noise inside": (lambda file: file.write_bytes(file.read_bytes()[:4096] + b"\xa5" * 20_000), "ledger"),
+    "no facts": (in_ledger("DELETE FROM facts"), "ledger"),
+    "a salt that is none": (in_ledger("UPDATE facts SET value = 'zz' WHERE name = 'salt'"), "ledger"),
+    "a table gone": (in_ledger("DROP TABLE rows"), "ledger"),
+    "numbers that are none": (in_ledger("UPDATE requests SET numbers = '{'"), "ledger"),
+    "a folder": (lambda file: (file.unlink(), file.mkdir()), "ledger cannot be opened"),
+    "a link to nothing": (lambda file: (file.unlink(), file.symlink_to("none/there")), "ledger cannot be opened"),
+}
+
+
+@pytest.mark.parametrize("name", LEDGERS)
+@pytest.mark.parametrize("verb", [["list"], ["add", "--ids", "2"], ["verify"]], ids=["list", "add", "verify"])
+def test_a_broken_ledger_is_refused_and_left_as_it_is(
+    name: str, verb: list[str], office: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, expected = LEDGERS[name]
+    if name == "numbers that are none" and verb[0] == "add":
+        return  # who adds reads nobody's numbers
+    change(office / "requests.db")
+    capsys.readouterr()
+    assert expected in ends(capsys, "requests", *verb)
+
+
+CERTIFICATES: dict[str, bytes] = {
+    "empty": b"",
+    "broken": b"{",
+    "a list": b"[]",
+    "bytes": bytes(range(256)),
+    "nothing in it": b"{}",
+    "shapes": json.dumps({"format": 1, "request": 1, "public_key": 1, "signature": 1}).encode(),
+    "keys": json.dumps({"format": 1, "request": {}, "public_key": "x", "signature": "y"}).encode(),
+    "nobody's": json.dumps({"format": 1, "request": {}, "public_key": "A" * 44, "signature": "A" * 88}).encode(),
+    "not a number": b'{"format": NaN, "request": {}, "public_key": "AAAA", "signature": "AAAA"}',
+    "deep": b'{"format": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", CERTIFICATES)
+@pytest.mark.parametrize("where", ["alone", "with its ledger"])
+def test_a_tampered_certificate_does_not_fit(name: str, where: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "c.json").write_bytes(CERTIFICATES[name])
+    said = ends(capsys, "requests", "verify", "c.json", status=(1, 2))
+    assert "c.json" in said and len(said) < 3000
+
+
+SERVICES = {
+    "no file": None,
+    "a list": "- a\n",
+    "no recipe": "recipe: none.yaml\ndata: {source: rows.jsonl, id: id}\nthresholds: []\n",
+    "itself": "recipe: requests.yaml\ndata: {source: rows.jsonl, id: id}\nthresholds: []\n",
+    "no thresholds": "recipe: r.yaml\nsuite: s.yaml\ndata: {source: rows.jsonl, id: id}\nthresholds: []\n",
+    "no rows": "recipe: r.yaml\nsuite: s.yaml\n"
+    "data: {source: none.jsonl, id: id}\nthresholds: [{measure: m, set: forget, at_least: 1}]\n",
+}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_broken_service_is_refused(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "r.yaml").write_text(RECIPE.replace("./model", "embedded:target"))
+    if text := SERVICES[name]:
+        (here / "requests.yaml").write_text(text)
+    ends(capsys, "requests", "list")
+
+
+def test_every_key_of_a_service_made_wrong_is_refused(office: Path) -> None:
+    data = read_tree(office / "requests.yaml").data
+    refused = 0
+    for where in places(data):
+        for name, value in WRONG.items():
+            if name != "megabyte":
+                (office / "bad.yaml").write_text(to_yaml(put(data, where, value)))
+                refused += refusal(lambda: service.load(office / "bad.yaml")) is not None
+    assert refused > 150

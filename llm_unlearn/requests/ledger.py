@@ -29,6 +29,7 @@ from llm_unlearn.requests.records import (
     Run,
     Verdict,
     canonical,
+    check_file,
     digest_of,
     link,
     make_tables,
@@ -54,6 +55,7 @@ class Ledger:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         except OSError as error:
             raise Refused(f"{path}: the ledger cannot be opened ({error.strerror}).") from None
+        check_file(path)
         try:
             with closing(self._open()) as connection:
                 self._begin(connection)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from llm_unlearn.data.batch import Layout
+from llm_unlearn.folder import rows_in
 from llm_unlearn.models.load import earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of
@@ -297,11 +298,7 @@ class Log:
         self.path, self.active = path, active
         if active:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = (
-                [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-                if step and path.exists()
-                else []
-            )
+            kept = [json.dumps(row) for row in rows_in(path) if row["step"] <= step] if step else []
             path.write_text("".join(line + "\n" for line in kept))
 
     def write(self, row: Mapping[str, float]) -> None:
