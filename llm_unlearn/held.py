@@ -101,15 +101,19 @@ def check(data: Mapping[str, Any], place: str) -> None:
         Held, data, place, "expected what `run` and `evaluate` write there. Make it again with llm-unlearn evaluate … --overwrite"
     )
     for path, found in _uneven(data["curves"]):
-        raise Refused(f"{place}: {dotted(path)}: found {shown(found)}; expected as many numbers as the curve has points.")
+        expected = "a curve: its set, its points `n`, and as many numbers for each model"
+        raise Refused(f"{place}: {dotted(path)}: found {shown(found)}; expected {expected}.")
 
 
 def _uneven(curves: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[tuple[str, ...], object]]:
     """The columns of a curve that do not belong to its points."""
     for name, curve in curves.items():
         points = curve.get("n")
+        if not isinstance(curve.get("set"), str) or not isinstance(points, list):
+            yield ("curves", name), curve
+            return
         for key, values in curve.items():
-            if isinstance(points, list) and key != "set" and not _numbers(values, len(points)):
+            if key != "set" and not _numbers(values, len(points)):
                 yield ("curves", name, key), values
 
 
