@@ -126,7 +126,7 @@ def found(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def _found_by(word: str) -> tuple[list[Path], list[Path], str]:
     """One word: the folders with an evaluation, those that were passed over, and what is wrong."""
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     if path.name == folder.RESULTS and path.is_file():
         path = path.parent
     if path.is_dir():
@@ -212,7 +212,9 @@ def names_of(places: Sequence[str]) -> list[str]:
     `runs/bench/npo/seed-0`, `runs/bench/dpo/seed-0` -> `npo/seed-0`, `dpo/seed-0`: a seed says nothing without its method. No
     name is one of the columns before and retrained, and none is there twice.
     """
-    local = {place: Path(place).expanduser().absolute().parts for place in places if Path(place).expanduser().exists()}
+    local = {
+        place: Path(os.path.expanduser(place)).absolute().parts for place in places if Path(os.path.expanduser(place)).exists()
+    }
     least = {
         place: next((depth for depth, part in enumerate(reversed(parts), 1) if not ANY_RUN.fullmatch(part)), len(parts))
         for place, parts in local.items()

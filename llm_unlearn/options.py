@@ -21,7 +21,8 @@ SCORE = 90.0
 """Likeness, of 100, from which a row counts as a repetition of a text."""
 CODES = (
     "Exit status: 0 done · 1 some request needs attention (run), or something does not fit (verify) · 2 refused, and nothing was "
-    "changed · 3 another process serves this model (run) · 130 interrupted; the same command goes on."
+    "changed · 3 another process serves this model (run) · 70 a bug, please report it · 74 the machine could not · "
+    "130 interrupted; the same command goes on."
 )
 
 Verb = Callable[[str, str, str], argparse.ArgumentParser]

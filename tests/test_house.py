@@ -24,6 +24,7 @@ ROOMS = (
     "durable",  # how files are written that vouch for something
     "bars",  # what long work shows of itself
     "troubles",  # what is said of an error that no verb refused
+    "held",
     "lines",
     "tree",
     "objectives",
@@ -298,6 +299,7 @@ LIGHT = {
     "alternates/usage.py",
     "alternates/writing.py",
     "troubles.py",
+    "held.py",
     "spec.py",
     "bars.py",
     "unsaid.py",

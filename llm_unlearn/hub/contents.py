@@ -87,7 +87,11 @@ def weights_of(run: Path) -> Path:
 def commit_of(place: Path) -> str | None:
     """The commit of a base from the hub, of which the adapter that was trained on it remembers the folder."""
     for file in sorted(place.rglob(ADAPTER_FILE)):
-        path = PurePath(str(json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")))
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{file}: cannot be read ({error}); expected what peft writes.") from None
+        path = PurePath(str(held.get("base_model_name_or_path") if isinstance(held, dict) else None))
         if path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name):
             return path.name
     return None

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from llm_unlearn.durable import about, make_folder
-from llm_unlearn.requests.records import APPLICATION, VERSION, make_tables
+from llm_unlearn.requests.records import APPLICATION, VERSION, check_file, make_tables
 from llm_unlearn.spec import Refused
 
 WAIT = 60
@@ -34,6 +34,7 @@ class LedgerFile:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         except OSError as error:
             raise Refused(f"{path}: the ledger cannot be opened ({error.strerror}).") from None
+        check_file(path)
         try:
             with self._connected() as connection:
                 self._begin(connection)

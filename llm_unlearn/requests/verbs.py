@@ -177,7 +177,7 @@ def verify(options: argparse.Namespace) -> Reply:
         for path in options.certificates:
             if not path.is_file():
                 raise Refused(f"{path}: no such file (looked from {Path.cwd()}).")
-            text, output = path.read_text(encoding="utf-8"), office.output if office else None
+            text, output = path.read_text(encoding="utf-8", errors="replace"), office.output if office else None
             found += [f"{path}: {said}" for said in verifying.of_certificate(text, str(path), ledger, output, trusted)]
         what = f"{len(options.certificates)} certificates" + (", signatures only: no service file here" if alone else "")
     else:
