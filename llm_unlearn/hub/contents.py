@@ -14,6 +14,7 @@ from typing import Any
 
 from llm_unlearn import folder
 from llm_unlearn.hub.fetching import ADAPTER_FILE, COMBINATION_FILE
+from llm_unlearn.outward import without_secrets
 from llm_unlearn.spec import Refused
 from llm_unlearn.withheld import local_name
 
@@ -192,7 +193,7 @@ def stale(there: Iterable[str], pieces: Sequence[Piece]) -> list[str]:
 
 
 def check(pieces: Sequence[Piece], texts: Mapping[str, Sequence[str]], places: Iterable[Path]) -> None:
-    """See that no text that is published repeats a row, or names a folder of this machine.
+    """See that no text that is published repeats a row, names a folder of this machine, or holds a secret.
 
     Args:
         texts: set -> prompts and answers.
@@ -207,6 +208,10 @@ def check(pieces: Sequence[Piece], texts: Mapping[str, Sequence[str]], places: I
         said = one.text
         if said is None:
             continue
+        if without_secrets(said) != said:
+            raise Refused(
+                f"{one.path}: holds a token, key or login. Nothing was pushed; take it out, and have it replaced where it counts."
+            )
         if found := rows.quoted(said):
             raise Refused(
                 f"{one.path}: repeats words of {found}, which the run was to keep to itself. Nothing was pushed; "
