@@ -312,8 +312,8 @@ def launched(home: Path, *words: str) -> psutil.Popen:
     launch = ["accelerate", "launch", "--config_file", str(ROOT / "launch" / "cpu.yaml"), "-m", "llm_unlearn"]
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     env |= {"LLM_UNLEARN_CACHE": str(home / "cache"), "OMP_NUM_THREADS": "1"}
-    said = (home / "said.txt").open("wb")
-    return psutil.Popen([*launch, *words], cwd=home, env=env, stdout=said, stderr=said)
+    with (home / "said.txt").open("wb") as said:
+        return psutil.Popen([*launch, *words], cwd=home, env=env, stdout=said, stderr=said)
 
 
 @pytest.mark.long
