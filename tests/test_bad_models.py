@@ -12,7 +12,7 @@ import torch
 from bad_input import content, refusal
 from bad_models import ADAPTERS, CONFIG, LORA, MODELS, WEIGHTS, Break, bytes_of, changed, flip, text
 
-from llm_unlearn.data.examples import read_examples
+from llm_unlearn.data.reading import read_examples
 from llm_unlearn.models import load as loading
 from llm_unlearn.models.sound import weights_in
 from llm_unlearn.sections import Data, Model
@@ -34,7 +34,8 @@ def good(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_model: C
     tokenizer.save_pretrained(folder / "model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # in every layer that there is
+        config = peft.LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM", init_lora_weights=False)
         peft.get_peft_model(make_model(hidden_size=64), config).save_pretrained(folder / "adapter")
     return folder
 
