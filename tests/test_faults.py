@@ -117,10 +117,11 @@ def campaign(bank: Bank, thin: int = 1) -> list[Case]:
         *at_times(bank, "many", "SIGTERM", 4, "SIGTERM"),
         *at_times(bank, "run", "SIGINT", 6, "SIGINT"),
         *at_places("run", "kill", "killed before and after a stage", [*PLACES]),
-        *at_places("run", "kill", "killed before and after a stage", ["gradient", "move", "look"], (3,)),
+        *at_places("run", "kill", "killed before and after a stage", ["gradient", "move"], (3,)),
+        *at_places("run", "kill", "killed before and after a stage", ["look"], (2,)),
         *at_places("run", "memory", "out of memory", ["gradient", "look"]),
         *at_places("run", "cuda memory", "out of memory", ["gradient"], (5,)),
-        *at_places("run", "allocator", "out of memory", ["gradient"], (7,)),
+        *at_places("run", "allocator", "out of memory", ["gradient"], (4,)),
     ]  # fmt: skip
     return found[::thin]
 
