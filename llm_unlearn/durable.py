@@ -25,6 +25,7 @@ PHRASES = {
     "disk I/O error": errno.EIO,
 }
 """What libraries say that hand on no error number."""
+UNREASONED = ("file write failed", "unexpected pos")
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 """Systems that cannot sync a folder say so by one of these."""
 
@@ -108,7 +109,9 @@ def about(path: Path) -> Iterator[None]:
         number = _number(error)
         if number is None or (isinstance(error, OSError) and error.filename is not None):
             raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        unknown = any(phrase in str(error) for phrase in UNREASONED)
+        reason = f"{os.strerror(number)}{', or a quota or limit (ulimit -f) is reached' if unknown else ''}"
+        raise OSError(number, reason, str(path)) from error
 
 
 def _number(error: Exception) -> int | None:

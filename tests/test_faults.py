@@ -3,6 +3,7 @@ bits of an undisturbed run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -117,10 +118,11 @@ def campaign(bank: Bank, thin: int = 1) -> list[Case]:
         *at_times(bank, "many", "SIGTERM", 4, "SIGTERM"),
         *at_times(bank, "run", "SIGINT", 6, "SIGINT"),
         *at_places("run", "kill", "killed before and after a stage", [*PLACES]),
-        *at_places("run", "kill", "killed before and after a stage", ["gradient", "move", "look"], (3,)),
+        *at_places("run", "kill", "killed before and after a stage", ["gradient", "move"], (3,)),
+        *at_places("run", "kill", "killed before and after a stage", ["look"], (2,)),
         *at_places("run", "memory", "out of memory", ["gradient", "look"]),
         *at_places("run", "cuda memory", "out of memory", ["gradient"], (5,)),
-        *at_places("run", "allocator", "out of memory", ["gradient"], (7,)),
+        *at_places("run", "allocator", "out of memory", ["gradient"], (4,)),
     ]  # fmt: skip
     return found[::thin]
 
@@ -263,7 +265,7 @@ def test_a_disk_that_is_really_full(bank: Bank, small_disk: Path, job: str) -> N
         filler = small_disk / "filler"
         remount(small_disk, "size=64m")
         free = shutil.disk_usage(small_disk).free
-        with filler.open("wb") as file:
+        with contextlib.suppress(OSError), filler.open("wb") as file:  # a page more or less
             file.write(b"0" * max(0, free - int(share * (used - start))))
         ended = bank.server(bank.words(JOBS[job].words), home)
         if ended.status:
@@ -295,11 +297,11 @@ def test_a_disk_that_turns_read_only(bank: Bank, small_disk: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("limit", [1000, 4000, 12000, 40000])
+@pytest.mark.parametrize("limit", [1000, 4000, 12000])
 def test_a_limit_of_the_size_of_files(bank: Bank, limit: int) -> None:
     home = bank.begin("run")
     ended = bank.server(JOBS["run"].words, home, {"limit": limit})
-    assert ended.status == 74 and "File too large" in ended.text and "ulimit" in ended.text, ended.text[-2000:]
+    assert ended.status == 74 and "ulimit -f" in ended.text, ended.text[-2000:]
     assert half_written(home) == []
     assert bank.server(JOBS["run"].again, home).status == 0
     assert difference(bank.facts["run"], JOBS["run"].facts(home)) == []

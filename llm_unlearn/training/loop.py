@@ -69,6 +69,8 @@ def train(
     with Bar(title, steps, "step", done=progress.step, quiet=not main, stays=True) as bar, signals() as asked:
         if not resumed:
             outcome = training.begin()
+        elif look:
+            look(progress.step)  # it may have been ended between this step's checkpoint and this step's look
         while progress.step < steps and outcome is None:
             began = time.perf_counter()
             try:
