@@ -41,7 +41,7 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         Refused: the folder holds another run, or something that is no run at all.
     """
     folder = Path(wanted.output)
-    if blocked := in_the_way(folder):
+    if blocked := in_the_way(folder.parent):
         raise Refused(f"output: {blocked} is a file, and {folder} is to be a folder. Nothing was changed; choose another output.")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llm_unlearn.exact import manifest
 from llm_unlearn.folder import RESULTS
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
@@ -30,6 +29,8 @@ def engine(wanted: Recipe) -> Callable[..., Outcome]:
 
 def forget(options: argparse.Namespace) -> Reply:
     """Delete rows, measure again where the run was measured, and print what it cost."""
+    from llm_unlearn.exact import manifest
+
     manifest.read(options.run)  # what is no store is said before anything heavy is read
     from llm_unlearn.exact import measuring
     from llm_unlearn.exact.forgetting import forget as delete
@@ -56,6 +57,8 @@ def forget(options: argparse.Namespace) -> Reply:
 
 def verify(options: argparse.Namespace) -> Reply:
     """Print what is wrong with a run folder, line by line; 1 where something is."""
+    from llm_unlearn.exact import manifest
+
     manifest.read(options.run)
     from llm_unlearn.exact.verify import problems, retrained
 
