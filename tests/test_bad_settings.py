@@ -153,7 +153,7 @@ BOMBS = {
     "mappings of mappings": "a0: &a0 {k: v}\n" + "".join(f"a{i + 1}: &a{i + 1} {{x: *a{i}, y: *a{i}}}\n" for i in range(40)),
     "10,000 levels of lists": "- " * 10_000 + "x",
     "10,000 levels of keys": "? " * 10_000 + "x",
-    "many values": "a: [" + "1," * 1_000_000 + "]",
+    "many values": "a: [" + "1," * 250_000 + "]",
     "too large": "#" * (LARGEST + 1),
 }  # fmt: skip
 
@@ -177,9 +177,9 @@ def test_a_bomb_goes_off_in_no_memory(name: str, here: Path) -> None:
 
 
 @pytest.mark.long
-def test_half_a_million_values_are_enough(here: Path) -> None:
+def test_two_hundred_thousand_values_are_enough(here: Path) -> None:
     (here / "r.yaml").write_text(BOMBS["many values"])
-    assert "more than 500,000 values" in (refusal(lambda: recipe.load(here / "r.yaml")) or "")
+    assert "more than 200,000 values" in (refusal(lambda: recipe.load(here / "r.yaml")) or "")
 
 
 def test_a_thousand_ids_by_an_alias_are_read(here: Path) -> None:
