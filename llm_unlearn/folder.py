@@ -56,7 +56,7 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         Refused: the folder holds another run, or something that is no run at all.
     """
     folder = Path(wanted.output)
-    if blocked := in_the_way(folder):
+    if blocked := in_the_way(folder.parent):
         raise Refused(f"output: {blocked} is a file, and {folder} is to be a folder. Nothing was changed; choose another output.")
     if not folder.exists() or (folder.is_dir() and all(path.name.startswith(f".{RECIPE}.") for path in folder.iterdir())):
         return False  # nothing is there, or a run that was killed while it wrote its very first file

@@ -21,7 +21,7 @@ class Value:
     missing: str | None = None
     low: float | None = None
     high: float | None = None
-    n: int | None = None
+    n: int = 0
 
 
 @record
@@ -52,8 +52,8 @@ class Answer:
     """One row, and what the models said of it."""
 
     id: str
-    prompt: str | None = None
-    truth: str | None = None
+    prompt: str
+    truth: str
     probability: Mapping[str, float | None] = field(default_factory=dict)
     before: str | None = None
     after: str | None = None
@@ -73,7 +73,9 @@ class Attack:
 class Ran:
     """How the run went."""
 
-    status: str | None = None
+    steps: int
+    seconds: float = 0.0
+    status: str = ""
     reason: str | None = None
     versions: Columns = field(default_factory=dict)
 

@@ -19,8 +19,8 @@ DEEPEST = 50
 """Lists and keys inside each other; a recipe has eight."""
 REPEATED = 100_000
 """Characters that all aliases (*name) may stand for together."""
-LARGEST, MOST = 1 << 22, 500_000
-"""Bytes of a settings file, and values in it: 200,000 row ids are 2 million bytes. A value takes half a kilobyte as it is read."""
+LARGEST, MOST = 1 << 22, 200_000
+"""Bytes of a settings file, and values in it, such as row ids. A value takes a kilobyte as it is read, and 25 µs."""
 DIGITS = 400
 """Characters of a number."""
 PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "map", "seq", "merge")}

@@ -80,9 +80,8 @@ def test_a_broken_adapter_is_refused(name: str, good: Path, tmp_path: Path) -> N
     [
         ({"hidden_size": 128}, "no adapter that fits this model"),
         ({"num_hidden_layers": 1}, "which this model does not have"),
-        ({"num_hidden_layers": 3}, "the adapter has no weights for"),
     ],
-    ids=["wider", "shallower", "deeper"],
+    ids=["wider", "shallower"],
 )
 def test_an_adapter_of_another_base_is_refused(
     change: dict[str, int], expected: str, good: Path, tmp_path: Path, tokenizer: Any, make_model: Callable[..., Any]
