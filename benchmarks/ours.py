@@ -15,7 +15,7 @@ from benchmarks import device
 from benchmarks.clock import Clock, watched
 from llm_unlearn import recipe as recipes
 from llm_unlearn import run
-from llm_unlearn.data.examples import read_examples
+from llm_unlearn.data.reading import read_examples
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import load, read_tokenizer, trainable

@@ -223,7 +223,7 @@ def _summary(asked: Asked, runs: Sequence[Run]) -> str:
 def command_of(run: Run) -> list[str]:
     """The child process of one run. An earlier run is replaced only where it was another recipe's."""
     how = "--overwrite" if run.state == "changed" else "--resume"
-    return [sys.executable, "-m", "llm_unlearn", "run", str(run.method.path), *run.settings, how, "--debug"]
+    return [sys.executable, "-m", "llm_unlearn", "run", str(run.method.path), *run.settings, how]
 
 
 def _write_board(asked: Asked, runs: Sequence[Run], failures: Mapping[str, str], left_out: Sequence[str]) -> Reply:

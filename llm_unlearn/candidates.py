@@ -52,7 +52,7 @@ def is_many(models: Sequence[str], adapters: Sequence[str], before: str | None) 
     """Whether the words of `evaluate` ask for more than one model, or for one that brings its own base."""
     if len(models) > 1 or len(adapters) > 1 or before or any(_is_glob(word) for word in (*models, *adapters)):
         return True
-    path = Path(models[0]).expanduser()
+    path = Path(os.path.expanduser(models[0]))
     if not adapters and adapter_on_hub(models[0]):
         return True
     plain = (path / folder.MODEL).is_dir() or (path / MODEL_FILE).is_file()
@@ -77,7 +77,7 @@ def candidates_of(models: Sequence[str], adapters: Sequence[str], before: str | 
     problems: list[str] = []
     for word in adapters or models:
         option = "--adapter" if adapters else "--model"
-        matches = sorted(glob.glob(str(Path(word).expanduser()), recursive=True)) if _is_glob(word) else [word]
+        matches = sorted(glob.glob(str(Path(os.path.expanduser(word))), recursive=True)) if _is_glob(word) else [word]
         ready = [one for match in matches for one in _of(match, quantize)]
         if adapters:
             base = _model(folder.model_in(models[0]), quantize)
@@ -97,23 +97,23 @@ def candidates_of(models: Sequence[str], adapters: Sequence[str], before: str | 
 
 
 def _is_glob(word: str) -> bool:
-    return bool(compare.WILD.search(word)) and not Path(word).expanduser().exists()
+    return bool(compare.WILD.search(word)) and not Path(os.path.expanduser(word)).exists()
 
 
 def _nothing(word: str, matches: Sequence[str]) -> str:
     if _is_glob(word):
         what = "and none is a model, an adapter or a finished run" if matches else "expected paths of models, adapters or runs"
         return f"{word} matches {len(matches)} paths, {what} (looked from {Path.cwd()})."
-    if not Path(word).expanduser().is_dir():
+    if not Path(os.path.expanduser(word)).is_dir():
         return f"no such folder: {word} (looked from {Path.cwd()})."
-    if (Path(word).expanduser() / folder.RECIPE).is_file():
+    if (Path(os.path.expanduser(word)) / folder.RECIPE).is_file():
         return f"{word}: the run has no checkpoint yet. Run: llm-unlearn run {Path(word) / folder.RECIPE} --resume"
     return f"{word}: no model, adapter or finished run in this folder, nor below it."
 
 
 def _of(word: str, quantize: Bits) -> list[Candidate]:
     """The models that one path or hub id stands for; a folder that is none itself stands for those below it."""
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     if not path.exists():
         return [] if missing(word) else [_on_hub(word, quantize)]
     if not path.is_dir():

@@ -14,10 +14,12 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn import folder
+from llm_unlearn.bars import Bar
 from llm_unlearn.spec import Refused
 
 if TYPE_CHECKING:
@@ -67,26 +69,37 @@ def check_output(output: Path | None, overwrite: bool) -> None:
 
 def publish(runs: Sequence[Run], output: Path | None, *, common: bool = False, left_out: Sequence[str] = ()) -> dict[str, Any]:
     """The table in the terminal; in a folder, the JSON file and the page."""
-    from llm_unlearn.report.comparison import comparison_of
+    from llm_unlearn.report.comparison import answered, comparison_of
     from llm_unlearn.report.comparison_terminal import print_comparison
+    from llm_unlearn.report.crowd import narrowed, shown
     from llm_unlearn.report.likeness import comparable
 
     alike, notes = comparable(runs, common)
     comparison = comparison_of(alike, notes, left_out)
+    view, names = comparison, shown(comparison)
+    if len(names) < len(alike):  # very many: a page has some of them, with all that they said
+        by_name = {run.name: run for run in alike}
+        alike = [again(by_name[name]) for name in names]
+        view = narrowed(comparison, names) | answered(alike, comparison)
     if output:
-        write(comparison, alike, output)
-    print_comparison(comparison)
+        write(comparison, alike, output, view)
+    print_comparison(view)
     if output:
         print(f"\n{output / PAGE}")
     return comparison
 
 
-def write(comparison: Mapping[str, Any], alike: Sequence[Run], output: Path) -> None:
-    """The JSON file and the page."""
+def write(comparison: Mapping[str, Any], alike: Sequence[Run], output: Path, view: Mapping[str, Any] | None = None) -> None:
+    """The JSON file and the page.
+
+    Args:
+        alike: the runs that stand on the page.
+        view: what of the comparison stands there; None means all.
+    """
     from llm_unlearn.report.comparison_page import write_comparison
 
     folder.write(output / RESULTS, json.dumps(comparison, indent=1, ensure_ascii=False).encode("utf-8", "replace").decode())
-    write_comparison(comparison, alike, output / PAGE)
+    write_comparison(view or comparison, alike, output / PAGE)
 
 
 def found(words: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -113,7 +126,7 @@ def found(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def _found_by(word: str) -> tuple[list[Path], list[Path], str]:
     """One word: the folders with an evaluation, those that were passed over, and what is wrong."""
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     if path.name == folder.RESULTS and path.is_file():
         path = path.parent
     if path.is_dir():
@@ -165,17 +178,32 @@ def read(folders: Sequence[Path]) -> list[Run]:
     Raises:
         Refused: a file cannot be read, or is not what an evaluation writes; all of them at once.
     """
+    from llm_unlearn.report.crowd import MANY, Lean
     from llm_unlearn.report.likeness import Run
 
-    runs, problems = [], []
-    for path, name in zip(folders, names_of([str(path) for path in folders]), strict=True):
-        try:
-            runs.append(Run(name, str(path), folder.results_in(path), folder.steps_in(path / folder.LOG)))
-        except Refused as error:
-            problems.append(str(error))
+    runs, problems, lean = [], [], Lean() if len(folders) > MANY else None
+    with Bar("reading", len(folders), "evaluation", quiet=lean is None) as bar:
+        for path, name in zip(folders, names_of([str(path) for path in folders]), strict=True):
+            try:
+                results = folder.results_in(path)
+                runs.append(
+                    Run(name, str(path), lean(results) if lean else results, () if lean else folder.steps_in(path / folder.LOG))
+                )
+            except Refused as error:
+                problems.append(str(error))
+            bar.update()
     if problems:
         raise Refused("\n".join(problems))
     return runs
+
+
+def again(run: Run) -> Run:
+    """A run with all that its files say, where it was read without; measures that were left out stay so."""
+    if all("probability" in row for rows in run.results["answers"].values() for row in rows[:1]):
+        return run
+    whole = folder.results_in(Path(run.folder))
+    kept = {name: rows for name, rows in whole["answers"].items() if name in run.results["answers"]}
+    return replace(run, results={**whole, **run.results, "answers": kept}, log=folder.steps_in(Path(run.folder) / folder.LOG))
 
 
 def names_of(places: Sequence[str]) -> list[str]:
@@ -184,7 +212,9 @@ def names_of(places: Sequence[str]) -> list[str]:
     `runs/bench/npo/seed-0`, `runs/bench/dpo/seed-0` -> `npo/seed-0`, `dpo/seed-0`: a seed says nothing without its method. No
     name is one of the columns before and retrained, and none is there twice.
     """
-    local = {place: Path(place).expanduser().absolute().parts for place in places if Path(place).expanduser().exists()}
+    local = {
+        place: Path(os.path.expanduser(place)).absolute().parts for place in places if Path(os.path.expanduser(place)).exists()
+    }
     least = {
         place: next((depth for depth, part in enumerate(reversed(parts), 1) if not ANY_RUN.fullmatch(part)), len(parts))
         for place, parts in local.items()
@@ -195,12 +225,12 @@ def names_of(places: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names) or more == deepest:
             break
         more += 1
-    taken: list[str] = []
+    taken: dict[str, None] = {}
     for name in names:
         start = unique = f"run {name}" if name.split(" ")[0] in RESERVED else name
         count = 1
         while unique in taken:
             count += 1
             unique = f"{start} {count}"
-        taken.append(unique)
-    return taken
+        taken[unique] = None
+    return list(taken)

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
+from llm_unlearn import held as shape
 from llm_unlearn import recipe
 from llm_unlearn.durable import remove, settle, whole
 from llm_unlearn.outward import without_known
@@ -55,6 +56,8 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         Refused: the folder holds another run, or something that is no run at all.
     """
     folder = Path(wanted.output)
+    if blocked := in_the_way(folder):
+        raise Refused(f"output: {blocked} is a file, and {folder} is to be a folder. Nothing was changed; choose another output.")
     if not folder.exists() or (folder.is_dir() and all(path.name.startswith(f".{RECIPE}.") for path in folder.iterdir())):
         return False  # nothing is there, or a run that was killed while it wrote its very first file
     if not (folder / RECIPE).is_file():
@@ -104,6 +107,12 @@ def tidy(folder: Path) -> None:
     """Remove what is needed only while a run is under way; a finished one that was killed as it did so has it still."""
     remove(folder / CHECKPOINTS)  # with the key of a private run
     (folder / PROCESS).unlink(missing_ok=True)
+
+
+def in_the_way(folder: Path) -> Path | None:
+    """The file that stands where a folder, or one above it, would have to be."""
+    there = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), None)
+    return there if there and not there.is_dir() else None
 
 
 def clear(folder: Path) -> None:
@@ -207,13 +216,14 @@ def results_in(path: Path) -> dict[str, Any]:
     file = path / RESULTS
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{file}: cannot be read ({error}). Make it again with llm-unlearn evaluate … --overwrite.") from None
     if not isinstance(held, dict) or not held.keys() >= KEYS:
         lacking = ", ".join(sorted(KEYS - set(held))) if isinstance(held, dict) else "an object"
         raise Refused(
             f"{file}: not an evaluation of this project; expected {lacking}. Name a folder that `run` or `evaluate` wrote."
         )
+    shape.check(held, str(file))
     return held
 
 
@@ -223,9 +233,9 @@ def steps_in(file: Path) -> list[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
 
@@ -237,11 +247,11 @@ def wordless(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def adapter_in(name: str) -> str:
     """An adapter's folder; a run folder stands for the adapter in it."""
-    inner = Path(name).expanduser() / ADAPTER
+    inner = Path(os.path.expanduser(name)) / ADAPTER
     return str(inner) if inner.is_dir() else name
 
 
 def model_in(name: str) -> str:
     """A model's folder; a run folder stands for the model in it."""
-    inner = Path(name).expanduser() / MODEL
+    inner = Path(os.path.expanduser(name)) / MODEL
     return str(inner) if inner.is_dir() else name

@@ -156,9 +156,11 @@ def text_of(path: Path) -> str:
     Raises:
         Refused: it is too large, or is not UTF-8.
     """
-    if (size := path.stat().st_size) > LARGEST:
-        raise Refused(f"{path}: has {size:,} bytes; expected settings, of at most {LARGEST:,}.")
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise Refused(f"{path}: has {size:,} bytes; expected settings, of at most {LARGEST:,}.")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refused(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read ({error.strerror}); expected a text file.") from None

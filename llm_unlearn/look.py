@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.attacks.audit import Target, audit
+from llm_unlearn.data.examples import spelling
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.passes import tables_of
-from llm_unlearn.evaluation.sets import EncodedSet, encode_set, spelling
+from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tables import Tables
 from llm_unlearn.evaluation.tasks import Answered

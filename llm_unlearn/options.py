@@ -14,12 +14,15 @@ METHODS = "recipes/methods"
 QUESTION = "question"
 """How `alternates` asks unless told otherwise: the question itself."""
 SERVICE = "requests.yaml"
+STATES = ("pending", "running", "fulfilled", "needs attention", "withdrawn")
+"""Of deletion requests; `requests/records.py` says what they mean."""
 """The service file that is meant where none is named."""
 SCORE = 90.0
 """Likeness, of 100, from which a row counts as a repetition of a text."""
 CODES = (
     "Exit status: 0 done · 1 some request needs attention (run), or something does not fit (verify) · 2 refused, and nothing was "
-    "changed · 3 another process serves this model (run) · 130 interrupted; the same command goes on."
+    "changed · 3 another process serves this model (run) · 70 a bug, please report it · 74 the machine could not · "
+    "130 interrupted; the same command goes on."
 )
 
 Verb = Callable[[str, str, str], argparse.ArgumentParser]
@@ -225,7 +228,9 @@ def _requests(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--dry-run", action="store_true", help="show what would be found, and change nothing")
     one.add_argument("--show-text", action="store_true", help="show what the rows say, too")
     one.add_argument("--yes-many", action="store_true", help="confirm a request for more than the service's `most` of all rows")
-    verb("list", "requests.verbs:show", "all requests with their states, those that are due first, first")
+    one = verb("list", "requests.verbs:show", "requests with their states, those that are due first, first")
+    one.add_argument("--state", action="append", choices=STATES, help="only those in this state; again, for several")
+    one.add_argument("--all", action="store_true", help="every one of them; without it, the first 200")
     one = verb("run", "requests.verbs:run", "serve what is pending, together or one by one; goes on with what was killed")
     one.add_argument("--one-by-one", action="store_true", help="a run for each request, each from what the one before left")
     one.add_argument("--show-text", action="store_true", help="print an error's words even if they repeat a row's")

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm_unlearn import folder
-from llm_unlearn.data.examples import Examples, read_examples
+from llm_unlearn.data.reading import Examples, read_examples
+from llm_unlearn.data.tokens import lengths_of, targets_of
 from llm_unlearn.embedded import target
 from llm_unlearn.exact.foreseen import foreseen
 from llm_unlearn.methods.contrast import Contrast
@@ -53,7 +54,7 @@ def plan(recipe: Recipe, cache: Path) -> Plan:
         tokenizer = read_tokenizer(recipe.model)
         with torch.device("meta"):
             net = AutoModelForCausalLM.from_config(read_config(recipe.model))
-    examples = read_examples(recipe.data, tokenizer, recipe.seed)
+    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=False)
     job = make_job(recipe, examples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = sum(weight.numel() for weight in net.parameters())
@@ -119,8 +120,8 @@ def _steps(recipe: Recipe, job: Job, examples: Examples) -> list[str]:
         lines.append(job.noisy.said)
     for name in sorted(job.read, key=list(job.examples).index) if not edit or edit.trains else ():
         seen = job.schedule.seen(name)
-        tokens = sum(len(job.examples[name][i].ids) for i in seen)
-        answer = sum(job.examples[name][i].targets for i in seen)
+        tokens = int(lengths_of(job.examples[name])[seen].sum())
+        answer = int(targets_of(job.examples[name])[seen].sum())
         visits = int((job.schedule.stream == job.schedule.streams.index(name)).sum())
         dropped = examples.dropped.get(name, 0)
         note = f"; {dropped} dropped, no answer within max_tokens" if dropped else ""

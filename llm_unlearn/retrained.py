@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -55,8 +56,8 @@ def home_of(wanted: Recipe, cache: Path) -> Path:
     model = wanted.model
     named = [model.base, *(run_folder.adapter_in(one) for one in model.starts)]
     made = key_of((model.base.removeprefix("embedded:"),)) if model.base in EMBEDDED_MODELS else None
-    folders = [folder_identity(Path(one).expanduser()) for one in named if Path(one).expanduser().is_dir()]
-    read = {name: rows(wanted.sources[name]) for name in wanted.window}
+    folders = [folder_identity(Path(os.path.expanduser(one))) for one in named if Path(os.path.expanduser(one)).is_dir()]
+    read = {name: list(rows(wanted.sources[name])) for name in wanted.window}
     settings = {key: value for key, value in plain(wanted).items() if key not in ("output", "evaluation", "track")}
     return cache / "retrained" / fingerprint(settings, made, folders, read)
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from llm_unlearn import durable
 from llm_unlearn import folder as run_folder
 from llm_unlearn.at_work import at_work
-from llm_unlearn.data.examples import Examples, read_examples
+from llm_unlearn.data.reading import Examples, read_examples
 from llm_unlearn.data.schedule import Schedule, build, poisson
 from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import Control
@@ -67,7 +67,8 @@ def run(
     accelerator = start(recipe.model)
     sharded.check(recipe)
     seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
-    examples = read_examples(recipe.data, read_tokenizer(embedded(recipe.model, cache)), recipe.seed)
+    tokenizer, main = read_tokenizer(embedded(recipe.model, cache)), accelerator.is_main_process
+    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not main)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
     job = make_job(recipe, examples, key, lambda name: folder_of(name, cache))
     if suite and (control := retrained or (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
@@ -218,7 +219,7 @@ def start(model: Model) -> Accelerator:
 def make_job(recipe: Recipe, examples: Examples, key: bytes = b"", where: Callable[[str], str] = str) -> Job:
     """The examples of a recipe and the table that says which step sees which; a private run draws it from its key."""
     streams, privacy, stop = examples.streams, recipe.train.privacy, recipe.train.stop
-    companions = {name: [example for of_row in found for example in of_row] for name, found in examples.companions.items()}
+    companions = {name: found.flat for name, found in examples.companions.items()}
     schedule, private = make_schedule(recipe, examples), None
     if privacy:
         sizes = {stream_of(term, name): len(streams[stream_of(term, name)]) for name, term in recipe.terms.items()}
@@ -230,7 +231,7 @@ def make_job(recipe: Recipe, examples: Examples, key: bytes = b"", where: Callab
 
 
 def make_schedule(recipe: Recipe, examples: Examples) -> Schedule:
-    companions = {name: [len(of_row) for of_row in found] for name, found in examples.companions.items()}
+    companions = {name: found.counts for name, found in examples.companions.items()}
     sizes = {name: len(examples.streams[name]) for name in recipe.window}
     return build(sizes, recipe.window, recipe.seed, recipe.train.epochs, recipe.train.steps, companions)
 

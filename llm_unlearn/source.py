@@ -154,7 +154,7 @@ def same_data(one: Read, other: Read) -> bool:
         return False
     if one.source == other.source:
         return True
-    a, b = Path(one.source).expanduser(), Path(other.source).expanduser()
+    a, b = Path(os.path.expanduser(one.source)), Path(os.path.expanduser(other.source))
     return a.exists() and b.exists() and a.samefile(b)
 
 

@@ -54,6 +54,13 @@ def spec(cls: type[T]) -> type[T]:
     return cast(type[T], made)
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def record(cls: type[T]) -> type[T]:
+    """Make a class of typed fields what must stand in a file that a program wrote; what else stands there is passed over."""
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="ignore", strict=True))(cls)
+    return cast(type[T], made)
+
+
 PositiveInt = Annotated[int, pydantic.Field(gt=0)]
 NaturalInt = Annotated[int, pydantic.Field(ge=0)]
 AtLeastTwo = Annotated[int, pydantic.Field(ge=2)]
@@ -117,6 +124,22 @@ def from_json(kind: type[T], text: str, place: str) -> T:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise Refused(f"{place}: {dotted(first['loc']) or 'found'}: {first['msg']}; expected what a run writes there.") from None
+
+
+def typed(kind: type[T], data: object, place: str, expected: str) -> T:
+    """A record from the plain data of a file.
+
+    Raises:
+        Refused: it is none; names the first key that is wrong, and `place`, where the data stands.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(data))
+    except (pydantic.ValidationError, ValueError) as error:
+        if not isinstance(error, pydantic.ValidationError):
+            raise Refused(f"{place}: {reason(error)}; {expected}.") from None
+        first = error.errors()[0]
+        key = dotted(part for part in first["loc"] if part != "function-after")
+        raise Refused(f"{place}: {key or 'found'}: {first['msg']}, found {shown(first['input'])}; {expected}.") from None
 
 
 def parts_of(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:

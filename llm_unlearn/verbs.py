@@ -224,6 +224,8 @@ def new(options: argparse.Namespace) -> Reply:
     path = Path(options.name if options.name.endswith((".yaml", ".yml")) else f"{options.name}.yaml")
     if path.exists():
         raise Refused(f"{path}: exists already. Nothing was changed; choose another name.")
+    if blocked := folder.in_the_way(path.parent):
+        raise Refused(f"{path}: {blocked} is a file, where a folder would have to be. Nothing was changed; choose another name.")
     pattern = (shipped() / MAIN).read_text(encoding="utf-8")
     body = pattern[pattern.index(LAUNCH_FIRST) :].replace("output: runs/forget_lora", f"output: runs/{path.stem}")
     assert body.rstrip().endswith(LAUNCH_LAST)

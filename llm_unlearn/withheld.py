@@ -3,6 +3,7 @@ plain data."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
@@ -44,7 +45,7 @@ def is_local(name: str) -> bool:
     if name.startswith("embedded:"):
         return False
     try:
-        return missing(name) or PurePath(name).is_absolute() or Path(name).expanduser().exists()
+        return missing(name) or PurePath(name).is_absolute() or Path(os.path.expanduser(name)).exists()
     except (OSError, ValueError):  # too long, or no name at all
         return False
 

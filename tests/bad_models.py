@@ -182,7 +182,6 @@ MODELS: dict[str, Break] = {
     "config: unknown kind": sizes(model_type="nosuch", architectures=["NoSuchForCausalLM"]),
     "config: kind a number": sizes(model_type=3),
     "config: an encoder": sizes(model_type="bert", architectures=["BertModel"]),
-    "config: a sequence model": sizes(model_type="t5"),
     "config: an image model": sizes(model_type="vit"),
     "config: wider": sizes(hidden_size=128),
     "config: narrower": sizes(hidden_size=32),

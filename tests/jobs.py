@@ -46,7 +46,7 @@ objective:
 """A recipe of the embedded default, as short as one can be."""
 
 
-class PowerCut(Exception):
+class PowerCut(BaseException):
     """What ends a run in a test, at any place."""
 
 

@@ -276,7 +276,7 @@ def test_the_embedded_model_writes_alternates_that_a_recipe_reads(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from llm_unlearn.data.examples import read_examples
+    from llm_unlearn.data.reading import read_examples
 
     monkeypatch.setenv("LLM_UNLEARN_CACHE", str(cache))
     words = ["alternates", "r.yaml", "data.forget.limit=4", "--k", "3", "--output", "a/b.jsonl"]

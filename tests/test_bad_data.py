@@ -20,7 +20,7 @@ from bad_input import content, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_unlearn.data.examples import read_examples
+from llm_unlearn.data.reading import read_examples
 from llm_unlearn.data.sources import read, rows
 from llm_unlearn.evaluation.sets import encode_set
 from llm_unlearn.exact.rows import identified

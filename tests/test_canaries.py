@@ -24,7 +24,8 @@ from llm_unlearn.attacks.canaries import Audited, audit, chance, refuted
 from llm_unlearn.auditing import request, trial
 from llm_unlearn.cli import main
 from llm_unlearn.data.batch import lay_out
-from llm_unlearn.data.examples import Example, Examples
+from llm_unlearn.data.examples import Example
+from llm_unlearn.data.reading import Examples
 from llm_unlearn.data.schedule import poisson
 from llm_unlearn.models.scores import Scorer, head_of, score
 from llm_unlearn.objectives.likelihood import NLL

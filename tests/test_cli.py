@@ -64,8 +64,9 @@ class Asked:
             raise self.outcome
         return self.outcome
 
-    def evaluate(self, suite: Any, name: str, asked: dict[str, Any], **how: Any) -> None:
+    def evaluate(self, suite: Any, name: str, asked: dict[str, Any], **how: Any) -> dict[str, Any]:
         self.evaluations.append((suite, name, asked, how))
+        return {}
 
 
 @pytest.fixture
@@ -487,7 +488,8 @@ def test_what_is_no_run_folder_is_never_touched(resume: bool, overwrite: bool, k
         (here / "runs" / "x").write_text("years of work")
     before = left(here)
     with pytest.raises(
-        Refused, match=r"output: runs/x exists and is not a run folder \(it has no recipe.yaml\). Nothing was changed"
+        Refused,
+        match=r"output: runs/x (exists and is not a run folder|is a file, and runs/x is to be a folder).* Nothing was changed",
     ):
         folder.check(recipe.load(path), resume, overwrite)
     assert left(here) == before

@@ -18,7 +18,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from llm_unlearn.data.batch import Layout, answer_lengths, cut, lay_out, micro_batches
-from llm_unlearn.data.examples import PLAIN_TEMPLATE, Example, draw, encode, encode_text, read_examples
+from llm_unlearn.data.examples import PLAIN_TEMPLATE, Example, draw, encode, encode_text
+from llm_unlearn.data.reading import read_examples
 from llm_unlearn.data.schedule import Schedule, build
 from llm_unlearn.data.sources import rows
 from llm_unlearn.embedded import population

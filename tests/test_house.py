@@ -24,6 +24,7 @@ ROOMS = (
     "durable",  # how files are written that vouch for something
     "bars",  # what long work shows of itself
     "troubles",  # what is said of an error that no verb refused
+    "held",
     "lines",
     "tree",
     "objectives",
@@ -298,6 +299,7 @@ LIGHT = {
     "alternates/usage.py",
     "alternates/writing.py",
     "troubles.py",
+    "held.py",
     "spec.py",
     "bars.py",
     "unsaid.py",
@@ -322,6 +324,7 @@ LIGHT = {
     "sweeping/saying.py",
     "requests/service.py",
     "requests/records.py",
+    "requests/file.py",
     "requests/ledger.py",
     "requests/chain.py",
     "requests/matching.py",
@@ -406,7 +409,7 @@ LIBRARIES = {  # rule 5: who may import what
     "opacus": r"training/privacy\.py",  # an extra, imported late
     "huggingface_hub": r"hub/\w+\.py|models/load\.py|doctor\.py",  # imported late
     "httpx2": r"hub/pushing\.py",  # the errors of huggingface_hub's own client
-    "sqlite3": r"requests/(records|ledger|chain)\.py",
+    "sqlite3": r"requests/(records|file|ledger|chain)\.py",
     "optuna": r"sweeping/study\.py",  # an extra, imported late
     "sqlalchemy": r"sweeping/study\.py",  # comes with it
     "rapidfuzz": r"requests/matching\.py",

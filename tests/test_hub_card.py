@@ -45,6 +45,14 @@ evaluation: {{suite: {suite}}}
 """
 
 
+@pytest.mark.parametrize("secret", ["hf_" + "Zq" * 17, "https://me:pass@hub.example/x", "-----BEGIN PRIVATE KEY-----\nMC4C\n"])
+def test_no_secret_is_published(secret: str) -> None:
+    """Such as one that stands in the chat template of a stranger's tokenizer, or in a setting."""
+    with pytest.raises(Refused, match=r"^chat_template.jinja: holds a token, key or login\. Nothing was pushed") as refused:
+        contents.check([Piece("README.md", b"# A card"), Piece("chat_template.jinja", f"{{# {secret} #}}".encode())], {}, [])
+    assert secret not in str(refused.value)
+
+
 def number(measure: str, of: str, goal: str, knowing: str, *values: float) -> dict[str, Any]:
     columns = ("before", "after", "retrained")[: len(values)]
     return {

@@ -12,10 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from llm_unlearn.data.examples import spelling
 from llm_unlearn.evaluation import passes
 from llm_unlearn.evaluation.extraction import PrefixExtraction
 from llm_unlearn.evaluation.passes import tables_of
-from llm_unlearn.evaluation.sets import EncodedSet, encode_set, spelling
+from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.evaluation.tables import Tables
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.source import Source

@@ -27,13 +27,14 @@ from llm_unlearn.report.standing import print_standing, size, spark
 from llm_unlearn.spec import Refused
 
 RESULTS = {
-    "title": "runs/x", "suite": "eval/quick.yaml", "suite_hash": "0", "models": {"before": {}, "after": {}, "retrained": {}},
+    "title": "runs/x", "suite": "eval/quick.yaml", "suite_hash": "0", 
+    "models": {name: {"name": name, "identity": "0"} for name in ("before", "after", "retrained")},
     "run": {"status": "finished", "reason": "the aim is reached at step 90", "steps": 90, "kept_step": 90},
     "numbers": [{
         "set": "forget", "title": "probability", "measure": "probability", "goal": "as retrained", "knowing": "raises",
         "values": {"before": {"value": 0.99}, "after": {"value": 0.5}, "retrained": {"value": 0.51}},
     }],
-    "curves": [], "answers": {},
+    "curves": {}, "answers": {},
 }  # fmt: skip
 
 

@@ -93,7 +93,9 @@ def test_a_run_that_misses_a_threshold_says_so(
 
     def run(*_: Any, **__: Any) -> Any:
         (tmp_path / "runs" / "x").mkdir(parents=True)
-        results = dict.fromkeys(KEYS) | {"thresholds": found}
+        results = (
+            dict.fromkeys(KEYS, "") | {"numbers": [], "thresholds": found} | {key: {} for key in ("models", "curves", "answers")}
+        )
         (tmp_path / "runs" / "x" / "evaluation.json").write_text(json.dumps(results))
         return SimpleNamespace(status="finished", step=3, kept=3, reason="", broken=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def check(
 def _template(prompt: str) -> str | None:
     if prompt in (QUESTION, WRITTEN):
         return TEMPLATE if prompt == WRITTEN else None
-    path = Path(prompt).expanduser()
+    path = Path(os.path.expanduser(prompt))
     if not path.is_file():
         raise Refused(f"--prompt: found {prompt!r}; expected {QUESTION}, {WRITTEN}, or a text file (looked from {Path.cwd()}).")
     try:

@@ -116,10 +116,13 @@ class _Kept:
     def __call__(self, key: str, make: Callable[[], T]) -> T:
         """What is kept under a key, or what is made now; the same on all processes."""
         path = self.cache / f"{key}.json"
-        there = torch.tensor(float(path.is_file()), device=self.accelerator.device)
+        try:
+            found: list[T] = [json.loads(path.read_text(encoding="utf-8"))]
+        except (OSError, ValueError):  # none, or a damaged one, which is made again
+            found = []
+        there = torch.tensor(float(len(found)), device=self.accelerator.device)
         if int(self.accelerator.reduce(there, "sum")) == self.accelerator.num_processes:  # all or nobody: it is work for every one
-            found: T = json.loads(path.read_text(encoding="utf-8"))
-            return found
+            return found[0]
         result = make()
         if self.accelerator.is_main_process:
             folder.write(path, json.dumps(result))

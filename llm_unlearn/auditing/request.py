@@ -81,7 +81,12 @@ def held(asked: Asked, overwrite: bool) -> dict[str, Any] | None:
     no_way_out(output)
     if overwrite:
         return None
-    found: dict[str, Any] = json.loads((output / FILE).read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads((output / FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{output / FILE}: cannot be read ({error}); add --overwrite to make the audit again.") from None
+    if not isinstance(found, dict):
+        raise Refused(f"{output / FILE}: not what an audit writes; add --overwrite to make the audit again.")
     if other := [key for key, value in asked.key.items() if found.get(key) != value]:
         raise Refused(
             f"--output: {output} holds an audit with another {', '.join(other)}. Nothing was changed; add --overwrite to replace "

@@ -20,7 +20,8 @@ from llm_unlearn.attacks.canaries import Audited, refuted
 from llm_unlearn.attacks.canaries import audit as guess
 from llm_unlearn.auditing.request import FILE, Asked, said
 from llm_unlearn.bars import Bar
-from llm_unlearn.data.examples import Example, Examples, draw, encode, encode_text, read_examples
+from llm_unlearn.data.examples import Example, draw, encode, encode_text
+from llm_unlearn.data.reading import Examples, read_examples
 from llm_unlearn.durable import remove
 from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import loss_pass
@@ -65,7 +66,7 @@ def trial(asked: Asked, cache: Path, overwrite: bool) -> bool:
     accelerator = start(recipe.model)
     sharded.check(recipe)
     tokenizer = read_tokenizer(embedded(recipe.model, cache))
-    examples = read_examples(recipe.data, tokenizer, recipe.seed)
+    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not accelerator.is_main_process)
     plain = make_job(recipe, examples)
     planted = plant(asked, examples, tokenizer)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume=not overwrite)
@@ -104,7 +105,7 @@ def plant(asked: Asked, examples: Examples, tokenizer: PreTrainedTokenizerBase) 
     canaries = made_up(asked.recipe.sources[stream], stream, mine, asked.canaries, asked.seed, tokenizer)
     inside = np.random.default_rng(draw(asked.seed, "coins")).random(asked.canaries) < 0.5
     put_in = [one for one, coin in zip(canaries, inside, strict=True) if coin]
-    return Planted(replace(examples, streams=examples.streams | {stream: [*mine, *put_in]}), stream, canaries, inside)
+    return Planted(replace(examples, streams={**examples.streams, stream: [*mine, *put_in]}), stream, canaries, inside)
 
 
 def made_up(

@@ -7,16 +7,15 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn.data.files import Row
-from llm_unlearn.data.sources import read, row_at, rows
-from llm_unlearn.objectives.views import Kind, beside
-from llm_unlearn.sections import Data
-from llm_unlearn.source import Alternate, Contrast, Source
-from llm_unlearn.spec import Refused, shown
-from llm_unlearn.unsaid import column_name, near_column, unsaid, without_quotes
+from llm_unlearn.data.sources import row_at
+from llm_unlearn.source import Source
+from llm_unlearn.spec import Refused, fingerprint, shown
+from llm_unlearn.unsaid import column_name, unsaid, without_quotes
 
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
@@ -44,16 +43,6 @@ class Example:
     def targets(self) -> int:
         """T, the number of answer tokens."""
         return len(self.ids) - self.answer
-
-
-@dataclass(frozen=True)
-class Examples:
-    """All examples of a run, by stream, and what was left out on the way."""
-
-    streams: dict[str, list[Example]]
-    companions: dict[str, list[list[Example]]]  # `forget.alternate` -> for each example of `forget`, those that may stand beside it
-    dropped: dict[str, int]  # stream -> rows whose answer did not fit into max_tokens
-    overlap: int  # rows that stood in both sets and left the retain set
 
 
 def conversation(row: Row, number: int, source: Source, answer: object = None, column: str | None = None) -> list[Turn]:
@@ -103,12 +92,15 @@ def text_in(value: object, number: int, source: Source, column: str) -> str:
 
 
 def encode(
-    conversations: Sequence[list[Turn]], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int
+    conversations: Sequence[list[Turn]], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int, first: int = 0
 ) -> list[Example | None]:
     """Conversations as examples, in order; None where truncation leaves no answer token.
 
     The answer begins where the rendered conversation goes on after its generation prompt, and ends with the end-of-turn token,
     which is a target even where the tokenizer pads with it; white space that a template writes after that token is not.
+
+    Args:
+        first: the number of the first one's row.
     """
     texts: list[str] = []
     begins: list[int] = []
@@ -130,7 +122,7 @@ def encode(
     for i, (begin, offsets) in enumerate(zip(begins, encoded["offset_mapping"], strict=True)):
         ids = encoded["input_ids"][i][:max_tokens]
         answer = max(1, next((t for t, (_, end) in enumerate(offsets) if end > begin), len(offsets)))
-        examples.append(Example(tuple(ids), answer, stream, i) if answer < len(ids) else None)
+        examples.append(Example(tuple(ids), answer, stream, first + i) if answer < len(ids) else None)
     return examples
 
 
@@ -172,129 +164,12 @@ def encode_text(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, stream
     return examples
 
 
-def read_examples(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Examples:
-    """Read, compare and encode the streams of a recipe.
-
-    Raises:
-        Refused: a source cannot be read, a stream has no examples, or rows stand in both sets and the recipe says that is an error.
-    """
-    sources = {"forget": data.forget} | ({"retain": data.retain} if data.retain else {})
-    sources |= {"holdout": data.holdout} if data.holdout else {}
-    found = {name: rows(source) for name, source in sources.items()}
-    overlap = 0
-    if data.retain:
-        forget = {content_of(row, data.forget) for row in found["forget"]}
-        shared = [i for i, row in enumerate(found["retain"]) if content_of(row, data.retain) in forget]
-        overlap = len(shared)
-        if overlap and data.overlap == "error":
-            first = row_at(shared[0], data.retain)
-            raise Refused(
-                f"data: {overlap} of {len(found['retain'])} retain rows also stand in the forget set (first: {first}). "
-                "Take them out, or say data.overlap: drop."
-            )
-        found["retain"] = [row for i, row in enumerate(found["retain"]) if i not in set(shared)]
-
-    streams: dict[str, list[Example]] = {}
-    dropped: dict[str, int] = {}
-    companions: dict[str, list[list[Example]]] = {}
-    for name, source in sources.items():
-        if source.text:
-            texts = [text_in(row[source.text], i, source, source.text) for i, row in enumerate(found[name])]
-            streams[name], dropped[name] = encode_text(texts, tokenizer, name, source.max_tokens), 0
-            for kind, prefix in _prefixes(source.contrast):
-                before = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
-                companions[beside(name, kind)] = [[_after(before, one, beside(name, kind))] for one in streams[name]]
-            continue
-        turns = [conversation(row, i, source) for i, row in enumerate(found[name])]
-        encoded = encode(turns, tokenizer, name, source.max_tokens)
-        kept = [(row, example) for row, example in zip(found[name], encoded, strict=True) if example]
-        if source.alternate:
-            stream = beside(name, "alternate")
-            kept, companions[stream] = _alternates(kept, source, source.alternate, tokenizer, seed, stream)
-        for kind, prefix in _prefixes(source.contrast):
-            asked = _asked_otherwise(kept, source, prefix, tokenizer, beside(name, kind))
-            companions[beside(name, kind)] = [[one] for one in asked]
-        streams[name], dropped[name] = [example for _, example in kept], len(encoded) - len(kept)
-    for name, examples in streams.items():
-        if not examples:
-            why = f"{dropped[name]} rows have no answer within max_tokens = {sources[name].max_tokens}"
-            shared_too = f", {overlap} rows also stand in the forget set" if name == "retain" and overlap else ""
-            raise Refused(f"data.{name}: no example is left; {why}{shared_too}.")
-    return Examples(streams, companions, dropped, overlap)
-
-
-def _alternates(
-    kept: list[tuple[Row, Example]],
-    source: Source,
-    alternate: Alternate,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    stream: str,
-) -> tuple[list[tuple[Row, Example]], list[list[Example]]]:
-    """The alternate answers of each row, as examples; a row loses its place when none of its alternates fits."""
-    pool = read(alternate.source) if alternate.source else []
-    if alternate.source and not pool:
-        raise Refused(f"{alternate.source}: has no rows; expected at least one, with an answer in {alternate.answer!r}.")
-    if pool and alternate.answer not in pool[0]:
-        what = f"alternate.answer names column {alternate.answer!r}, which is not there"
-        raise Refused(f"{alternate.source}: {what}; {near_column(alternate.answer, pool[0])}")
-    result: list[tuple[Row, Example]] = []
-    alternates: list[list[Example]] = []
-    for row, example in kept:
-        answers = _drawn(pool, row, source, alternate, seed) if pool else row[alternate.answer]
-        answers = answers if isinstance(answers, list) else [answers]
-        turns = [conversation(row, example.id, source, answer, alternate.answer) for answer in answers]
-        encoded = [other for other in encode(turns, tokenizer, stream, source.max_tokens) if other]
-        if encoded:
-            result.append((row, example))
-            alternates.append(encoded)
-    return result, alternates
-
-
-def _drawn(pool: list[Row], row: Row, source: Source, alternate: Alternate, seed: int) -> list[object]:
-    """`count` rows' answers from the pool, other than the row's own answer; which ones follows from the seed and the row's
-    content."""
-    own = " ".join(str(row.get(source.answer or "")).split())
-    answers: list[object] = []
-    for k in range(10 * alternate.count):
-        value = pool[draw(seed, content_of(row, source), *([k] if k else [])) % len(pool)][alternate.answer]
-        found = value if isinstance(value, list) else [value]
-        if own not in (" ".join(str(one).split()) for one in found) and (alternate.count == 1 or found[0] not in answers):
-            answers += found
-        if len(answers) >= alternate.count:
-            break
-    return answers
-
-
-def _prefixes(contrast: Contrast | None) -> tuple[tuple[Kind, str], ...]:
-    return (("expert", contrast.expert), ("novice", contrast.novice)) if contrast else ()
-
-
-def _after(before: list[int], example: Example, stream: str) -> Example:
-    """A block of running text behind other text, which has no targets."""
-    return Example((*before, *example.ids), example.answer + len(before), stream, example.id)
-
-
-def _asked_otherwise(
-    kept: list[tuple[Row, Example]], source: Source, prefix: str, tokenizer: PreTrainedTokenizerBase, stream: str
-) -> list[Example]:
-    """The same answers, token by token, to prompts that begin with `prefix`.
-
-    Raises:
-        Refused: the tokenizer makes other answer tokens of it.
-    """
-    turns = [conversation(row, example.id, source) for row, example in kept]
-    if prefix:
-        turns = [[*one[:-2], {**one[-2], "content": f"{prefix} {one[-2]['content']}"}, one[-1]] for one in turns]
-    encoded = encode(turns, tokenizer, stream, source.max_tokens + len(tokenizer(prefix)["input_ids"]) + 8)
-    result: list[Example] = []
-    for (_, example), other in zip(kept, encoded, strict=True):
-        answer = example.ids[example.answer :]
-        if other is None or other.ids[other.answer :][: len(answer)] != answer:
-            said = "its answer has other tokens behind the prefix of data.….contrast"
-            raise Refused(f"{row_at(example.id, source)}: {said}; change that.")
-        result.append(Example(other.ids[: other.answer + len(answer)], other.answer, stream, example.id))
-    return result
+def spelling(tokenizer: Any) -> str:
+    """Stands for all that decides how a tokenizer encodes a conversation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    marks = {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()}
+    return fingerprint(rules, str(tokenizer.chat_template), marks)
 
 
 def draw(*key: object) -> int:

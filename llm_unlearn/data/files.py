@@ -10,9 +10,14 @@ import csv
 import io
 import json
 import re
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llm_unlearn.spec import Refused, shown
 from llm_unlearn.unsaid import column_name, unsaid
@@ -63,10 +68,7 @@ def _even(rows: list[Row]) -> list[Row]:
 
 def _text(path: Path, name: str) -> str:
     whole = path.read_bytes()
-    if kind := next((kind for mark, kind in MARKS.items() if whole.startswith(mark)), None):
-        raise Refused(f"{name}: found a {kind} file; expected {path.suffix[1:]} as text. Unpack it, or give it its own ending.")
-    if whole.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise Refused(f"{name}: found text in UTF-16; expected UTF-8. Save it as UTF-8.")
+    _no_other_kind(whole, path, name)
     if (at := whole.find(0)) >= 0:
         line = whole.count(10, 0, at) + 1
         raise Refused(f"{name}:{line}: found a zero byte (byte {at}); expected text in UTF-8. Save it as that, or write it again.")
@@ -75,6 +77,14 @@ def _text(path: Path, name: str) -> str:
     except UnicodeDecodeError as error:
         line = whole.count(b"\n", 0, error.start) + 1
         raise Refused(f"{name}:{line}: not text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+
+
+def _no_other_kind(begin: bytes, path: Path, name: str) -> None:
+    """Refuse what begins like a file of another kind."""
+    if kind := next((kind for mark, kind in MARKS.items() if begin.startswith(mark)), None):
+        raise Refused(f"{name}: found a {kind} file; expected {path.suffix[1:]} as text. Unpack it, or give it its own ending.")
+    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Refused(f"{name}: found text in UTF-16; expected UTF-8. Save it as UTF-8.")
 
 
 def _json(text: str, name: str) -> list[Row]:
@@ -97,12 +107,79 @@ def _lines(text: str, name: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`: U+2028 may stand in a text
         if not line.strip():
             continue
-        try:
-            row = _parsed(line)
-        except (ValueError, RecursionError) as error:
-            why = shown(_why(error), as_it_is=True)
-            raise Refused(f"{name}:{number}: not a line of JSON ({why}); found {unsaid(line)}.") from None
-        yield _object(row, f"{name}:{number}")
+        yield _row(line, number, name)
+
+
+def _row(line: str, number: int, name: str) -> Row:
+    try:
+        row = _parsed(line)
+    except (ValueError, RecursionError) as error:
+        why = shown(_why(error), as_it_is=True)
+        raise Refused(f"{name}:{number}: not a line of JSON ({why}); found {unsaid(line)}.") from None
+    return _object(row, f"{name}:{number}")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A large file of JSON lines. It is checked once, line by line; then rows are read from it as they are asked for."""
+
+    path: Path
+    starts: NDArray[np.int64]
+    """(n,) the byte at which each row begins."""
+    sizes: NDArray[np.int64]
+    """(n,) its bytes."""
+    columns: dict[str, None]
+    """Every column of any row: what a row does not say is none."""
+
+    @staticmethod
+    def of(path: Path, name: str) -> Lines:
+        """Find the rows of a file.
+
+        Raises:
+            Refused: as `read_file`; of several wrong lines the first is named.
+        """
+        starts, sizes, columns, at = array("q"), array("q"), dict[str, None](), 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                text = _checked(line, at, number, path, name)
+                if text.strip():
+                    columns |= dict.fromkeys(_row(text, number, name))
+                    starts.append(at)
+                    sizes.append(len(line))
+                at += len(line)
+        return Lines(path, np.frombuffer(starts, np.int64), np.frombuffer(sizes, np.int64), columns)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def at(self, places: NDArray[np.int64]) -> list[Row]:
+        rows = []
+        with self.path.open("rb") as file:
+            for place in places.tolist():
+                if file.tell() != self.starts[place]:
+                    file.seek(self.starts[place])
+                row = json.loads(file.read(self.sizes[place]).decode("utf-8-sig"))
+                rows.append(row if len(row) == len(self.columns) else {**self.columns, **row})
+        return rows
+
+    def values(self, column: str, places: NDArray[np.int64]) -> list[Any]:
+        return [row[column] for row in self.at(places)]
+
+
+def _checked(line: bytes, at: int, number: int, path: Path, name: str) -> str:
+    """A line as text; `at` is its place in the file."""
+    if at == 0:
+        _no_other_kind(line, path, name)
+    if (zero := line.find(0)) >= 0:
+        raise Refused(
+            f"{name}:{number}: found a zero byte (byte {at + zero}); expected text in UTF-8. Save it as that, or write it again."
+        )
+    try:
+        return line.decode("utf-8-sig" if at == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(
+            f"{name}:{number}: not text in UTF-8 ({error.reason} at byte {at + error.start}). Save it as UTF-8."
+        ) from None
 
 
 def _why(error: Exception) -> str:

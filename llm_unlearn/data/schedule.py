@@ -6,6 +6,7 @@ depend on the number of processes. A private run draws its rows from a secret ke
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -26,10 +27,10 @@ class Schedule:
     """The table (step, slot, stream, example), one row per example seen, ordered by step and slot."""
 
     streams: tuple[str, ...]
-    step: NDArray[np.int64]  # (K,)
-    slot: NDArray[np.int64]  # (K,) within the step
-    stream: NDArray[np.int64]  # (K,) index into `streams`
-    example: NDArray[np.int64]  # (K,) index into the stream's examples
+    step: NDArray[np.int32]  # (K,)
+    slot: NDArray[np.int32]  # (K,) within the step
+    stream: NDArray[np.int8]  # (K,) index into `streams`
+    example: NDArray[np.int32]  # (K,) index into the stream's examples
     steps: int
     """Optimizer steps; a step of a Poisson schedule may see nothing."""
 
@@ -41,7 +42,7 @@ class Schedule:
             slots.setdefault(int(self.slot[k]), []).append((self.streams[self.stream[k]], int(self.example[k])))
         return [tuple(slot) for slot in slots.values()]
 
-    def seen(self, stream: str) -> NDArray[np.int64]:
+    def seen(self, stream: str) -> NDArray[np.int32]:
         """The indices of a stream's examples that any step sees, ascending."""
         return np.unique(self.example[self.stream == self.streams.index(stream)])
 
@@ -52,7 +53,7 @@ def build(
     seed: int,
     epochs: float = 1,
     steps: int | None = None,
-    companions: Mapping[str, Sequence[int]] | None = None,
+    companions: Mapping[str, Sequence[int] | NDArray[np.int64]] | None = None,
 ) -> Schedule:
     """Lay out a run.
 
@@ -75,7 +76,7 @@ def build(
     beside = {name: [other for other in companions if other.rpartition(".")[0] == name] for name in sizes}
     rounds: dict[str, NDArray[np.int64]] = {name: np.zeros(0, np.int64) for name in sizes}
     number = dict.fromkeys(sizes, 0)
-    table: list[tuple[int, int, int, int]] = []
+    table = _Table()
     for step in range(total):
         slot = 0
         for name, size in window.items():
@@ -84,14 +85,39 @@ def build(
                 order = np.random.default_rng([seed, draw(name), number[name]]).permutation(sizes[name])
                 rounds[name], number[name] = np.concatenate([rounds[name], order]), number[name] + 1
             chosen, rounds[name] = rounds[name][:want], rounds[name][want:]
+            if not beside[name]:
+                table.add(step, slot, streams.index(name), chosen)
+                slot += want
+                continue
             for example in chosen.tolist():
-                table.append((step, slot, streams.index(name), example))
+                table.add(step, slot, streams.index(name), [example])
                 for other in beside[name]:
-                    pick = draw(seed, step // per_epoch, example) % companions[other][example]
-                    table.append((step, slot, streams.index(other), int(offsets[other][example]) + pick))
+                    pick = draw(seed, step // per_epoch, example) % int(companions[other][example])
+                    table.add(step, slot, streams.index(other), [int(offsets[other][example]) + pick])
                 slot += 1
-    step_of, slot_of, stream_of, example_of = np.array(table, dtype=np.int64).T
-    return Schedule(streams, step_of, slot_of, stream_of, example_of, total)
+    return table.done(streams, total)
+
+
+class _Table:
+    """A schedule on its way: rows of numbers as small as they may be, since an epoch of a million examples has millions of them."""
+
+    def __init__(self) -> None:
+        self.columns = array("i"), array("i"), array("b"), array("i")
+
+    def add(self, step: int, slot: int, stream: int, examples: NDArray[np.int64] | Sequence[int]) -> None:
+        """Some examples of one stream in one step, in slots that follow each other."""
+        count = len(examples)
+        for column, values in zip(
+            self.columns, ([step] * count, range(slot, slot + count), [stream] * count, examples), strict=True
+        ):
+            column.extend(values)
+
+    def done(self, streams: tuple[str, ...], steps: int) -> Schedule:
+        step, slot, stream, example = self.columns
+        return Schedule(
+            streams, np.frombuffer(step, np.int32), np.frombuffer(slot, np.int32), np.frombuffer(stream, np.int8),
+            np.frombuffer(example, np.int32), steps,
+        )  # fmt: skip
 
 
 def by_key(keys: Sequence[str], window: int, seed: object, passes: float, stream: str, steps: int | None = None) -> Schedule:
@@ -104,14 +130,13 @@ def by_key(keys: Sequence[str], window: int, seed: object, passes: float, stream
     """
     per_pass = ceil(len(keys) / window)
     total = steps if steps is not None else max(1, round(passes * per_pass))
-    table: list[tuple[int, int, int, int]] = []
+    table = _Table()
     for step in range(total):
         number, at = divmod(step, per_pass)
         if at == 0:
             order = sorted(range(len(keys)), key=lambda i: (draw(seed, number, keys[i]), keys[i]))
-        table += [(step, slot, 0, i) for slot, i in enumerate(order[at * window : (at + 1) * window])]
-    step_of, slot_of, stream_of, example_of = np.array(table, dtype=np.int64).T
-    return Schedule((stream,), step_of, slot_of, stream_of, example_of, total)
+        table.add(step, 0, 0, order[at * window : (at + 1) * window])
+    return table.done((stream,), total)
 
 
 def poisson(sizes: Mapping[str, int], rates: Mapping[str, float], key: bytes, steps: int) -> Schedule:
@@ -122,12 +147,11 @@ def poisson(sizes: Mapping[str, int], rates: Mapping[str, float], key: bytes, st
         key: the only source of the draws; an example's draw depends on the key, the step, the stream and its index alone.
         steps: optimizer steps. Their sizes vary, and a step may be empty.
     """
-    table = [
-        (step, s, int(example))
-        for step in range(steps)
-        for s, (name, size) in enumerate(sizes.items())
-        for example in np.flatnonzero(uniforms(key, "sample", step, name, count=size) < rates[name])
-    ]
-    step, stream, example = np.array(table, dtype=np.int64).reshape(-1, 3).T
-    slot = np.arange(len(table)) - np.searchsorted(step, step)  # the place within its step
-    return Schedule(tuple(sizes), step, slot, stream, example, steps)
+    table = _Table()
+    for step in range(steps):
+        slot = 0
+        for stream, (name, size) in enumerate(sizes.items()):
+            drawn = np.flatnonzero(uniforms(key, "sample", step, name, count=size) < rates[name])
+            table.add(step, slot, stream, drawn)
+            slot += len(drawn)
+    return table.done(tuple(sizes), steps)

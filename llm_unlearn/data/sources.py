@@ -2,38 +2,140 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, overload
 
-from llm_unlearn.data.files import Row, read_file
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_unlearn.data.files import Lines, Row, read_file
 from llm_unlearn.embedded import population
+from llm_unlearn.folder import sha256
 from llm_unlearn.source import EMBEDDED, FILES, Source
-from llm_unlearn.spec import Refused, nearest, shown
+from llm_unlearn.spec import Refused, fingerprint, nearest, shown
 from llm_unlearn.unsaid import near_column, unsaid, without_quotes
 
+MANY = 20_000
+"""More rows than these stay in the file that they are in, and are read from it when they are asked for."""
+LARGE = 8 << 20
+"""Bytes of a file of lines, beyond which the same is done."""
+BLOCK = 1000
+"""So many are read at a time."""
 
-def rows(source: Source) -> list[Row]:
-    """The rows of a source after `where`, `without` and `limit`.
+
+class Held(Protocol):
+    """Rows that something else holds, such as a file."""
+
+    def __len__(self) -> int: ...
+    def at(self, places: NDArray[np.int64]) -> list[Row]:
+        """The rows at these places."""
+        ...
+
+    def values(self, column: str, places: NDArray[np.int64]) -> list[Any]:
+        """What one column says at these places."""
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set of `datasets`, which maps its file into memory."""
+
+    loaded: Any
+
+    def __len__(self) -> int:
+        return len(self.loaded)
+
+    def at(self, places: NDArray[np.int64]) -> list[Row]:
+        if not len(places):
+            return []
+        dense = len(places) == places[-1] - places[0] + 1
+        columns = self.loaded[int(places[0]) : int(places[-1]) + 1] if dense else self.loaded[places.tolist()]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def values(self, column: str, places: NDArray[np.int64]) -> list[Any]:
+        return [row[column] for row in Table(self.loaded.select_columns([column])).at(places)]
+
+
+class Rows(Sequence[Row]):
+    """Rows that stay where they are until they are asked for; some of what is held, or all."""
+
+    def __init__(self, held: Held, at: NDArray[np.int64] | None = None) -> None:
+        """
+        Args:
+            at: the places of the rows that are meant, ascending; None means all.
+        """
+        self.held = held
+        self.at = np.arange(len(held)) if at is None else at
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        if isinstance(place, slice):
+            return self.held.at(self.at[place])
+        return self.held.at(np.array([self.at[place]]))[0]
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), BLOCK):
+            yield from self[start : start + BLOCK]
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of one column."""
+        for start in range(0, len(self), BLOCK):
+            yield from self.held.values(name, self.at[start : start + BLOCK])
+
+
+def chosen(found: Sequence[Row], keep: NDArray[np.bool_]) -> Sequence[Row]:
+    """Those of the rows for which `keep` is true."""
+    if isinstance(found, Rows):
+        return Rows(found.held, found.at[keep])
+    return [row for row, kept in zip(found, keep.tolist(), strict=True) if kept]
+
+
+def rows(source: Source) -> Sequence[Row]:
+    """The rows of a source after `where`, `without` and `limit`: a list, or if they are many, what reads them from their file.
 
     Raises:
         Refused: nothing is there under that name, a column is missing, or no row is left.
     """
     found = _columns(read(source.source, source.config, source.split), source)
-    for kept, chosen in ((True, source.where or {}), (False, source.without or {})):
-        for column, wanted in chosen.items():
+    for kept, wanted_of in ((True, source.where or {}), (False, source.without or {})):
+        for column, wanted in wanted_of.items():
             values = frozenset(wanted if isinstance(wanted, tuple) else (wanted,))  # thousands of ids, perhaps
-            found = [row for row in found if (isinstance(row[column], Hashable) and row[column] in values) is kept]
+            found = _filtered(found, column, partial(_among, values=values, kept=kept))
     for column, pattern in (source.like or {}).items():
-        found = [row for row in found if _like(row[column], pattern)]
+        found = _filtered(found, column, partial(_like, pattern=pattern))
     if not found:
         said = {"where": source.where, "without": source.without, "like": source.like}
-        named = " and ".join(f"{key} on {', '.join(chosen)}" for key, chosen in said.items() if chosen)
+        named = " and ".join(f"{key} on {', '.join(values)}" for key, values in said.items() if values)
         raise Refused(f"{source.source}: no rows are left after {named}; expected at least one.")
-    found = found[: source.limit]
+    if isinstance(found, Rows):
+        found = Rows(found.held, found.at[: source.limit])
+        found = found if len(found) > MANY else list(found)
+    else:
+        found = found[: source.limit]
     return [_chosen(row, i, source) for i, row in enumerate(found)] if source.choices else found
+
+
+def _among(value: object, values: frozenset[object], kept: bool) -> bool:
+    return (isinstance(value, Hashable) and value in values) is kept
+
+
+def _filtered(found: Sequence[Row], column: str, holds: Callable[[Any], bool]) -> Sequence[Row]:
+    """The rows whose column has a value that is wanted."""
+    values = found.column(column) if isinstance(found, Rows) else (row[column] for row in found)
+    return chosen(found, np.fromiter(map(holds, values), bool, len(found)))
 
 
 def row_at(number: int, source: Source) -> str:
@@ -59,7 +161,7 @@ def _chosen(row: Row, number: int, source: Source) -> Row:
     return {**row, str(source.answer): options[right], str(source.choices): wrong}
 
 
-def read(name: str, config: str | None = None, split: str | None = None) -> list[Row]:
+def read(name: str, config: str | None = None, split: str | None = None) -> Sequence[Row]:
     """All rows under a name: `embedded:…`, a local file or folder, or a hub id (the only case in which anything is downloaded).
 
     Raises:
@@ -71,6 +173,8 @@ def read(name: str, config: str | None = None, split: str | None = None) -> list
     if os.path.isfile(path):
         if path.suffix not in FILES:
             raise Refused(f"{name}: cannot read a {path.suffix or 'nameless'} file; expected one of {', '.join(FILES)}.")
+        if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
+            return Rows(Lines.of(path, name))
         if (found := read_file(path, name)) is not None:
             return found
     elif os.path.exists(path) and not path.is_dir():
@@ -89,13 +193,23 @@ def read(name: str, config: str | None = None, split: str | None = None) -> list
             loaded = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             loaded = datasets.load_dataset(name, config, split=split or "train")
-        return [dict(row) for row in loaded]
+        return Rows(Table(loaded)) if len(loaded) > MANY else [dict(row) for row in loaded]
     except Exception as error:  # `datasets` raises a dozen types; each becomes one line that names the source
         reason = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
         if path.is_file() and (not path.stat().st_size or "no data" in reason or "BatchSize must be" in reason):
             return []  # the last is what pyarrow makes of a file without rows
         why = shown(f"{type(error.__cause__ or error).__name__}: {without_quotes(reason)}", 400, as_it_is=True)
         raise Refused(f"{name}: cannot be read as a data set ({why}); write it again, or name another.") from error
+
+
+def identity_of(name: str, config: str | None, split: str | None, found: Sequence[Row]) -> str:
+    """Stands for the data under a name as it is now: the content of local files, or what `datasets` calls it."""
+    path = Path(name).expanduser()
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else []
+    if files:
+        return fingerprint(split, [[one.name, sha256(one)] for one in files])
+    made = getattr(found.held.loaded, "_fingerprint", None) if isinstance(found, Rows) and isinstance(found.held, Table) else None
+    return fingerprint(name, config, split, made or [json.dumps(row, default=str, sort_keys=True) for row in found])
 
 
 def _embedded(split: str) -> list[Row]:
@@ -108,7 +222,7 @@ def _embedded(split: str) -> list[Row]:
     return population.rows(split)
 
 
-def _columns(found: list[Row], source: Source) -> list[Row]:
+def _columns(found: Sequence[Row], source: Source) -> Sequence[Row]:
     """The rows, if every column that the source names is in them."""
     if not found:
         raise Refused(f"{source.source}: has no rows; expected at least one.")

@@ -58,6 +58,9 @@ def models(cache: Path, show: bool = True, names: tuple[str, ...] = TOGETHER[0])
         with FileLock(home.with_suffix(".lock")):  # other processes of this run wait here, and then find the models
             if not home.is_dir():
                 _train_all(names, home, show)
+    for name in names:
+        if gone := [file for file in ("config.json", "model.safetensors", "tokenizer.json") if not (home / name / file).is_file()]:
+            raise Refused(f"embedded:{name}: {home / name} lacks {gone[0]}. Remove {home}, and the models are made again.")
     return {name: home / name for name in names}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,11 @@ def write_part(part: Part, path: Path) -> None:
         np.savez_compressed(file, json=np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]  # of the stubs
 
 
-def read_part(path: Path) -> Part:
-    """A part that was kept."""
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files if name != "json"}
-        return {**arrays, **json.loads(file["json"].tobytes())}
+def read_part(path: Path) -> Part | None:
+    """A part that was kept; None where there is none, or a damaged one, which is made again."""
+    try:
+        with path.open("rb") as raw, np.load(raw) as file:
+            arrays = {name: file[name] for name in file.files if name != "json"}
+            return {**arrays, **json.loads(file["json"].tobytes())}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None

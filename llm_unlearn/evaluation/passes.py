@@ -151,7 +151,7 @@ def made(
 ) -> dict[At, Part]:  # fmt: skip
     """The part of every job: from the cache where it was made before, else made now and kept as soon as it is there."""
     paths = {at: cache / f"{job.key}.npz" if cache else None for at, job in jobs.items()}
-    parts = {at: read_part(path) for at, path in paths.items() if path and path.is_file()}
+    parts = {at: part for at, path in paths.items() if path and (part := read_part(path)) is not None}
     if accelerator.num_processes > 1:  # all or nobody: a pass is work for every process
         parts = {at: part for at, part in parts.items() if all(gather_object([at in parts]))}
     lacking = {at: job for at, job in jobs.items() if at not in parts}

@@ -84,14 +84,6 @@ def behind(shots: Shots, one: EncodedSet, other: EncodedSet) -> list[Example]:
     return result
 
 
-def spelling(tokenizer: Any) -> str:
-    """Stands for all that decides how a tokenizer encodes a conversation."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    marks = {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()}
-    return fingerprint(rules, str(tokenizer.chat_template), marks)
-
-
 def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any) -> EncodedSet:
     """Read and encode one set; answers that do not fit into `max_tokens` are left out, with their row.
 

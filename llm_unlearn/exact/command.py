@@ -29,6 +29,9 @@ def engine(wanted: Recipe) -> Callable[..., Outcome]:
 
 def forget(options: argparse.Namespace) -> Reply:
     """Delete rows, measure again where the run was measured, and print what it cost."""
+    from llm_unlearn.exact import manifest
+
+    manifest.read(options.run)  # what is no store is said before anything heavy is read
     from llm_unlearn.exact import measuring
     from llm_unlearn.exact.foreseen import said
     from llm_unlearn.exact.forgetting import forget as delete

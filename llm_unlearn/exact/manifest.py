@@ -116,7 +116,7 @@ def read(folder: Path) -> Manifest:
         if data["format"] != FORMAT:
             raise Refused(f"{path}: format {data['format']!r}; this version reads {FORMAT}.")
         pieces = [Piece(**piece) for piece in data["pieces"]]
-        for key in (*(one.key for one in pieces), *data["serving"]):
+        for key in (*(one.key for one in pieces), *data.get("serving", ())):
             if not KEY.fullmatch(key):  # it is the name of a folder
                 raise ValueError(f"{key!r} is no piece's key")
         return Manifest(**{**data, "pieces": pieces})

@@ -61,7 +61,7 @@ def identified(source: Source, method: Exact) -> tuple[list[str], list[Row]]:
     Raises:
         Refused: the source cannot be read, or lacks a column.
     """
-    kept = rows(source)
+    kept = list(rows(source))
     for column in (method.id, method.owner if isinstance(method, Modules) else None):
         if column and column not in kept[0]:
             raise Refused(f"method: {source.source} has no column {column!r}; {near_column(column, kept[0])}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from llm_unlearn import folder
 from llm_unlearn.hub.fetching import ADAPTER_FILE, COMBINATION_FILE
+from llm_unlearn.outward import without_secrets
 from llm_unlearn.spec import Refused
 from llm_unlearn.withheld import local_name
 
@@ -87,7 +88,11 @@ def weights_of(run: Path) -> Path:
 def commit_of(place: Path) -> str | None:
     """The commit of a base from the hub, of which the adapter that was trained on it remembers the folder."""
     for file in sorted(place.rglob(ADAPTER_FILE)):
-        path = PurePath(str(json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")))
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{file}: cannot be read ({error}); expected what peft writes.") from None
+        path = PurePath(str(held.get("base_model_name_or_path") if isinstance(held, dict) else None))
         if path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name):
             return path.name
     return None
@@ -188,7 +193,7 @@ def stale(there: Iterable[str], pieces: Sequence[Piece]) -> list[str]:
 
 
 def check(pieces: Sequence[Piece], texts: Mapping[str, Sequence[str]], places: Iterable[Path]) -> None:
-    """See that no text that is published repeats a row, or names a folder of this machine.
+    """See that no text that is published repeats a row, names a folder of this machine, or holds a secret.
 
     Args:
         texts: set -> prompts and answers.
@@ -203,6 +208,10 @@ def check(pieces: Sequence[Piece], texts: Mapping[str, Sequence[str]], places: I
         said = one.text
         if said is None:
             continue
+        if without_secrets(said) != said:
+            raise Refused(
+                f"{one.path}: holds a token, key or login. Nothing was pushed; take it out, and have it replaced where it counts."
+            )
         if found := rows.quoted(said):
             raise Refused(
                 f"{one.path}: repeats words of {found}, which the run was to keep to itself. Nothing was pushed; "

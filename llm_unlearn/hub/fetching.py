@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn.source import HUB_ID
+from llm_unlearn.source import HUB_ID, missing
 from llm_unlearn.spec import Refused
 
 ADAPTER_FILE, COMBINATION_FILE = "adapter_config.json", "combination.json"
@@ -24,7 +24,7 @@ def named(name: str, revision: str | None = None) -> tuple[str, str | None]:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name can only mean something on the hub: it is shaped so, and nothing here has it."""
-    return bool(HUB_ID.fullmatch(named(name)[0])) and not os.path.exists(os.path.expanduser(name))
+    return bool(HUB_ID.fullmatch(named(name)[0])) and not missing(name) and not os.path.exists(os.path.expanduser(name))
 
 
 def adapter_on_hub(name: str) -> Path | None:

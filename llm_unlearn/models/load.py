@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def folder_of(name: str, revision: str | None = None, files: tuple[str, ...] = M
     Raises:
         Refused: no such folder, and no such id on the hub.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     if missing(name):

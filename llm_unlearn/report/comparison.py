@@ -49,6 +49,17 @@ def comparison_of(runs: Sequence[Run], notes: Sequence[str] = (), left_out: Sequ
     }
 
 
+def answered(runs: Sequence[Run], comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """`attacks` and `roc` of some runs of a comparison, which are read off answers that not all of them have in memory."""
+    every = {str(run["name"]): run for run in comparison["runs"]}
+    of_run: dict[str, dict[str, str]] = {}
+    for run in runs:
+        columns = run.results["models"]
+        own = {column: run.name for column in columns if column in JUDGED} or {column: run.name for column in list(columns)[:1]}
+        of_run[run.name] = own | {column: name for column in ("before", "retrained") if (name := every[run.name][column])}
+    return {"attacks": _attacks(runs, of_run), "roc": roc_of(runs, of_run)}
+
+
 def _baselines(runs: Sequence[Run]) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
     """The models that runs are compared with, each once; and run -> its own columns' names -> those of the comparison.
 
@@ -215,7 +226,7 @@ def roc_of(runs: Sequence[Run], of_run: Mapping[str, Mapping[str, str]]) -> dict
 
 
 def _probabilities(results: Results, name: str, column: str) -> list[float]:
-    found = (row["probability"].get(column) for row in results["answers"].get(name, ()))
+    found = (row.get("probability", {}).get(column) for row in results["answers"].get(name, ()))
     return [float(p) for p in found if p is not None and math.isfinite(float(p))]
 
 

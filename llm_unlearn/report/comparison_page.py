@@ -45,7 +45,7 @@ def comparison_page(comparison: Mapping[str, Any], runs: Sequence[Run]) -> str:
     in_order = [_column(str(run["name"]), comparison) | {"run": run} for run in comparison["runs"]]
     answers = answers_of(comparison, runs)
     return template(TEMPLATE).render(
-        title=f"{len(runs)} run{'' if len(runs) == 1 else 's'} on {comparison['suite']}",
+        title=f"{comparison.get('all', len(runs)):,} run{'' if len(runs) == 1 else 's'} on {comparison['suite']}",
         comparison=comparison,
         columns=columns,
         first=FIRST,

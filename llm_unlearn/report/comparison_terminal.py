@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -33,7 +33,7 @@ def print_comparison(comparison: Mapping[str, Any], console: Console | None = No
     console = console or Console(file=canvas("stdout"))
     if not console.is_terminal and console.width < PIPED:
         console.width = PIPED
-    _say(console, f"{_count(comparison['runs'])} on {comparison['suite']}", "bold")
+    _say(console, f"{_count(comparison.get('all', len(comparison['runs'])))} on {comparison['suite']}", "bold")
     beside = len(comparison["runs"]) <= FEW and NAME + CELL * len(comparison["columns"]) <= console.width
     console.print(_measures(comparison, console) if beside else _runs(comparison, console))
     for note in comparison["notes"]:
@@ -47,8 +47,8 @@ def print_comparison(comparison: Mapping[str, Any], console: Console | None = No
     _say(console, comparison["overall"], "bold")
 
 
-def _count(runs: Sequence[object]) -> str:
-    return f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+def _count(runs: int) -> str:
+    return f"{runs:,} run{'' if runs == 1 else 's'}"
 
 
 def _say(console: Console, text: str, style: str = "") -> None:

@@ -177,4 +177,6 @@ def _other_rows(runs: Sequence[Run]) -> list[str]:
                 notes.append(f"{run.name} was asked {len(found)} rows of {name}, {runs[0].name} {len(known)}.")
     if problems:
         raise Refused("\n".join(problems))
+    if len(notes) > MOST:
+        notes = [*notes[:MOST], f"{len(notes) - MOST:,} more of these: other runs were asked other numbers of rows, too."]
     return notes

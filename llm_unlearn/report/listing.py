@@ -17,6 +17,8 @@ from llm_unlearn.report.verdict import printable
 
 WIDE, LINE = 160, 1000
 """Widest table in a terminal, and in a pipe, where `grep` wants each method on a line of its own."""
+MANY = 1000
+"""More lines than these are written without a frame."""
 
 
 def print_methods(found: Sequence[tuple[Method, Recipe]], console: Console | None = None) -> None:
@@ -45,6 +47,12 @@ def print_methods(found: Sequence[tuple[Method, Recipe]], console: Console | Non
 def print_requests(found: Sequence[Sequence[str]], console: Console | None = None) -> None:
     """Print requests, a line each: number, state, kind, rows, due, model, added, reason."""
     console, _ = _sized(console)
+    if len(found) > MANY:  # a table is laid out as a whole, which takes minutes for a hundred thousand
+        widths = [max(map(len, column)) for column in zip(*found, strict=True)]
+        for cells in found:
+            line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+            console.file.write(writable(printable(line, LINE), console) + "\n")
+        return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("request", "state", "found by", "rows", "due", "model", "added", "reason"):
         table.add_column(name, overflow="fold", justify="right" if name in ("request", "rows") else "left")

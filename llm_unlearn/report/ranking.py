@@ -176,8 +176,10 @@ def ranked(methods: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points no other beats: none is at least as high in both and higher in one."""
-
-    def beaten(x: float, y: float) -> bool:
-        return any(a >= x and b >= y and (a, b) != (x, y) for a, b in points)
-
-    return [not beaten(x, y) for x, y in points]
+    top: dict[float, float] = {}  # x -> the highest y beside it
+    for x, y in points:
+        top[x] = max(y, top.get(x, y))
+    best, on = -math.inf, dict[float, bool]()
+    for x in sorted(top, reverse=True):
+        on[x], best = top[x] > best, max(best, top[x])
+    return [on[x] and y == top[x] for x, y in points]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*/ad
 """What a saved model or adapter is made of; of several adapters that are combined, each lies in a folder of its name."""
 
 Certificate = dict[str, Any]
+Hashes = Callable[[Path], dict[str, str]]
+"""A folder -> file name -> SHA-256."""
 
 
 def signing_key(folder: Path) -> Ed25519PrivateKey:
@@ -117,7 +119,7 @@ def read(text: str, name: str) -> Certificate:
     """
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not {"format", "request", "public_key", SIGNATURE} <= found.keys():
         raise Refused(f"{name}: not a certificate of this project.")
@@ -141,15 +143,16 @@ def signature_problems(certificate: Certificate, trusted: str | None) -> Iterabl
     try:
         public = Ed25519PublicKey.from_public_bytes(base64.b64decode(named))
         public.verify(base64.b64decode(certificate[SIGNATURE]), canonical(content).encode())
-    except (InvalidSignature, ValueError, TypeError):
+    except (InvalidSignature, ValueError, TypeError, RecursionError):
         yield "the signature does not fit: the certificate was changed after it was signed"
 
 
-def weight_problems(certificate: Certificate, output: Path) -> Iterable[str]:
+def weight_problems(certificate: Certificate, output: Path, hashes: Hashes) -> Iterable[str]:
     """Which of the weights it names are not, or not any more, as it says.
 
     Args:
         output: where the run folders are.
+        hashes: what `files_of` finds in a folder.
     """
     weights = certificate["weights"]
     for part in (*weights["before"], weights["after"]):
@@ -158,7 +161,7 @@ def weight_problems(certificate: Certificate, output: Path) -> Iterable[str]:
         if part["place"] != "output" and not Path(part["name"]).is_dir():
             continue  # a hub's model is not looked up again
         folder = output / part["name"] if part["place"] == "output" else Path(part["name"])
-        found = files_of(folder) if folder.is_dir() else {}
+        found = hashes(folder) if folder.is_dir() else {}
         if not found:
             yield f"weights {part['name']}: not there (looked in {folder})"
         for name in sorted({*found, *part["files"]}):

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llm_unlearn.requests.ledger import Ledger
-from llm_unlearn.requests.records import GENESIS, digest_of, link
+from llm_unlearn.requests.records import GENESIS, digest_of, digest_of_rows, link
 
 
 def problems(ledger: Ledger) -> list[str]:
     """Everything in a ledger that does not fit, a line each; none where it is as it was written.
 
-    A chain cannot tell that its newest events were cut off; the certificates can, as each names the event before it.
+    A chain cannot tell that its newest events were cut off; the certificates can, as each names the event before it. Tables and
+    events are read side by side, request by request: of a hundred thousand requests, one at a time is in memory.
     """
     with ledger.reading() as on:
-        events = on.execute("SELECT * FROM events ORDER BY n").fetchall()
-        return [*_chain(events), *_requests(ledger, on, events), *_runs(on, events), *_certificates(on, events)]
+        return [*_chain(on), *_requests(on), *_runs(on), *_certificates(on)]
 
 
 def hash_of_event(ledger: Ledger, number: int) -> str | None:
@@ -28,9 +28,9 @@ def hash_of_event(ledger: Ledger, number: int) -> str | None:
     return found["hash"] if found else None
 
 
-def _chain(events: Sequence[sqlite3.Row]) -> Iterable[str]:
+def _chain(on: sqlite3.Connection) -> Iterable[str]:
     before = GENESIS
-    for number, event in enumerate(events, 1):
+    for number, event in enumerate(on.execute("SELECT * FROM events ORDER BY n"), 1):
         said = {key: event[key] for key in ("at", "who", "what", "request", "run", "detail")}
         if event["n"] != number:
             yield f"event {number}: is missing"
@@ -41,34 +41,67 @@ def _chain(events: Sequence[sqlite3.Row]) -> Iterable[str]:
         before = event["hash"]
 
 
-def _told(events: Sequence[sqlite3.Row], about: str, number: int) -> dict[str, Any]:
+class _Beside:
+    """What a query finds, in the order of the number in its first column: taken number by number as another table goes up."""
+
+    def __init__(self, found: Iterator[sqlite3.Row]) -> None:
+        self.found = found
+        self.ahead = next(found, None)
+
+    def of(self, number: float) -> list[sqlite3.Row]:
+        """All that stands under this number; call `below` first."""
+        taken = []
+        while self.ahead is not None and self.ahead[0] == number:
+            taken.append(self.ahead)
+            self.ahead = next(self.found, None)
+        return taken
+
+    def below(self, number: float) -> list[int]:
+        """The numbers up to this one that nobody took."""
+        passed = dict[int, None]()
+        while self.ahead is not None and self.ahead[0] < number:
+            passed[self.ahead[0]] = None
+            self.ahead = next(self.found, None)
+        return list(passed)
+
+
+def _told(events: Sequence[sqlite3.Row]) -> dict[str, Any]:
     """What all events about a request or run say together, the later over the earlier."""
     found: dict[str, Any] = {}
     for event in events:
         detail = json.loads(event["detail"])
-        if event[about] == number and isinstance(detail, dict):
-            found.update(detail)
+        found.update(detail if isinstance(detail, dict) else {})
     return found
 
 
-def _requests(ledger: Ledger, on: sqlite3.Connection, events: Sequence[sqlite3.Row]) -> Iterable[str]:
-    found = {one["id"]: one for one in on.execute("SELECT * FROM requests ORDER BY id")}
-    for number in sorted({event["request"] for event in events if event["request"]} - set(found)):
-        yield f"request {number}: its events are there, and it is not"
-    for number, one in found.items():
-        told = _told([event for event in events if event["request"] == number], "request", number)
+def _requests(on: sqlite3.Connection) -> Iterable[str]:
+    events = _Beside(on.execute("SELECT request, detail FROM events WHERE request IS NOT NULL ORDER BY request, n"))
+    rows = _Beside(on.execute("SELECT request, id, content FROM rows ORDER BY request, id"))
+    for one in on.execute("SELECT * FROM requests ORDER BY id"):
+        number = one["id"]
+        yield from _lost(events.below(number))
+        rows.below(number)
+        told = _told(events.of(number))
         for key in ("state", "reason", "kind", "selector", "model", "due"):
             if one[key] != told.get(key, "" if key == "reason" else None):
                 yield f"request {number}: {key} is not what its events say"
         if digest_of(one["numbers"]) != told.get("numbers"):
             yield f"request {number}: its numbers are not those that were measured"
-        if ledger.rows_digest(on, number) != told.get("rows"):
+        if digest_of_rows(row[1:] for row in rows.of(number)) != told.get("rows"):
             yield f"request {number}: its rows are not those that were added"
+    yield from _lost(events.below(float("inf")))
 
 
-def _runs(on: sqlite3.Connection, events: Sequence[sqlite3.Row]) -> Iterable[str]:
+def _lost(numbers: Iterable[int]) -> Iterable[str]:
+    return (f"request {number}: its events are there, and it is not" for number in numbers)
+
+
+def _runs(on: sqlite3.Connection) -> Iterable[str]:
+    asked = "SELECT run, detail FROM events WHERE request IS NULL AND run IS NOT NULL ORDER BY run, n"
+    events = _Beside(on.execute(asked))
     for one in on.execute("SELECT * FROM runs ORDER BY id"):
-        told = _told([event for event in events if event["request"] is None], "run", one["id"])
+        events.below(one["id"])
+        told = _told(events.of(one["id"]))
         for key, column in (("run state", "state"), ("folder", "folder"), ("settings", "settings")):
             if one[column] != told.get(key):
                 yield f"run {one['id']}: {column} is not what its events say"
@@ -76,14 +109,17 @@ def _runs(on: sqlite3.Connection, events: Sequence[sqlite3.Row]) -> Iterable[str
             yield f"run {one['id']}: its numbers are not those that were measured"
 
 
-def _certificates(on: sqlite3.Connection, events: Sequence[sqlite3.Row]) -> Iterable[str]:
-    sealed = {}
-    for event in events:
+def _certificates(on: sqlite3.Connection) -> Iterable[str]:
+    sealed: dict[tuple[int, int], str] = {}
+    for event in on.execute('SELECT request, run, detail FROM events WHERE detail LIKE \'%"certificate":"%\' ORDER BY n'):
         detail = json.loads(event["detail"])
         if isinstance(detail, dict) and detail.get("certificate"):
             sealed[event["request"], event["run"]] = detail["certificate"]
-    found = {(one["request"], one["run"]): one["text"] for one in on.execute("SELECT * FROM certificates")}
-    for request, run in sorted({*sealed, *found}):
-        text = found.get((request, run))
-        if text is None or digest_of(text) != sealed.get((request, run)):
-            yield f"request {request}: its certificate of run {run} is not the one that was issued"
+    for one in on.execute("SELECT * FROM certificates ORDER BY request, run"):
+        if digest_of(one["text"]) != sealed.pop((one["request"], one["run"]), None):
+            yield _other(one["request"], one["run"])
+    yield from (_other(request, run) for request, run in sorted(sealed))
+
+
+def _other(request: int, run: int) -> str:
+    return f"request {request}: its certificate of run {run} is not the one that was issued"

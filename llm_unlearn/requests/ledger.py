@@ -11,19 +11,16 @@ import hmac
 import json
 import os
 import sqlite3
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn.durable import about, make_folder
+from llm_unlearn.requests.file import LedgerFile
 from llm_unlearn.requests.records import (
-    APPLICATION,
     GENESIS,
     PENDING,
     RUNNING,
-    VERSION,
     WITHDRAWN,
     Request,
     Row,
@@ -31,8 +28,8 @@ from llm_unlearn.requests.records import (
     Verdict,
     canonical,
     digest_of,
+    digest_of_rows,
     link,
-    make_tables,
     now,
     request_of,
     run_of,
@@ -49,79 +46,20 @@ class Ledger:
         Raises:
             Refused: the file is something else, or a ledger of another version.
         """
-        self.path, self.who = path, who
-        try:
-            make_folder(path.parent)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        except OSError as error:
-            raise Refused(f"{path}: the ledger cannot be opened ({error.strerror}).") from None
-        try:
-            with closing(self._open()) as connection:
-                self._begin(connection)
-                self.salt = bytes.fromhex(self._fact(connection, "salt"))
-                self.name = self._fact(connection, "ledger")
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise Refused(f"{path}: the ledger cannot be opened ({error}).") from None
-            raise Refused(f"{path}: not a ledger ({error}). Name another file in `ledger`.") from None
-
-    def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA synchronous = FULL")  # what was said to be done stays done when the power goes
-        return connection
-
-    def _begin(self, connection: sqlite3.Connection) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        whose = connection.execute("PRAGMA application_id").fetchone()[0]
-        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if not tables:
-            make_tables(connection)
-        connection.execute("COMMIT")
-        if tables and whose != APPLICATION:
-            raise Refused(f"{self.path}: another program's database, not a ledger of requests. Name another file in `ledger`.")
-        if tables and version != VERSION:
-            raise Refused(
-                f"{self.path}: a ledger of version {version}; this llm-unlearn reads version {VERSION}. Nothing was changed."
-            )
-        for attempt in range(200):  # the busy timeout does not hold for this switch
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError:
-                if attempt == 199:
-                    raise
-                time.sleep(0.05)
-
-    @staticmethod
-    def _fact(connection: sqlite3.Connection, name: str) -> str:
-        return str(connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0])
+        self.path, self.who, self._file = path, who, LedgerFile(path)
+        self.salt, self.name = bytes.fromhex(self._file.facts["salt"]), self._file.facts["ledger"]
 
     def digest(self, *parts: object) -> str:
         """HMAC-SHA256 of plain data under this ledger's salt, as 64 hexadecimal digits."""
         return hmac.new(self.salt, canonical(parts).encode(), hashlib.sha256).hexdigest()
 
-    @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> AbstractContextManager[sqlite3.Connection]:
         """A connection that sees one state of the ledger."""
-        with closing(self._open()) as connection:
-            connection.execute("BEGIN")
-            yield connection
-            connection.execute("COMMIT")
+        return self._file.reading()
 
-    @contextmanager
-    def change(self) -> Iterator[sqlite3.Connection]:
+    def change(self) -> AbstractContextManager[sqlite3.Connection]:
         """One transaction that writes: all of it, or nothing."""
-        with about(self.path), closing(self._open()) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
+        return self._file.change()
 
     def note(
         self, on: sqlite3.Connection, what: str, request: int | None = None, run: int | None = None, detail: object = None
@@ -179,8 +117,13 @@ class Ledger:
     def requests(self, *states: str, model: str | None = None) -> list[Request]:
         """The requests in these states, or all: those that are due first, first; then in the order of their adding."""
         with self.reading() as on:
-            found = [request_of(one) for one in on.execute("SELECT * FROM requests ORDER BY due IS NULL, due, id")]
-        return [one for one in found if (not states or one.state in states) and model in (None, one.model)]
+            asked = _narrowed("SELECT * FROM requests", states, model, "due IS NULL, due, id")
+            return [request_of(one) for one in on.execute(*asked)]
+
+    def row_counts(self) -> dict[int, int]:
+        """Request -> how many rows it means."""
+        with self.reading() as on:
+            return {one[0]: one[1] for one in on.execute("SELECT request, count(*) FROM rows GROUP BY request")}
 
     def request(self, number: int) -> Request:
         """One request.
@@ -188,11 +131,13 @@ class Ledger:
         Raises:
             Refused: there is none of this number.
         """
-        found = {one.id: one for one in self.requests()}
-        if number not in found:
-            there = ", ".join(map(str, sorted(found))) or "none"
+        with self.reading() as on:
+            found = on.execute("SELECT * FROM requests WHERE id = ?", (number,)).fetchone()
+            last = on.execute("SELECT coalesce(max(id), 0) FROM requests").fetchone()[0]
+        if found is None:
+            there = f"1 to {last}" if last > 1 else "1" if last else "none"
             raise Refused(f"request {number}: not in the ledger {self.path}; there are: {there}.")
-        return found[number]
+        return request_of(found)
 
     def rows_of(self, request: int) -> list[Row]:
         """The rows of a request, in the order in which they were found."""
@@ -203,8 +148,7 @@ class Ledger:
     @staticmethod
     def rows_digest(on: sqlite3.Connection, request: int) -> str:
         """One hash of all rows of a request."""
-        found = on.execute("SELECT id, content FROM rows WHERE request = ? ORDER BY id", (request,)).fetchall()
-        return str(digest_of(canonical([list(one) for one in found])))
+        return digest_of_rows(on.execute("SELECT id, content FROM rows WHERE request = ? ORDER BY id", (request,)))
 
     def move(self, request: int, expected: Sequence[str], state: str, what: str, reason: str = "") -> Request:
         """Put a request by hand into another state.
@@ -265,12 +209,13 @@ class Ledger:
     def runs(self, *states: str, model: str | None = None) -> list[Run]:
         """The runs in these states, or all, in their order."""
         with self.reading() as on:
-            found = [run_of(one) for one in on.execute("SELECT * FROM runs ORDER BY id")]
-        return [one for one in found if (not states or one.state in states) and model in (None, one.model)]
+            return [run_of(one) for one in on.execute(*_narrowed("SELECT * FROM runs", states, model, "id"))]
 
     def served_by(self, run: int) -> list[Request]:
         """The requests that a run under way has claimed."""
-        return [one for one in self.requests(RUNNING) if one.run == run]
+        with self.reading() as on:
+            asked = "SELECT * FROM requests WHERE run = ? AND state = ? ORDER BY due IS NULL, due, id"
+            return [request_of(one) for one in on.execute(asked, (run, RUNNING))]
 
     def finish(
         self, run: int, state: str, verdicts: Sequence[Verdict], numbers: Sequence[object], notes: Sequence[str] = ()
@@ -313,3 +258,29 @@ class Ledger:
         with self.reading() as on:
             found = on.execute("SELECT * FROM certificates ORDER BY run, request").fetchall()
         return {(one["request"], one["run"]): one["text"] for one in found}
+
+    def count_certificates(self) -> int:
+        """How many there are."""
+        with self.reading() as on:
+            return int(on.execute("SELECT count(*) FROM certificates").fetchone()[0])
+
+    def each_certificate(self) -> Iterator[tuple[int, int, str]]:
+        """Request, run and certificate, in the order of requests and their runs; only a few are in memory at a time."""
+        request = run = 0
+        while True:
+            with self.reading() as on:
+                asked = "SELECT * FROM certificates WHERE (request, run) > (?, ?) ORDER BY request, run LIMIT 500"
+                block = on.execute(asked, (request, run)).fetchall()
+            if not block:
+                return
+            for one in block:
+                request, run = one["request"], one["run"]
+                yield request, run, one["text"]
+
+
+def _narrowed(asked: str, states: Sequence[str], model: str | None, order: str) -> tuple[str, tuple[str, ...]]:
+    """A query for what is in these states and of this model, where they are given, and its values."""
+    parts = [f"state IN ({', '.join('?' * len(states))})"] if states else []
+    parts += ["model = ?"] if model is not None else []
+    where = f" WHERE {' AND '.join(parts)}" if parts else ""
+    return f"{asked}{where} ORDER BY {order}", (*states, *([] if model is None else [model]))

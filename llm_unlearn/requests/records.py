@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,6 +113,11 @@ def digest_of(text: str | None) -> str | None:
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
+def digest_of_rows(found: Iterable[Sequence[str]]) -> str:
+    """One hash of the rows of a request: id and content of each, in the order of their ids."""
+    return hashlib.sha256(canonical([list(one) for one in found]).encode()).hexdigest()
+
+
 def link(previous: str, number: int, event: Mapping[str, Any]) -> str:
     """The hash of an event: SHA-256 of the hash before it, its number, and all that it says."""
     return hashlib.sha256(canonical([previous, number, dict(event)]).encode()).hexdigest()
@@ -136,8 +143,47 @@ def _statements(script: str) -> Iterator[str]:
             text = ""
 
 
+LARGE = 64 << 20
+"""Bytes of a ledger that is not looked through at every opening."""
+
+
+def check_file(path: Path) -> None:
+    """Look at a ledger without touching it, not even its journal: what is damaged or somebody else's stays as it is.
+
+    Raises:
+        Refused: it is no ledger, of another version, or damaged.
+    """
+    journal = path.with_name(f"{path.name}-wal")
+    if not path.stat().st_size or journal.exists():  # new; or others are writing, and SQLite itself keeps them apart
+        return
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as on:
+            whose, version = (on.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+            tables = {name for (name,) in on.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            small = path.stat().st_size < LARGE  # page by page; of a large one `requests verify` reads every row
+            said = on.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
+            facts = dict(on.execute("SELECT name, value FROM facts")) if "facts" in tables else {}
+    except sqlite3.DatabaseError as error:
+        if journal.exists():
+            return
+        raise Refused(f"{path}: not a ledger, or a damaged one ({error}). Put a copy back, or name another in `ledger`.") from None
+    if tables and whose != APPLICATION:
+        raise Refused(f"{path}: another program's database, not a ledger of requests. Name another file in `ledger`.")
+    if tables and version != VERSION:
+        raise Refused(f"{path}: a ledger of version {version}; this llm-unlearn reads version {VERSION}. Nothing was changed.")
+    if tables and (lacking := TABLES - tables):
+        said = f"table {min(lacking)} is gone"
+    elif tables and not (re.fullmatch("[0-9a-f]{64}", str(facts.get("salt"))) and facts.get("ledger")):
+        said = "its salt or its name is gone"
+    if said != "ok" and not journal.exists():
+        raise Refused(f"{path}: a damaged ledger ({said}). Put a copy back; nothing was changed.")
+
+
+TABLES = {"facts", "runs", "requests", "rows", "certificates", "events"}
+
+
 def request_of(found: sqlite3.Row) -> Request:
-    return Request(**{**dict(found), "numbers": json.loads(found["numbers"]) if found["numbers"] else None})
+    return Request(**{**dict(found), "numbers": _numbers(found, "request")})
 
 
 def run_of(found: sqlite3.Row) -> Run:
@@ -145,4 +191,13 @@ def run_of(found: sqlite3.Row) -> Run:
     if Path(str(found["folder"])).name != found["folder"]:
         said = f"run {found['id']} of the ledger: folder: found {found['folder']!r}; expected a name"
         raise Refused(f"{said}. The ledger was changed.")
-    return Run(**{**dict(found), "numbers": json.loads(found["numbers"]) if found["numbers"] else None})
+    return Run(**{**dict(found), "numbers": _numbers(found, "run")})
+
+
+def _numbers(found: sqlite3.Row, what: str) -> Any:
+    try:
+        return json.loads(found["numbers"]) if found["numbers"] else None
+    except (ValueError, RecursionError):
+        raise Refused(
+            f"the ledger's {what} {found['id']}: its numbers are not what was written; put a copy of the ledger back."
+        ) from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.data.files import Row as DataRow
 from llm_unlearn.reply import BUSY, DONE, INTERRUPTED, UNFIT
+from llm_unlearn.report.verdict import listed
 from llm_unlearn.requests.certificate import signed
 from llm_unlearn.requests.judging import findings, of_request
 from llm_unlearn.requests.ledger import Ledger
@@ -22,6 +23,9 @@ from llm_unlearn.thresholds import Finding, reason_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+NAMED = 20
+"""So many requests are named in a line."""
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Desk:
             if found == INTERRUPTED:
                 return found
             worst = max(worst, found)
-        attention = ", ".join(str(one.id) for one in self.ledger.requests(ATTENTION))
+        attention = listed((str(one.id) for one in self.ledger.requests(ATTENTION)), NAMED)
         if not waiting:
             self.say("nothing is pending")
         if attention:
@@ -74,9 +78,12 @@ class Desk:
 
     def _serve(self, model: str) -> int:
         """All runs of one model, which this process holds."""
-        worst = DONE
+        worst, looked_at = DONE, set[int]()
         while True:
             for one in self.ledger.requests(PENDING, model=model):
+                if one.id in looked_at:  # the data was read once
+                    continue
+                looked_at.add(one.id)
                 if problem := rows_problem(self.ledger.rows_of(one.id), self.data, self.office, self.ledger):
                     self.ledger.move(one.id, [PENDING], ATTENTION, ATTENTION, problem)
                     self.say(f"request {one.id}: {ATTENTION}: {problem}")
@@ -101,7 +108,7 @@ class Desk:
         mine = self.ledger.served_by(run.id)
         work, unmeasured = self._work(run, mine)
         count = sum(len(ids) for ids in work.requests.values())
-        names = ", ".join(str(one.id) for one in mine)
+        names = listed((str(one.id) for one in mine), NAMED)
         what = "goes on with" if resumed else "serves"
         self.say(f"run {run.id} {what} request{'s' * (len(mine) > 1)} {names} ({count} rows) on {run.model}: {work.output}")
         try:
@@ -121,16 +128,23 @@ class Desk:
 
     def _work(self, run: Run, mine: Sequence[Request]) -> tuple[Work, list[int]]:
         """What a run is to do, and the earlier requests that cannot be measured again, as their rows are gone."""
-        rows = {one.id: self.ledger.rows_of(one.id) for one in self.ledger.requests(model=run.model) if one.state != WITHDRAWN}
-        earlier = [one.id for one in self.ledger.requests(FULFILLED, model=run.model)]
-        unmeasured = [one for one in earlier if rows_problem(rows[one], self.data, self.office, self.ledger)]
-        ids = {one: [row.id for row in found] for one, found in rows.items()}
+        ids: dict[int, list[RowId]] = {}
+        earlier, unmeasured = list[int](), list[int]()
+        for one in self.ledger.requests(model=run.model):
+            if one.state == WITHDRAWN:
+                continue
+            rows = self.ledger.rows_of(one.id)
+            ids[one.id] = [row.id for row in rows]
+            if one.state == FULFILLED:
+                earlier.append(one.id)
+                if rows_problem(rows, self.data, self.office, self.ledger):
+                    unmeasured.append(one.id)
         asked = {one.id for one in mine}
-        gone = dict.fromkeys(row for one, found in ids.items() if one not in asked for row in found if row in self.data)
+        gone = dict.fromkeys(row for number, found in ids.items() if number not in asked for row in found if row in self.data)
         work = Work(
             model=run.model,
-            requests={one: ids[one] for one in sorted(asked)},
-            earlier={one: ids[one] for one in sorted(earlier) if one not in unmeasured},
+            requests={number: ids[number] for number in sorted(asked)},
+            earlier={number: ids[number] for number in sorted(set(earlier) - set(unmeasured))},
             gone=tuple(gone),
             before=[self.office.output / one.folder for one in self.ledger.runs("accepted", model=run.model)],
             output=self.office.output / run.folder,

@@ -6,6 +6,7 @@ import argparse
 import getpass
 import socket
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -23,6 +24,8 @@ from llm_unlearn.spec import Refused
 
 SHOWN = 20
 """So many rows of a request are shown before it is put in."""
+LISTED = 200
+"""So many requests are listed where nobody asks for all."""
 
 
 def _office(options: argparse.Namespace) -> Office:
@@ -122,31 +125,27 @@ def _preview(found: Sequence[Found], office: Office, of: int, show_text: bool) -
 
 def show(options: argparse.Namespace) -> Reply:
     _, ledger = _open(options)
-    today = date.today().isoformat()
-    found = [(one, len(ledger.rows_of(one.id)), is_overdue(one, today)) for one in ledger.requests()]
+    today, rows = date.today().isoformat(), ledger.row_counts()
+    found = [(one, rows.get(one.id, 0), is_overdue(one, today)) for one in ledger.requests(*(options.state or ()))]
     keys = ("id", "state", "reason", "kind", "model", "due", "added", "run")
-    said = [{key: getattr(one, key) for key in keys} | {"rows": rows, "overdue": late} for one, rows, late in found]
+    said = [{key: getattr(one, key) for key in keys} | {"rows": count, "overdue": late} for one, count, late in found]
     if not found:
-        print("no requests")
+        print(f"no requests{' in this state' if options.state else ''}")
         return Reply(facts={"requests": said})
     from llm_unlearn.report.listing import print_requests
 
-    print_requests(
-        [
-            (
-                str(one.id),
-                one.state,
-                one.kind,
-                str(rows),
-                f"{one.due or ''}{' overdue' * late}",
-                one.model,
-                one.added[:10],
-                one.reason,
-            )
-            for one, rows, late in found
-        ]
-    )
+    shown = found if options.all else found[:LISTED]
+    print_requests([_cells(one, count, late) for one, count, late in shown])
+    if len(shown) < len(found):
+        states = ", ".join(f"{count} {state}" for state, count in Counter(one.state for one, _, _ in found).items())
+        print(f"… and {len(found) - len(shown):,} more of {len(found):,} ({states}); see --state, --all and --json")
     return Reply(facts={"requests": said})
+
+
+def _cells(one: Request, rows: int, late: bool) -> tuple[str, ...]:
+    """A request as a line of a table."""
+    due = f"{one.due or ''}{' overdue' * late}"
+    return str(one.id), one.state, one.kind, str(rows), due, one.model, one.added[:10], one.reason
 
 
 def is_overdue(request: Request, today: str) -> bool:
@@ -178,13 +177,13 @@ def verify(options: argparse.Namespace) -> Reply:
         for path in options.certificates:
             if not path.is_file():
                 raise Refused(f"{path}: no such file (looked from {Path.cwd()}).")
-            text, output = path.read_text(encoding="utf-8"), office.output if office else None
+            text, output = path.read_text(encoding="utf-8", errors="replace"), office.output if office else None
             found += [f"{path}: {said}" for said in verifying.of_certificate(text, str(path), ledger, output, trusted)]
         what = f"{len(options.certificates)} certificates" + (", signatures only: no service file here" if alone else "")
     else:
         assert office and ledger and trusted
         found = verifying.of_ledger(ledger, office.output, trusted)
-        what = f"the ledger {office.ledger} and its {len(ledger.certificates())} certificates"
+        what = f"the ledger {office.ledger} and its {ledger.count_certificates():,} certificates"
     for line in found:
         print(line, file=sys.stderr)
     signer = f"signed with {trusted}" if trusted else "by whom was not checked: give --key PEM"
@@ -194,12 +193,13 @@ def verify(options: argparse.Namespace) -> Reply:
 
 def export(options: argparse.Namespace) -> Reply:
     _, ledger = _open(options)
-    newest = {request: (run, text) for (request, run), text in ledger.certificates().items()}
     key = signing_key(options.config)
-    for request, (_, text) in newest.items():
+    states = {one.id: one.state for one in ledger.requests()}
+    newest: dict[int, int] = {}
+    for request, run, text in ledger.each_certificate():  # the newest of a request comes last, and stays
+        newest[request] = run
         folder.write(options.folder / f"request-{request}.json", text)
     folder.write(options.folder / PUBLIC, public_pem(key))
-    states = {one.id: one.state for one in ledger.requests()}
     print(f"{options.folder}: {len(newest)} certificates and {PUBLIC}")
     for request in newest:
         if states[request] != FULFILLED:

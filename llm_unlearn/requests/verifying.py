@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn import folder
 from llm_unlearn.requests import chain
-from llm_unlearn.requests.certificate import STORE, files_of, read, signature_problems, weight_problems
+from llm_unlearn.requests.certificate import STORE, Hashes, files_of, read, signature_problems, weight_problems
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.records import FULFILLED
 from llm_unlearn.requests.serving import row_seal
@@ -23,18 +24,19 @@ def of_ledger(ledger: Ledger, output: Path, trusted: str) -> list[str]:
         output: where the run folders are.
         trusted: the public key that must have signed.
     """
-    found = chain.problems(ledger)
-    certificates = ledger.certificates()
-    stores = set[Path]()
-    for (request, run), text in certificates.items():
+    found, stores, certified = chain.problems(ledger), set[Path](), set[tuple[int, int | None]]()
+    hashes, said = cache(files_of), cache(lambda run: _said(ledger, run))  # of weights that many certificates name
+    for request, run, text in ledger.each_certificate():
+        certified.add((request, run))
         name = f"request {request}, certificate of run {run}"
-        found += [f"{name}: {problem}" for problem in of_certificate(text, name, ledger, output, trusted)]
+        found += [f"{name}: {problem}" for problem in of_certificate(text, name, ledger, output, trusted, hashes)]
         if not list(of_certificate(text, name, None, None, trusted)) and _of_store(certificate := read(text, name)):
             stores.add(_adapter(certificate).parent)
+    newest: dict[str, int] = {run.model: run.id for run in ledger.runs("accepted")}  # in their order
     for one in ledger.requests(FULFILLED):
-        newest = max((run.id for run in ledger.runs("accepted", model=one.model)), default=None)
-        if (one.id, newest) not in certificates and not _said(ledger, newest, one.id):
-            found.append(f"request {one.id}: is fulfilled, and has no certificate on the newest weights (run {newest})")
+        last = newest.get(one.model)
+        if (one.id, last) not in certified and f"request {one.id}" not in said(last):
+            found.append(f"request {one.id}: is fulfilled, and has no certificate on the newest weights (run {last})")
     return found + [f"{store}: {text}" for store in sorted(stores) for text in _store_problems(store)]
 
 
@@ -56,7 +58,7 @@ def _store_problems(store: Path) -> list[str]:
         return [str(error)]
 
 
-def _against_store(certificate: dict[str, Any]) -> list[str]:
+def _against_store(certificate: dict[str, Any], hashes: Hashes) -> list[str]:
     """Whether a store is as a certificate says, unless a later deletion has replaced its weights."""
     from llm_unlearn.exact.manifest import FILE, read
 
@@ -69,15 +71,18 @@ def _against_store(certificate: dict[str, Any]) -> list[str]:
     if len(manifest.deletions) > after["deletions"]:
         return []
     manifest_is = folder.sha256(adapter.parent / FILE) == after["manifest"]
-    checks = ((manifest_is, adapter.parent / FILE), (files_of(adapter) == after["files"], f"weights {adapter}"))
+    checks = ((manifest_is, adapter.parent / FILE), (hashes(adapter) == after["files"], f"weights {adapter}"))
     return [f"{what}: not as it was certified" for holds, what in checks if not holds]
 
 
-def of_certificate(text: str, name: str, ledger: Ledger | None, output: Path | None, trusted: str | None) -> Iterable[str]:
+def of_certificate(
+    text: str, name: str, ledger: Ledger | None, output: Path | None, trusted: str | None, hashes: Hashes = files_of
+) -> Iterable[str]:
     """All that does not fit in one certificate.
 
     Args:
         ledger, output: its ledger and the run folders; None checks the signature alone.
+        hashes: a folder -> the SHA-256 of its files.
     """
     try:
         certificate = read(text, name)
@@ -87,8 +92,8 @@ def of_certificate(text: str, name: str, ledger: Ledger | None, output: Path | N
     if found:  # what nobody signed may have any shape
         return found
     if output:
-        found += _against_store(certificate) if _of_store(certificate) else []
-        found += weight_problems(certificate, output)
+        found += _against_store(certificate, hashes) if _of_store(certificate) else []
+        found += weight_problems(certificate, output, hashes)
     return found + (_against_ledger(certificate, ledger) if ledger else [])
 
 
@@ -103,9 +108,9 @@ def _against_ledger(certificate: dict[str, Any], ledger: Ledger) -> list[str]:
     return []
 
 
-def _said(ledger: Ledger, run: int | None, request: int) -> bool:
-    """Whether the newest run says why it did not measure a request again."""
+def _said(ledger: Ledger, run: int | None) -> set[str]:
+    """The requests of which a run says why it did not measure them again."""
     with ledger.reading() as on:
         events = on.execute("SELECT detail FROM events WHERE what = 'run accepted' AND run = ?", (run,)).fetchall()
-    notes = [note for event in events for note in json.loads(event["detail"])["notes"]]
-    return any(note.startswith(f"request {request}: not measured again") for note in notes)
+    notes = [note.partition(": not measured again") for event in events for note in json.loads(event["detail"])["notes"]]
+    return {request for request, found, _ in notes if found}

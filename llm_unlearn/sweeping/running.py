@@ -51,7 +51,7 @@ class Job:
 
     def command(self, point: Point, name: str) -> list[str]:
         """The child process of one trial."""
-        return [sys.executable, "-m", "llm_unlearn", "run", str(self.path), *self.settings(point, name), "--resume", "--debug"]
+        return [sys.executable, "-m", "llm_unlearn", "run", str(self.path), *self.settings(point, name), "--resume"]
 
     def wanted(self, point: Point, name: str) -> recipe.Recipe:
         """The recipe of one trial."""

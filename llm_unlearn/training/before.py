@@ -7,7 +7,7 @@ once, in one pass over the examples that the run sees: log-probabilities (4 byte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from llm_unlearn.bars import Bar
 from llm_unlearn.data.batch import cut
 from llm_unlearn.data.examples import Example
+from llm_unlearn.data.tokens import Some, lengths_of, targets_of
 from llm_unlearn.durable import whole
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal, has_adapter
@@ -62,17 +63,14 @@ class Choice:
 
     way: Asking
     asked: Asked
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     """Those that the run sees."""
     visits: int
     """Tokens of all visits of the run, which `adapter_off` and `copy` pass through the model."""
     bytes: int
     """Of what is kept, or would be."""
-
-    @property
-    def tokens(self) -> int:
-        """Of the examples, each once, which `kept` passes through the model."""
-        return sum(len(example.ids) for example in self.examples)
+    tokens: int
+    """Of the examples, each once, which `kept` passes through the model."""
 
 
 def choices(job: Job, adapter: bool, hidden: int, size: int) -> dict[str, Choice]:
@@ -87,15 +85,15 @@ def choices(job: Job, adapter: bool, hidden: int, size: int) -> dict[str, Choice
     for stream, asked in job.needs.items():
         if not asked.run:
             continue
-        examples = tuple(job.examples[stream][i] for i in job.schedule.seen(stream))
-        lengths = [len(example.ids) for example in job.examples[stream]]
+        seen, lengths = job.schedule.seen(stream), lengths_of(job.examples[stream])
+        examples, tokens = Some(job.examples[stream], seen), int(lengths[seen].sum())
         of_stream = job.schedule.example[job.schedule.stream == job.schedule.streams.index(stream)]
-        visits = sum(lengths[i] for i in of_stream)
-        targets = sum(example.targets for example in examples)
+        visits = int(lengths[of_stream].sum())
+        targets = int(targets_of(job.examples[stream])[seen].sum())
         size_kept = targets * sum(4 if column == LOGPS else hidden * size for column in asked.columns)
-        one = Choice("kept", asked, examples, visits, size_kept)
-        if wanted or (adapter and (one.tokens >= visits or size_kept > MOST)):
-            one = Choice(wanted or "adapter_off", asked, examples, visits, size_kept)
+        one = Choice("kept", asked, examples, visits, size_kept, tokens)
+        if wanted or (adapter and (tokens >= visits or size_kept > MOST)):
+            one = Choice(wanted or "adapter_off", asked, examples, visits, size_kept, tokens)
         found[stream] = one
     return found
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import Schedule
+from llm_unlearn.data.tokens import lengths_of
 from llm_unlearn.models.depth import Layers
 from llm_unlearn.models.reference import Asked
 from llm_unlearn.objectives.representation import Lunar
@@ -23,7 +24,7 @@ class Job:
     """What is to be trained on what. `examples` are those of every stream, in the order that the schedule's indices mean."""
 
     terms: Mapping[str, Term]
-    examples: Mapping[str, list[Example]]
+    examples: Mapping[str, Sequence[Example]]
     schedule: Schedule
     settings: Train
     seed: int = 0
@@ -46,7 +47,8 @@ class Job:
     def longest(self) -> int:
         """Tokens of the longest example that the run sees."""
         streams = {name for name in self.read if name in self.schedule.streams}
-        return max((len(self.examples[name][i].ids) for name in streams for i in self.schedule.seen(name)), default=1)
+        seen = {name: self.schedule.seen(name) for name in streams}
+        return max((int(lengths_of(self.examples[name])[one].max()) for name, one in seen.items() if len(one)), default=1)
 
     @cached_property
     def every_term(self) -> dict[str, Term]:
