@@ -279,7 +279,7 @@ def test_the_embedded_model_writes_alternates_that_a_recipe_reads(
     from llm_unlearn.data.reading import read_examples
 
     monkeypatch.setenv("LLM_UNLEARN_CACHE", str(cache))
-    words = ["alternates", "r.yaml", "data.forget.limit=4", "--k", "3", "--output", "a/b.jsonl"]
+    words = ["alternates", "r.yaml", "data.forget.limit=4", "--k", "3", "--show-text", "--output", "a/b.jsonl"]
     assert main(words) == 0
     said = capsys.readouterr().out
     first = Path("a/b.jsonl").read_bytes()
