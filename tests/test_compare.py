@@ -519,7 +519,7 @@ def test_two_models_are_measured_once_and_compared(
 
     def evaluate(other: Any = suite) -> int:
         found = candidates.candidates_of([str(trained / "done"), str(trained / "begun")], [], None, None)
-        return many.evaluate(many.Asked(other, "quick", found, str(tiny_base), output, False), tmp_path / "cache")
+        return many.evaluate(many.Asked(other, "quick", found, str(tiny_base), output, False), tmp_path / "cache").status
 
     monkeypatch.setattr(many, "see_checkpoint", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
