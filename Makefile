@@ -2,6 +2,7 @@
 # make audit: known vulnerabilities in what is installed (says so where no index of them can be asked)
 # make docs: build the site into site/, where a warning is an error
 PYTHON ?= python3
+unexport PYTHONDONTWRITEBYTECODE  # where it is set, each of many processes would compile all libraries anew, for ten seconds
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -6,6 +6,7 @@ Plain data is text, numbers, true, false, null, lists and keys: no tag makes an 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ REPEATED = 100_000
 """Characters that all aliases (*name) may stand for together."""
 LARGEST, MOST = 1 << 22, 200_000
 """Bytes of a settings file, and values in it, such as row ids. A value takes a kilobyte as it is read, and 25 µs."""
+PLAINLY = {
+    "bool": re.compile("true|false", re.IGNORECASE),
+    "int": re.compile("[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"),
+    "float": re.compile("[^_:]*"),
+}
+"""How a value is written that every reader of YAML takes for the same; `no` may be a country, 0042 an id or 34, 1:30 a time."""
 DIGITS = 400
 """Characters of a number."""
 PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "map", "seq", "merge")}
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 with the numbers of YAML 1.2: `1e-5` is a float, as everybody expects, not a string."""
+    """YAML 1.1, in which `1e-5` is a float, as everybody expects, not a string. What else the two versions of YAML read as
+    different things is refused (`PLAINLY`)."""
 
     depth = count = 0
 
@@ -109,6 +117,10 @@ class Lines:
         kind = node.tag.rpartition(":")[2]
         if kind == "timestamp":
             return node.value
+        if kind in PLAINLY and not PLAINLY[kind].fullmatch(node.value):
+            meant = "true or false" if kind == "bool" else "a plain number"
+            found = f"found {shown(node.value)}, which some read as {kind}, others as text"
+            raise Refused(f"{where}: {found}; write {meant}, or quote it.")
         try:
             if kind in ("int", "float") and len(node.value) > DIGITS:
                 raise ValueError

@@ -109,6 +109,11 @@ def source_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
             yield path, f"found {name!r}; {nearest(name, [f'embedded:{one}' for one in EMBEDDED])}"
         elif missing(name):
             yield path, f"no such file or folder: {name} (looked from {Path.cwd()})."
+    if source.split and _split(source) != source.split and Path(os.path.expanduser(source.source)).is_file():
+        yield (
+            ("split",),
+            f"found {source.split!r}, a part of a data set; {source.source} is one file. Use limit, where, or a file of its own.",
+        )
 
 
 EMBEDDED = (*SPLITS, "refusals", "german")
@@ -150,12 +155,17 @@ class Read(Protocol):
 
 def same_data(one: Read, other: Read) -> bool:
     """Whether two read the same data, also where a local file goes by two names; which rows they choose of it may differ."""
-    if (one.config, one.split or "train") != (other.config, other.split or "train"):
+    if one.config != other.config or _split(one) != _split(other):
         return False
     if one.source == other.source:
         return True
     a, b = Path(os.path.expanduser(one.source)), Path(os.path.expanduser(other.source))
     return a.exists() and b.exists() and a.samefile(b)
+
+
+def _split(one: Read) -> str:
+    """The split, without the part of it that `train[:90%]` names."""
+    return re.split(r"[\[+]", one.split or "train")[0]
 
 
 def is_recipe(name: str) -> bool:

@@ -41,6 +41,10 @@ def near_column(found: object, columns: Iterable[str]) -> str:
     return f"{nearest(found, plain_names).removesuffix('.')}, and {what}" if plain_names else f"there are {what[:1]}{what[1:]}"
 
 
+QUOTED = re.compile(r"""'(\\.|[^'\\])*('|\\?$)|"(\\.|[^"\\])*("|\\?$)|`[^`]*`?|\u201c[^\u201d]*\u201d?""", re.DOTALL)
+"""A quotation, up to its end, or to that of all; a quotation mark behind a backslash is part of it."""
+
+
 def without_quotes(text: str) -> str:
     """What a library says, without what it quotes: that may be words of a row."""
-    return re.sub(r"'[^']*'?|\"[^\"]*\"?|`[^`]*`?|\u201c[^\u201d]*\u201d?", "'…'", text)
+    return QUOTED.sub("'…'", text)

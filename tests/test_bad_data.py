@@ -97,7 +97,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "latin.jsonl": (GOOD.encode() + GOOD.replace("W", "é").encode("latin-1"), "latin.jsonl:2: not text in UTF-8"),
     "latin.csv": ("question,answer\né,b\n".encode("latin-1"), "latin.csv:2: not text in UTF-8"),
     "latin.txt": ("né".encode("latin-1"), "latin.txt:1: not text in UTF-8"),
-    "binary.jsonl": (bytes(range(1, 256)), "binary.jsonl:2: not text in UTF-8"),
+    "binary.jsonl": (bytes(range(1, 256)), "binary.jsonl:1: not a line of JSON"),
     "page.jsonl": (b"<!DOCTYPE html><html></html>", "page.jsonl:1: not a line of JSON"),
     "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "pointer.jsonl:1: not a line of JSON"),
     # CSV
@@ -332,6 +332,11 @@ def test_values_are_what_the_file_says(tmp_path: Path) -> None:
     (tmp_path / "lines.json").write_text((tmp_path / "a.jsonl").read_text())
     for name in ("a.jsonl", "a.json", "lines.json"):
         assert read(str(tmp_path / name)) == wanted
+    (tmp_path / "ids.csv").write_text("a,b,c,d\n0042,1234567890123456789,1,1e3\n42,1,1.50,+.5\n")
+    assert read(str(tmp_path / "ids.csv")) == [
+        {"a": "0042", "b": "1234567890123456789", "c": 1.0, "d": 1000.0},
+        {"a": "42", "b": "1", "c": 1.5, "d": 0.5},
+    ]
     (tmp_path / "a.csv").write_text('question,n,x,b,e\r\n007,1,0.5,True,\r\nNA,-2,1e3,false,\r\n"a\nb, ""c""",3,.5,TRUE,\r\n')
     assert read(str(tmp_path / "a.csv")) == [
         {"question": "007", "n": 1, "x": 0.5, "b": True, "e": None},

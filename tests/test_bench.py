@@ -504,7 +504,7 @@ def test_ctrl_c_ends_the_children_and_says_how_to_go_on(
         deadline = time.monotonic() + 30
         while not (here / "hanging.txt").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(os.getpid(), sent)
+        signal.raise_signal(sent)
 
     before = signal.getsignal(sent)
     thread = threading.Thread(target=interrupt)
@@ -530,9 +530,9 @@ def test_a_second_ctrl_c_ends_children_that_do_not_listen(here: Path) -> None:
         deadline = time.monotonic() + 30
         while not (here / "on").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()

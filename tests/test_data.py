@@ -341,6 +341,10 @@ def refusal(source: Source) -> str:
         ),
         ({"prompt": "question", "answer": "answer", "perturbed": "wrong"}, "perturbed names column 'wrong'"),
         (
+            {"prompt": "question", "answer": "answer", "where": {"kind": ("who", "hwo", "whn")}},
+            "where: 2 of 3 values stand in no row, the first of them 'kind' = 'hwo'",
+        ),
+        (
             {"prompt": "question", "answer": "answer", "where": {"year": 1900}},
             "no rows are left after where on year",
         ),
@@ -428,6 +432,17 @@ def test_rows_in_both_sets_leave_the_retain_set_where_the_recipe_says_so(tmp_pat
 def test_the_same_question_with_another_answer_is_no_overlap(tmp_path: Path, embedded: Any) -> None:
     data = Data(forget=pairs(table(tmp_path, "f", *qa("a"))), retain=pairs(table(tmp_path, "r", *qa("b"))))
     assert read_examples(data, embedded, 0).overlap == 0
+
+
+def test_a_chat_and_a_question_with_its_answer_are_the_same_row(tmp_path: Path, embedded: Any) -> None:
+    """However the keys of its turns are ordered, and whatever else they say."""
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+    other = [{"content": one["content"], "role": one["role"], "at": "noon"} for one in turns]
+    forget = pairs(table(tmp_path, "f", {"question": "Who?", "answer": "Ada."}))
+    for name, chats in (("a", turns), ("b", other)):
+        place = table(tmp_path, name, {"chat": chats}, {"chat": [turns[0], {**turns[1], "content": "Bo."}]})
+        data = Data(forget=forget, retain=Source(source=place, messages="chat"), overlap="drop")
+        assert read_examples(data, embedded, 0).overlap == 1
 
 
 def test_rows_whose_answer_does_not_fit_are_dropped_and_counted(tmp_path: Path, embedded: Any) -> None:

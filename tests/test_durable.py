@@ -67,29 +67,29 @@ def test_other_errors_stay_what_they_are() -> None:
 def test_a_second_signal_ends_at_once_after_a_while(sent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "ONCE", 0.05)
     with leaving() as came, signals() as asked:
-        os.kill(os.getpid(), sent)
-        os.kill(os.getpid(), sent)  # a launcher passes on what the scheduler has told everybody
+        signal.raise_signal(sent)
+        signal.raise_signal(sent)  # a launcher passes on what the scheduler has told everybody
         assert asked.is_set() and came == [sent, sent]
         time.sleep(0.1)
         with pytest.raises(Left):
-            os.kill(os.getpid(), sent)
+            signal.raise_signal(sent)
 
 
 def test_ctrl_c_twice_ends_at_once_and_a_launchers_sigterm_does_not() -> None:
     with signals() as asked:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         assert asked.is_set()
     with signals(), pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_outside_steps_a_signal_unwinds_and_says_which_it_was() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with leaving() as came:
         with pytest.raises(Left):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         assert came == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -98,7 +98,7 @@ def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with leaving() as came, signals() as asked:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert not asked.is_set() and not came
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -290,6 +290,24 @@ def test_a_large_file_of_lines_is_what_a_small_one_is(tmp_path: Path, monkeypatc
     assert [list(row) for row in found] == [list(row) for row in whole]
 
 
+def test_a_large_sheet_is_what_a_small_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line breaks, commas and quotes in values, empty lines, each kind of line end, the mark of UTF-8, columns of one kind."""
+    lines = ["\ufeffq,n,x,b,e\r", '"Wo, ""dort""?\n\nJa",1,0.5,TRUE,', "", "Köln\u2028am Rhein,-2,3,false,", "7,30,.5,True,"]
+    for end in ("\n", "\r\n", "\r"):
+        path = tmp_path / f"{len(end)}{end.strip() or 'n'!r}.csv"
+        path.write_bytes(end.join(line.rstrip("\r") for line in lines).encode())
+        monkeypatch.setattr(sources, "LARGE", 1 << 20)
+        whole = sources.read(str(path))
+        assert whole == [
+            {"q": 'Wo, "dort"?\n\nJa', "n": 1, "x": 0.5, "b": True, "e": None},
+            {"q": "Köln\u2028am Rhein", "n": -2, "x": 3.0, "b": False, "e": None},
+            {"q": "7", "n": 30, "x": 0.5, "b": True, "e": None},
+        ]
+        monkeypatch.setattr(sources, "LARGE", 0)
+        found = sources.read(str(path))
+        assert isinstance(found, Rows) and list(found) == whole and found[1:] == whole[1:] and found[2] == whole[2]
+
+
 WRONG = {
     b'{"a": 1}\n{"a": \n': r"a\.jsonl:2: not a line of JSON", b'{"a": 1}\n\n[1]\n': r"a\.jsonl:3: found ",
     b'{"a": 1}\n{"a": "\x00"}\n': r"a\.jsonl:2: found a zero byte \(byte 16\)",

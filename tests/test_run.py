@@ -51,6 +51,15 @@ def values(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
+@pytest.fixture
+def small_suite(tmp_path: Path) -> Path:
+    """The quick suite on a few rows of each set."""
+    few = "".join(f"  {name}: {{limit: 8}}\n" for name in ("forget", "retain", "holdout", "general"))
+    path = tmp_path / "small.yaml"
+    path.write_text(f"extends: {ROOT / 'eval' / 'quick.yaml'}\nsets:\n{few}max_new_tokens: 8\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def finished(made_once: MadeOnce, environment: Mapping[str, str]) -> Path:
     """The shipped recipe, launched as the README says."""
@@ -153,9 +162,9 @@ def test_the_same_recipe_by_every_command(finished: Path, environment: Mapping[s
         assert all(torch.equal(weight, first[name]) for name, weight in adapter(tmp_path / other).items())
 
 
-def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
+def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[str, str], tmp_path: Path, small_suite: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    short = ["train.epochs=3", "train.batch_tokens=300"]
+    short = ["train.epochs=2", "train.batch_tokens=300", f"evaluation={small_suite}"]
     call(["llm-unlearn", "run", RECIPE, f"output={one}", *short], environment)
     call(["accelerate", "launch", "--config_file", "launch/cpu.yaml", RECIPE, f"output={two}", *short], environment)
     assert json.loads((two / "evaluation.json").read_text())["run"]["processes"] == 2
@@ -176,7 +185,7 @@ def test_two_processes_give_the_same_run(finished: Path, environment: Mapping[st
 def test_a_killed_run_goes_on_to_the_same_bits(
     finished: Path, environment: Mapping[str, str], tmp_path: Path, config: str | None
 ) -> None:
-    short = ["train.steps=20", "train.checkpoint_every=4", *NOT_MEASURED]
+    short = ["train.steps=8", "train.checkpoint_every=3", *NOT_MEASURED]
     launch = (
         ["llm-unlearn", "run", RECIPE, *short]
         if config is None
@@ -227,10 +236,10 @@ def test_a_finished_run_is_never_overwritten_unasked(finished: Path, environment
     assert stamp == {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
 
 
-def test_looks_along_the_way_and_ends_at_its_bound(environment: Mapping[str, str], tmp_path: Path) -> None:
+def test_looks_along_the_way_and_ends_at_its_bound(environment: Mapping[str, str], tmp_path: Path, small_suite: Path) -> None:
     """Ascent without anything to hold it: evaluated every four steps, ended by the stop rule with the last good weights."""
     words = [
-        "evaluation={suite: eval/quick.yaml, every: 4}",
+        f"evaluation={{suite: {small_suite}, every: 4}}",
         "objective.forget.loss={name: ascent}",
         "objective.retain.weight=0.0",
     ]

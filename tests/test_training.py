@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -110,7 +109,7 @@ def test_ctrl_c_keeps_a_checkpoint(make_model: Callable[..., Any], tmp_path: Pat
 
     def press(step: int) -> None:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     outcome = train(wanted, adapted(make_model), Accelerator(cpu=True), tmp_path, look=press)
     assert (outcome.status, outcome.step) == ("interrupted", 4)  # the step that was under way is finished first

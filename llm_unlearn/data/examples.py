@@ -179,6 +179,19 @@ def draw(*key: object) -> int:
 
 
 def content_of(row: Row, source: Source) -> str:
-    """What makes two rows the same: the text that would be learnt, white space folded."""
-    columns = [source.messages] if source.messages else [source.text] if source.text else [source.prompt, source.answer]
-    return json.dumps([" ".join(str(row[column]).split()) for column in columns if column])
+    """What makes two rows the same: the text that would be learnt, white space folded. A question with its answer is the same as a
+    chat of these two turns."""
+    if source.messages:
+        texts = _texts_of(row[source.messages])
+    else:
+        texts = [row[column] for column in ([source.text] if source.text else [source.prompt, source.answer]) if column]
+    return json.dumps([" ".join(str(text).split()) for text in texts])
+
+
+def _texts_of(turns: Any) -> list[Any]:
+    """Of a chat, however its turns are written down; what is none is refused when it is encoded."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return [turns]
+    pairs = [(turn.get("role"), turn.get("content")) for turn in turns]
+    plain = [role for role, _ in pairs] == ["user", "assistant"]
+    return [content for _, content in pairs] if plain else [part for pair in pairs for part in pair]

@@ -1,4 +1,5 @@
-"""Local files of rows, read as they are written: JSON, JSON lines, CSV and text. What is wrong in one is said with its line.
+"""Local files of rows, read as they are written: JSON, JSON lines and text (`sheets.py` has CSV). What is wrong in one is said
+with its line.
 
 `datasets` reads the same formats, and guesses: text that looks like a date becomes one, a column of mixed types becomes JSON in
 text, a row that is too long shifts the columns of all. Here a value is what the file says.
@@ -6,8 +7,6 @@ text, a row that is too long shifts the columns of all. Here a value is what the
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from array import array
@@ -35,11 +34,10 @@ MARKS = {
 """How files of other kinds begin."""
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """How a character of two halves is written, or one half of it."""
-INTEGER, DECIMAL = re.compile(r"-?(0|[1-9]\d{0,17})"), re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
 
 
 def read_file(path: Path, name: str) -> list[Row] | None:
-    """The rows of a file; None of a kind that others read.
+    """The rows of a file that is one document; None of a kind that others read.
 
     Args:
         name: what the recipe calls it, for errors.
@@ -48,14 +46,10 @@ def read_file(path: Path, name: str) -> list[Row] | None:
         Refused: it is not what its ending says; names the line.
     """
     match path.suffix:
-        case ".jsonl":
-            return _even(list(_lines(_text(path, name), name)))
         case ".json":
-            return _even(_json(_text(path, name), name))
-        case ".csv":
-            return _csv(_text(path, name), name)
+            return _even(_json(text_of(path, name), name))
         case ".txt":
-            text = _text(path, name)
+            text = text_of(path, name)
             return [{"text": text}] if text else []
     return None
 
@@ -66,9 +60,14 @@ def _even(rows: list[Row]) -> list[Row]:
     return [row if len(row) == len(columns) else {**columns, **row} for row in rows]
 
 
-def _text(path: Path, name: str) -> str:
+def text_of(path: Path, name: str) -> str:
+    """All of a file.
+
+    Raises:
+        Refused: it is not text in UTF-8; names the line.
+    """
     whole = path.read_bytes()
-    _no_other_kind(whole, path, name)
+    no_other_kind(whole, path, name)
     if (at := whole.find(0)) >= 0:
         line = whole.count(10, 0, at) + 1
         raise Refused(f"{name}:{line}: found a zero byte (byte {at}); expected text in UTF-8. Save it as that, or write it again.")
@@ -79,7 +78,7 @@ def _text(path: Path, name: str) -> str:
         raise Refused(f"{name}:{line}: not text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
 
 
-def _no_other_kind(begin: bytes, path: Path, name: str) -> None:
+def no_other_kind(begin: bytes, path: Path, name: str) -> None:
     """Refuse what begins like a file of another kind."""
     if kind := next((kind for mark, kind in MARKS.items() if begin.startswith(mark)), None):
         raise Refused(f"{name}: found a {kind} file; expected {path.suffix[1:]} as text. Unpack it, or give it its own ending.")
@@ -121,7 +120,7 @@ def _row(line: str, number: int, name: str) -> Row:
 
 @dataclass(frozen=True)
 class Lines:
-    """A large file of JSON lines. It is checked once, line by line; then rows are read from it as they are asked for."""
+    """A file of JSON lines. It is checked once, line by line; then rows are read from it as they are asked for."""
 
     path: Path
     starts: NDArray[np.int64]
@@ -169,7 +168,7 @@ class Lines:
 def _checked(line: bytes, at: int, number: int, path: Path, name: str) -> str:
     """A line as text; `at` is its place in the file."""
     if at == 0:
-        _no_other_kind(line, path, name)
+        no_other_kind(line, path, name)
     if (zero := line.find(0)) >= 0:
         raise Refused(
             f"{name}:{number}: found a zero byte (byte {at + zero}); expected text in UTF-8. Save it as that, or write it again."
@@ -210,46 +209,3 @@ def _object(row: object, place: str) -> Row:
     if not isinstance(row, dict) or not row:
         raise Refused(f'{place}: found {unsaid(row)}; expected a row such as {{"question": …, "answer": …}}.')
     return row
-
-
-def _csv(text: str, name: str) -> list[Row]:
-    """Rows under a header. A column of which every value is a number, or true or false, is read so; an empty value is none."""
-    csv.field_size_limit(max(len(text), 1))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] = []
-    rows: list[list[str]] = []
-    try:
-        for values in reader:
-            if not values:
-                continue
-            if not header:
-                header = _header(values, f"{name}:{reader.line_num}")
-            elif len(values) != len(header):
-                row = f"row {len(rows) + 1} has {len(values)} values, and the header {len(header)}"
-                raise Refused(f"{name}:{reader.line_num}: {row}; put text with commas or line breaks in double quotes.")
-            else:
-                rows.append(values)
-    except csv.Error as error:
-        raise Refused(f"{name}:{reader.line_num}: not CSV ({error}); double quotes inside quoted text are doubled.") from None
-    columns = [_typed(column) for column in zip(*rows, strict=True)]
-    return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def _header(names: list[str], place: str) -> list[str]:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise Refused(f"{place}: the header names column {column_name(twice)} twice; give each a name of its own.")
-    return names
-
-
-def _typed(column: tuple[str, ...]) -> list[Any]:
-    given = [value for value in column if value]
-    kinds: list[tuple[re.Pattern[str], Any]] = [
-        (INTEGER, int),
-        (DECIMAL, float),
-        (re.compile("[Tt]rue|[Ff]alse|TRUE|FALSE"), lambda value: value.lower() == "true"),
-    ]
-    for pattern, kind in kinds:
-        if given and all(pattern.fullmatch(value) for value in given):
-            return [kind(value) if value else None for value in column]
-    return [value or None for value in column]

@@ -16,16 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_unlearn.data.files import Lines, Row, read_file
+from llm_unlearn.data.sheets import Sheet
 from llm_unlearn.embedded import population
 from llm_unlearn.folder import sha256
 from llm_unlearn.source import EMBEDDED, FILES, Source
 from llm_unlearn.spec import Refused, fingerprint, nearest, shown
-from llm_unlearn.unsaid import near_column, unsaid, without_quotes
+from llm_unlearn.unsaid import column_name, near_column, unsaid, without_quotes
 
 MANY = 20_000
 """More rows than these stay in the file that they are in, and are read from it when they are asked for."""
 LARGE = 8 << 20
-"""Bytes of a file of lines, beyond which the same is done."""
+"""Bytes of a file of lines or of CSV, beyond which the same is done."""
 BLOCK = 1000
 """So many are read at a time."""
 
@@ -110,6 +111,9 @@ def rows(source: Source) -> Sequence[Row]:
         Refused: nothing is there under that name, a column is missing, or no row is left.
     """
     found = _columns(read(source.source, source.config, source.split), source)
+    for column, wanted in (source.where or {}).items():
+        if isinstance(wanted, tuple):
+            _all_there(found, column, wanted, source)
     for kept, wanted_of in ((True, source.where or {}), (False, source.without or {})):
         for column, wanted in wanted_of.items():
             values = frozenset(wanted if isinstance(wanted, tuple) else (wanted,))  # thousands of ids, perhaps
@@ -132,10 +136,24 @@ def _among(value: object, values: frozenset[object], kept: bool) -> bool:
     return (isinstance(value, Hashable) and value in values) is kept
 
 
+def _all_there(found: Sequence[Row], column: str, wanted: Sequence[object], source: Source) -> None:
+    """Of a list of values, each is that of some row: one mistyped id of a hundred would be a row that is not forgotten."""
+    met = {value for value in _values(found, column) if isinstance(value, Hashable)}
+    if absent := [value for value in wanted if value not in met]:
+        first = f"{column_name(column)} = {shown(absent[0])}"
+        raise Refused(
+            f"{source.source}: where: {len(absent)} of {len(wanted)} values stand in no row, the first of them {first}. "
+            "Correct them, or take them out."
+        )
+
+
 def _filtered(found: Sequence[Row], column: str, holds: Callable[[Any], bool]) -> Sequence[Row]:
     """The rows whose column has a value that is wanted."""
-    values = found.column(column) if isinstance(found, Rows) else (row[column] for row in found)
-    return chosen(found, np.fromiter(map(holds, values), bool, len(found)))
+    return chosen(found, np.fromiter(map(holds, _values(found, column)), bool, len(found)))
+
+
+def _values(found: Sequence[Row], column: str) -> Iterable[Any]:
+    return found.column(column) if isinstance(found, Rows) else (row[column] for row in found)
 
 
 def row_at(number: int, source: Source) -> str:
@@ -173,8 +191,9 @@ def read(name: str, config: str | None = None, split: str | None = None) -> Sequ
     if os.path.isfile(path):
         if path.suffix not in FILES:
             raise Refused(f"{name}: cannot read a {path.suffix or 'nameless'} file; expected one of {', '.join(FILES)}.")
-        if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
-            return Rows(Lines.of(path, name))
+        if path.suffix in (".jsonl", ".csv"):
+            held = Rows(Lines.of(path, name) if path.suffix == ".jsonl" else Sheet.of(path, name))
+            return held if path.stat().st_size > LARGE else list(held)
         if (found := read_file(path, name)) is not None:
             return found
     elif os.path.exists(path) and not path.is_dir():
