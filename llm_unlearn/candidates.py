@@ -135,7 +135,7 @@ def _in(path: Path, quantize: Bits) -> list[Candidate]:
         if (path / folder.ADAPTER).is_dir():
             return [Candidate(str(path), base, str(path / folder.ADAPTER), base)]
         if (path / folder.MODEL).is_dir():
-            after = replace(base, base=str(path / folder.MODEL), start=None, revision=None)
+            after = sections.another(base, str(path / folder.MODEL))
             return [Candidate(str(path), after, None, base)]
         steps = sorted(str(one) for one in (path / folder.CHECKPOINTS).glob("step-*") if not one.suffix)
         return [Candidate(steps[-1], base, steps[-1], base, under_way=wanted)] if steps else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def _numbers(home: Path, results: Mapping[str, Any], options: argparse.Namespace
     again = Again.of(home, results, options.cache)
     accelerator = start(next(iter(again.models.values()))[0])
     if options.rows == "all":
-        yield Check("every number was made again, and is the same", list(again.whole(accelerator)))
+        yield again.whole(accelerator)
         return
     seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
     count = 0
@@ -130,8 +131,7 @@ class Again:
         (run,) = candidates.candidates_of([str(home)], [], None, None)
         models = {column: one for column, one in run.columns.items() if column in results["models"]}
         if "retrained" in results["models"]:
-            base = str(results["models"]["retrained"]["name"])
-            models["retrained"] = (sections.Model(base=base, adapter=None, quantize=run.model.quantize), None)
+            models["retrained"] = (sections.another(run.model, str(results["models"]["retrained"]["name"])), None)
         return Again(home, results, suite, models, cache)
 
     @property
@@ -196,19 +196,21 @@ class Again:
             return
         answers = table.likelihood.of("answer")
         nll, tokens = float(answers.nll[row]), int(answers.length[row])
+        exact = self.close == CLOSE["fp32"] and "written" in kept  # a run may keep no texts
         if tokens != kept["tokens"]:
             yield f"has {tokens} tokens now, {kept['tokens']} then: its text, or the tokenizer, has changed"
-        elif not self._same(kept["nll"], nll):
-            yield f"−log p of its answer is {nll:.4f} now, {kept['nll']:.4f} in the file"
-        elif table.generated is not None and table.generated[row] != kept["written"] and self.close == CLOSE["fp32"]:
+        elif not self._same(kept["nll"], nll if math.isfinite(nll) else None):
+            yield f"−log p of its answer is {nll:.4g} now, {kept['nll']} in the file"
+        elif exact and table.generated is not None and table.generated[row] != kept["written"]:
             yield "the model writes another answer than the file has"
 
-    def whole(self, accelerator: Accelerator) -> Iterator[str]:
-        """Every number made again by the run's suite, its attacks left out; those that differ."""
+    def whole(self, accelerator: Accelerator) -> Check:
+        """Every number made again by the run's suite, but for attacks and tasks; those that differ."""
         from dataclasses import replace
         from tempfile import TemporaryDirectory
 
         from llm_unlearn.embedded.target import embedded
+        from llm_unlearn.evaluation.aggregates import SET, aggregates
         from llm_unlearn.evaluation.numbers import numbers
         from llm_unlearn.look import Looks
 
@@ -217,10 +219,19 @@ class Again:
             looks = Looks(suite, accelerator, Path(empty))
             models = {column: (embedded(model, self.cache), adapter) for column, (model, adapter) in self.models.items()}
             tables = {column: one.tables for column, one in looks(models, str(self.home)).items()}
-        made = {(one["set"], one["title"]): one for one in numbers(suite, tables)}
+        found = numbers(suite, tables)
+        known = {(one["set"], one["title"]) for one in found}
+        of_tasks = [one for one in self.results["numbers"] if (one["set"], one["title"]) not in known and one["set"] != SET]
+        found += aggregates(suite.aggregates, found + of_tasks, list(self.models))
+        made = {(one["set"], one["title"]): one for one in found}
+        problems, not_made = [], [str(attack.get("title")) for attack in self.results.get("attacks") or ()]
         for then in self.results["numbers"]:
-            now = made.get((then["set"], then["title"]))
-            for column in self.models if now else ():
-                old, new = value_of(then, column), value_of(now or {}, column)
+            if not (now := made.get((then["set"], then["title"]))):
+                not_made.append(f"{then['title']} on {then['set']}")
+                continue
+            for column in self.models:
+                old, new = value_of(then, column), value_of(now, column)
                 if not self._same(old, new):
-                    yield f"{folder.RESULTS}: {then['title']} on {then['set']}, {column}: {new} now, {old} in the file"
+                    problems.append(f"{folder.RESULTS}: {then['title']} on {then['set']}, {column}: {new} now, {old} in the file")
+        same = f"{len(self.results['numbers']) - len(not_made)} numbers were made again, and are the same"
+        return Check(f"{same}; not made again: {', '.join(not_made)}" if not_made else same, problems)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import logging
 import multiprocessing
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_unlearn.options import parser as parser_of_words
-from llm_unlearn.outward import guarded
+from llm_unlearn.outward import guarded, know
 
 if TYPE_CHECKING:
     from llm_unlearn.reply import Reply
@@ -46,9 +45,6 @@ def main(words: Sequence[str] | None = None) -> int:
     from llm_unlearn.reply import INTERRUPTED, TERMINATED
     from llm_unlearn.training.signals import leaving
 
-    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show, as half a character of a file's name, is written out
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     with leaving() as came, words_elsewhere(options.json):
         reply = carried_out(options)
         if reply.status == INTERRUPTED and came and came[0] != signal.SIGINT:
@@ -103,7 +99,9 @@ def launch(file: str) -> None:
 
 
 def settle() -> None:
-    """What libraries are told before any is imported: how to wait, and not to warn of optional CPU kernels at every start."""
+    """What libraries are told before any is imported: how to wait, and not to warn of optional CPU kernels at every start. And which
+    secrets are nobody's business."""
+    know(os.environ)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     wait_briefly()
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from llm_unlearn.report.likeness import Run
 
 RESULTS, PAGE = "comparison.json", "comparison.html"
-"""What an `evaluation.json` must have."""
 WILD = re.compile(r"[*?\[]")
 ANY_RUN = re.compile(r"(seed|step|checkpoint)-\d+|adapter|model|checkpoints")
 """Folders that are called the same in every run."""

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -26,6 +27,8 @@ PHRASES = {
 }
 """What libraries say that hand on no error number."""
 UNREASONED = ("file write failed", "unexpected pos")
+FORMER = ".former"
+"""Ending of a folder that is about to be replaced."""
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 """Systems that cannot sync a folder say so by one of these."""
 
@@ -78,10 +81,17 @@ def remove(path: Path) -> None:
 def put(unfinished: Path, final: Path) -> None:
     """Give a file or folder its name once the disk holds all of it; what had the name before is gone."""
     settle(unfinished)
-    if final.is_dir() and not final.is_symlink():
-        shutil.rmtree(final)
-    os.replace(unfinished, final)
+    former, aside = Path(f"{_unfinished(final)}{FORMER}"), final.is_dir() and not final.is_symlink()
+    if aside:  # a folder cannot be renamed onto another
+        os.replace(final, former)
+    try:
+        os.replace(unfinished, final)
+    except BaseException:
+        if aside:
+            os.replace(former, final)
+        raise
     settle_names(final.parent)
+    _remove(former)
 
 
 @contextlib.contextmanager
@@ -90,7 +100,7 @@ def whole(path: Path) -> Iterator[Path]:
     with about(path):
         make_folder(path.parent)
         _remove_leftovers(path)
-        place = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+        place = _unfinished(path)
         _remove(place)
         try:
             yield place
@@ -121,13 +131,29 @@ def _number(error: Exception) -> int | None:
     return next((number for phrase, number in PHRASES.items() if phrase in str(error)), None)
 
 
+def _unfinished(path: Path) -> Path:
+    """Where this process writes a file before it has its name."""
+    return path.with_name(f".{path.name}.{_here()}.{os.getpid()}")
+
+
+@cache
+def _here() -> str:
+    """Where numbers of processes mean something: this machine, and the container if it is in one."""
+    space = Path("/proc/self/ns/pid")
+    return f"{platform.node()}.{space.stat().st_ino if space.exists() else 0}"
+
+
 def _remove_leftovers(path: Path) -> None:
-    """Remove what a process of this machine left of the same file when it was killed."""
-    start = f".{path.name}.{platform.node()}."
+    """Remove what a process of this machine left of the same file when it was killed; a folder that it had only put aside gets its
+    name back."""
+    start = f".{path.name}.{_here()}."
     for one in path.parent.glob(f"{glob_of(start)}*"):
-        number = one.name.removeprefix(start)
+        number = one.name.removeprefix(start).removesuffix(FORMER)
         if number.isdigit() and int(number) != os.getpid() and not _alive(int(number)):
-            _remove(one)
+            if one.suffix == FORMER and not path.exists():
+                os.replace(one, path)
+            else:
+                _remove(one)
 
 
 def glob_of(text: str) -> str:

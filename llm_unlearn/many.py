@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def _asked_of(asked: Asked, one: Candidate) -> dict[str, tuple[sections.Model, s
     """Column -> model and adapter, the retrained model among them."""
     if not asked.retrained:
         return one.columns
-    return {**one.columns, "retrained": (replace(one.model, base=asked.retrained, start=None, revision=None), None)}
+    return {**one.columns, "retrained": (sections.another(one.model, asked.retrained), None)}
 
 
 def _known(

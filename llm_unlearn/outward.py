@@ -6,6 +6,8 @@ Names, rows, what a model writes and what a library or a hub says pass through h
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,8 @@ SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY)S?$", r
 """Names of environment variables whose values are secrets."""
 SHORTEST = 8
 """What is shorter is a word that may stand anywhere."""
+TELLING = re.compile(r"(?=.*[^A-Za-z])(?![\d.eE+\-]*$)")
+"""And so is what has nothing but letters, or is a number: `postgres` as a password would be cut out of names of files."""
 SHAPES = re.compile(
     r"(?P<before>://)[^\s/@'\"<>]+(?P<after>@)"  # who logs in, in an address
     r"|(?P<key>[?&][\w.\-]*(?:token|key|password|secret|signature|credential|sig)=)[^&\s'\"<>]+"
@@ -44,7 +48,7 @@ _known: set[str] = set()
 
 def without_known(text: str) -> str:
     """Text without the secrets that this process was given."""
-    for secret in _known:
+    for secret in sorted(_known, key=len, reverse=True):  # one may begin as another does
         text = text.replace(secret, HIDDEN)
     return text
 
@@ -126,7 +130,7 @@ def guarded(environment: Mapping[str, str]) -> Iterator[None]:
     """Inside, all that is printed passes through here, and the secrets of this user are known."""
     be_patient()
     before, known = (sys.stdout, sys.stderr), set(_known)
-    _known.update(secrets_of(environment))
+    know(environment)
     sys.stdout, sys.stderr = (cast(TextIO, stream if isinstance(stream, Guarded) else Guarded(stream)) for stream in before)
     try:
         yield
@@ -136,12 +140,28 @@ def guarded(environment: Mapping[str, str]) -> Iterator[None]:
         _known.update(known)
 
 
+def know(environment: Mapping[str, str]) -> None:
+    """From now on the secrets of this user are left out of what is written, as for who calls from Python."""
+    _known.update(secrets_of(environment))
+
+
 def secrets_of(environment: Mapping[str, str]) -> set[str]:
     """Tokens, keys and passwords in the environment, and the tokens that `hf auth login` has kept."""
-    found = {value.strip() for name, value in environment.items() if SECRET_NAMES.search(name)}
+    named = [value.strip() for name, value in environment.items() if SECRET_NAMES.search(name)]
+    found = {value for value in named if not is_place(value)}
     cache = environment.get("XDG_CACHE_HOME") or f"{environment.get('HOME', '')}/.cache"
     home = Path(environment.get("HF_HOME") or f"{cache}/huggingface")
     for path in (Path(environment.get("HF_TOKEN_PATH") or home / "token"), home / "stored_tokens"):
         with contextlib.suppress(OSError, ValueError):
-            found |= {line.rpartition("=")[2].strip() for line in path.read_text(encoding="utf-8").splitlines()}
-    return {one for one in found if len(one) >= SHORTEST and not one.startswith(("/", "["))}
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("[")]
+            found |= {line.rpartition("=")[2].strip() for line in lines}
+    plain = {one for one in found if len(one) >= SHORTEST and (TELLING.match(one) or len(one) > 2 * SHORTEST)}
+    return plain | {json.dumps(one)[1:-1] for one in plain}  # as it stands in JSON
+
+
+def is_place(text: str) -> bool:
+    """Whether a text is the path of a file or folder, as of a key that lies in one."""
+    try:
+        return os.path.lexists(text)
+    except ValueError:
+        return False

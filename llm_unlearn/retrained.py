@@ -53,13 +53,17 @@ def found(name: str | None, cache: Path) -> str | None:
 def home_of(wanted: Recipe, cache: Path) -> Path:
     """Where the model of a recipe is kept: under the fingerprint of the recipe, its base and the rows that it reads. Makes and
     downloads no model: a hub id stands for itself, with its revision."""
-    model = wanted.model
-    named = [model.base, *(run_folder.adapter_in(one) for one in model.starts)]
+    model, rules = wanted.model, wanted.train.rules or ()
+    of_rules = [one for rule in rules for one in getattr(rule, "adapters", ())]
+    named = [model.base, *(run_folder.adapter_in(one) for one in (*model.starts, *of_rules))]
+    template = Path(model.chat_template).expanduser().read_bytes() if model.chat_template else b""
     made = key_of((model.base.removeprefix("embedded:"),)) if model.base in EMBEDDED_MODELS else None
     folders = [folder_identity(Path(os.path.expanduser(one))) for one in named if Path(os.path.expanduser(one)).is_dir()]
     read = {name: list(rows(wanted.sources[name])) for name in wanted.window}
     settings = {key: value for key, value in plain(wanted).items() if key not in ("output", "evaluation", "track")}
-    return cache / "retrained" / fingerprint(settings, made, folders, read)
+    return (
+        cache / "retrained" / fingerprint(settings, made, folders, read, *([template.decode(errors="replace")] if template else []))
+    )
 
 
 def _make(wanted: Recipe, cache: Path, final: Path) -> None:

@@ -35,7 +35,7 @@ from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.results import flattened, publish, results_of, run_facts
-from llm_unlearn.sections import Evaluation, Model
+from llm_unlearn.sections import Evaluation, Model, another
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import secret, sharded
 from llm_unlearn.training.before import Shelf
@@ -73,12 +73,12 @@ def run(
     job = make_job(recipe, examples, key, lambda name: folder_of(name, cache))
     if suite and (control := retrained or (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
         # before the model itself, so that a control that cannot be loaded is said before hours of training
-        without = embedded(replace(recipe.model, base=control, start=None), cache)
+        without = embedded(another(recipe.model, control), cache)
         other = load(without, accelerator.device)
-        beside = Look(suite, other, accelerator, cache, leave=controls, encoded=encoded)
-        seen["retrained"] = beside.seen(other, control, control, without)
+        first = Look(suite, other, accelerator, cache, leave=controls, encoded=encoded)
+        seen["retrained"] = first.seen(other, control, control, without)
         job = replace(job, aim=aim_of(job, other.model, accelerator))
-        del beside, other
+        del first, other
     elif recipe.train.stop and recipe.train.stop.until == "retrained":
         raise Refused("train.stop.until: compares with the retrained model, and neither evaluation nor its suite names one.")
     loaded = load(model_before := embedded(recipe.model, cache), accelerator.device, train=True)
@@ -102,7 +102,7 @@ def run(
 
         if look and suite and recipe.evaluation:
             after = _become(loaded, model, combination, saved, whole)
-            again = (replace(model_before, base=str(saved), start=None), None) if whole else (model_before, str(saved))
+            again = (another(model_before, str(saved)), None) if whole else (model_before, str(saved))
             del along, loaded, model
             after = after or load(again[0], accelerator.device, again[1])
             seen["after"] = look.seen(after, "the model after", str(folder), *again)
@@ -178,13 +178,18 @@ def evaluate(
     named = [one[0] for one in asked.values() if not isinstance(one, Loaded)]
     accelerator = start(named[0] if named else Model(base="", adapter=None))
     for one in asked.values():
-        if isinstance(one, Loaded) and one.model.device != accelerator.device:
+        if isinstance(one, Loaded) and not _same_place(one.model.device, accelerator.device):
             raise Refused(f"model: found on {one.model.device}; this process computes on {accelerator.device}: move it there.")
     seen = Looks(suite, accelerator, cache)(asked)
     kept = Evaluation(suite=suite_name, texts=None if texts else False)
     results = _conclude(suite, seen, accelerator, cache, output, suite_name, kept, show=show)
     accelerator.wait_for_everyone()
     return results
+
+
+def _same_place(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one: `cuda` is the device of that kind that is used, whichever it is."""
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 def _conclude(

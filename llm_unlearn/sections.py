@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
@@ -64,6 +64,11 @@ class Model:
     def starts(self) -> tuple[str, ...]:
         """The adapters of `start`, none, one or several."""
         return (self.start,) if isinstance(self.start, str) else self.start or ()
+
+
+def another(model: Model, base: str) -> Model:
+    """Another model that is asked as this one is, such as the retrained one."""
+    return replace(model, base=base, start=None, revision=None)
 
 
 @spec

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -31,14 +30,36 @@ def test_a_file_is_whole_or_not_changed(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed_and_a_living_one_keeps_its_own(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    names = {kind: f".a.{platform.node()}.{number}" for kind, number in (("gone", gone.pid), ("living", os.getppid()))}
-    for name in (*names.values(), f".a.elsewhere.{gone.pid}", f".ab.{platform.node()}.{gone.pid}"):
+    names = {kind: f".a.{durable._here()}.{number}" for kind, number in (("gone", gone.pid), ("living", os.getppid()))}
+    for name in (*names.values(), f".a.elsewhere.{gone.pid}", f".ab.{durable._here()}.{gone.pid}"):
         (tmp_path / name).write_text("half")
     with durable.whole(tmp_path / "a") as unfinished:
         unfinished.mkdir()
         (unfinished / "b").write_text("1")
     left = {one.name for one in tmp_path.iterdir()}
-    assert left == {"a", names["living"], f".a.elsewhere.{gone.pid}", f".ab.{platform.node()}.{gone.pid}"}
+    assert left == {"a", names["living"], f".a.elsewhere.{gone.pid}", f".ab.{durable._here()}.{gone.pid}"}
+
+
+def test_a_folder_that_a_killed_process_had_put_aside_has_its_name_again(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    aside = tmp_path / f".a.{durable._here()}.{gone.pid}{durable.FORMER}"
+    for there in (False, True):
+        aside.mkdir()
+        (aside / "b").write_text("former")
+        with pytest.raises(ZeroDivisionError), durable.whole(tmp_path / "a"):
+            raise ZeroDivisionError
+        assert (tmp_path / "a" / "b").read_text() == "former" and not aside.exists(), there
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("one", "two"):
+        with durable.whole(tmp_path / "a") as unfinished:
+            unfinished.mkdir()
+            (unfinished / "b").write_text(text)
+    with pytest.raises(FileNotFoundError), durable.whole(tmp_path / "a") as unfinished:
+        pass  # nothing was written: what was there stays
+    assert (tmp_path / "a" / "b").read_text() == "two" and [one.name for one in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm_unlearn import compare, folder, recipe
+from llm_unlearn import compare, durable, folder, recipe
 from llm_unlearn.auditing import request as auditing
 from llm_unlearn.cli import main
 from llm_unlearn.evaluation.kept import write_part
@@ -143,13 +142,15 @@ def test_other_outputs_lead_nowhere_either(verb: str, tmp_path: Path, outside: P
 
 def test_unfinished_files_are_new(tmp_path: Path, outside: Path) -> None:
     """Their names can be guessed: somebody put links in their place."""
-    target, pid = outside / "work" / "thesis.tex", os.getpid()
-    for name in (f".a.json.{pid}", f".b.parquet.{pid}", f"c.{pid}.npz"):
-        (tmp_path / name).symlink_to(target)
+    target = outside / "work" / "thesis.tex"
+    places = [durable._unfinished(tmp_path / name) for name in ("a.json", "b.parquet", "c.npz")]
+    for place in places:
+        place.symlink_to(target)
     (tmp_path / "a.json").symlink_to(target)
     folder.write(tmp_path / "a.json", "{}")
     write_columns([{"x": 1}], tmp_path / "b.parquet")
     write_part({"texts": ["x"]}, tmp_path / "c.npz")
+    assert not any(place.is_symlink() for place in places), "each was met"
     assert not (tmp_path / "a.json").is_symlink() and (tmp_path / "a.json").read_text() == "{}"
     (tmp_path / "log").symlink_to(target)
     with pytest.raises(OSError, match="symbolic links"):

@@ -222,7 +222,7 @@ def test_what_is_said_of_what_was_found() -> None:
     assert near_column("ansewr", ["answer", "question"]).startswith("did you mean 'answer'?")
     assert "words" not in near_column("x", ["answer", "some words of a row"])
     assert without_quotes("cannot convert 'some words' to \"int64\" and `more") == "cannot convert '…' to '…' and '…'"
-    assert without_quotes(repr("it's \"Ada\" of 12 Mill Road") + " here") == "'…' here"
+    assert without_quotes(repr('it\'s "Ada" of 12 Mill Road') + " here") == "'…' here"
 
 
 def test_requests_and_certificates_say_no_row(here: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:

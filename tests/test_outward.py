@@ -40,7 +40,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
     (tmp_path / ".cache" / "huggingface" / "token").write_text(f"{KEPT}\n")
     given = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": KEY, "DB_PASSWORD": PASSWORD}
-    others = {"TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "", "SHORT_KEY": "yes", "SSH_KEY": "/home/me/.ssh/id"}
+    others = {"TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "", "SHORT_KEY": "yes", "SSH_KEY": str(tmp_path)}
     return {"HOME": str(tmp_path), **given, **others}
 
 
@@ -94,6 +94,16 @@ def test_bars_move_and_tables_have_colours(monkeypatch: pytest.MonkeyPatch) -> N
 def test_secrets_are_known_from_where_they_are_kept(environment: dict[str, str]) -> None:
     assert outward.secrets_of(environment) == {TOKEN, KEY, PASSWORD, KEPT}
     assert outward.secrets_of({}) == set()
+
+
+def test_what_is_a_secret_and_what_a_word(tmp_path: Path) -> None:
+    """Keys of clouds may begin like a path; a password that is a plain word or a number stands in names of files and in results."""
+    key, quoted = "/Kx9+abc/defGHI", 'pa"ss\\word 1'
+    home = {"HOME": str(tmp_path), "AWS_SECRET_ACCESS_KEY": key, "DB_PASSWORD": quoted, "SIGNING_KEY": str(tmp_path)}
+    home |= {"POSTGRES_PASSWORD": "postgres", "PIN_KEY": "0.12345678", "LONG_SECRET": "correcthorsebatterystaple"}
+    assert outward.secrets_of(home) == {key, quoted, json.dumps(quoted)[1:-1], "correcthorsebatterystaple"}
+    with guarded({"HOME": str(tmp_path), "A_TOKEN": "abcd-1234", "B_TOKEN": "abcd-1234-5678", "DB_PASSWORD": quoted}):
+        assert outward.without_known(f"abcd-1234-5678 {json.dumps(quoted)}") == '… "…"'
 
 
 @pytest.mark.parametrize("secret", [TOKEN, KEY, PASSWORD, KEPT])

@@ -32,5 +32,5 @@ def read_part(path: Path) -> Part | None:
         with path.open("rb") as raw, np.load(raw) as file:
             arrays = {name: file[name] for name in file.files if name != "json"}
             return {**arrays, **json.loads(file["json"].tobytes())}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None

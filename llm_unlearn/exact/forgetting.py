@@ -28,7 +28,7 @@ from llm_unlearn.models.load import add_adapter, load, trainable
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.results import flattened, publish, results_of, run_facts, versions, without_texts
 from llm_unlearn.run import start
-from llm_unlearn.sections import Model
+from llm_unlearn.sections import Model, another
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.training import sharded
 from llm_unlearn.training.guard import Outcome
@@ -215,7 +215,7 @@ def _carry_out(session: Session, suite: Suite | None, began: float, retrained: s
         asked: dict[str, tuple[Model, str | None]] = {"before": (model, str(folder / BEFORE))} if (folder / BEFORE).is_dir() else {}
         asked["after"] = (model, str(folder / run_folder.ADAPTER))
         if retrained:
-            asked["retrained"] = (replace(model, base=retrained, start=None), None)
+            asked["retrained"] = (another(model, retrained), None)
         seen = Looks(suite, accelerator, session.cache)(asked, str(folder))
         attacks = attacked(suite, seen, accelerator, session.cache)
         if session.main:

@@ -24,7 +24,7 @@ from llm_unlearn.models.sound import weights_in
 from llm_unlearn.report.terminal import print_table
 from llm_unlearn.results import keep_numbers, results_of, run_facts
 from llm_unlearn.run import start
-from llm_unlearn.sections import Evaluation, Model
+from llm_unlearn.sections import Evaluation, Model, another
 from llm_unlearn.source import left_out, same_data
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.thresholds import findings
@@ -104,7 +104,7 @@ class Measured:
         model = replace(recipe.model, adapter=None)
         asked: dict[str, tuple[Model, str | None]] = {column: (model, str(self.store / run_folder.ADAPTER))}
         if self.retrained:
-            asked["retrained"] = (replace(model, base=self.retrained, start=None), None)
+            asked["retrained"] = (another(model, self.retrained), None)
         accelerator = start(recipe.model)
         name = f"{self.store} {column} this deletion"
         seen = Looks(self.suite, accelerator, self.tables)(asked, name)

@@ -191,7 +191,7 @@ def _attacks(runs: Sequence[Run], of_run: Mapping[str, Mapping[str, str]]) -> li
                 name = of_run[run.name].get(column, f"{run.name}: {column}")
                 if curve.get("x") and len(curve["x"]) == len(curve.get("y", ())):
                     one["lines"].setdefault(name, {"x": list(curve["x"]), "y": list(curve["y"])})
-                    one["of"].setdefault(name, run.name if name.startswith(run.name) else None)
+                    one["of"].setdefault(name, run.name if name in (run.name, f"{run.name}: {column}") else None)
     return [one for one in found.values() if one["lines"]]
 
 
