@@ -13,6 +13,7 @@ from llm_unlearn import alternates, at_work, candidates, catalogue, compare, fol
 from llm_unlearn.auditing import request as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
+from llm_unlearn.outward import without_secrets
 from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import is_recipe, missing
 from llm_unlearn.spec import Refused, dotted, schema
@@ -210,7 +211,7 @@ def bench(options: argparse.Namespace) -> Reply:
         page=options.write or options.output / "leaderboard.md",
         jobs=options.jobs,
         overrides=options.overrides,
-        command=shlex.join(["llm-unlearn", *options.words]),
+        command=without_secrets(shlex.join(["llm-unlearn", *options.words])),
     )
     return room.bench(asked, options.environment)
 

@@ -24,6 +24,7 @@ from llm_unlearn.cli import cache_folder, launch, main
 from llm_unlearn.options import parser
 from llm_unlearn.spec import Refused, plain, to_yaml
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST
+from llm_unlearn.troubles import OutOfMemory
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -337,6 +338,13 @@ def test_debug_shows_where_an_error_comes_from(
     )
 
 
+def handed_on(text: str) -> Exception:
+    """An error of a database, as Optuna hands it on."""
+    error = type("StorageInternalError", (Exception,), {})("An exception is raised during the commit.")
+    error.__cause__ = sqlite3.OperationalError(text)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -346,7 +354,10 @@ def test_debug_shows_where_an_error_comes_from(
         (OSError("no such weights"), "error: no such weights"),
         (MemoryError("Unable to allocate 7 EiB"), "error: out of memory (Unable to allocate 7 EiB); give the process more"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory (DefaultCPUAllocator: can't"),
+        (RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "error: out of memory (cuBLAS: CUBLAS_"),
+        (OutOfMemory("out of memory in step 3. Give less."), "error: out of memory in step 3. Give less."),
         (sqlite3.OperationalError("disk I/O error"), "error: a database cannot be read or written: disk I/O error."),
+        (handed_on("database is locked"), "error: a database cannot be read or written: database is locked."),
         (
             RuntimeError("I/O error: No space left on device (os error 28)"),
             "error: I/O error: No space left on device (os error 28)",
