@@ -13,6 +13,7 @@ from typing import Literal
 
 import psutil
 
+from llm_unlearn.durable import make_folder
 from llm_unlearn.folder import PROCESS, write
 from llm_unlearn.spec import Refused
 
@@ -54,17 +55,22 @@ def at_work(folder: Path, steps: int, active: bool) -> Iterator[list[How]]:
     """Inside, the run folder says that this process is at work, and afterwards, if the run was not finished, how it ended.
 
     Args:
+        steps: as in `AtWork`.
         active: of several processes, one says so.
 
     Yields:
         A list for what to say of an end that is no error.
+
+    Raises:
+        Refused: another process is at work there.
     """
     ended: list[How] = []
     if not active:
         yield ended
         return
-    mine = AtWork(os.getpid(), psutil.Process().create_time(), platform.node(), steps)
-    _write(mine, folder)
+    mine = _me(steps)
+    with turn(folder):
+        _write(mine, folder)
     try:
         yield ended
     except KeyboardInterrupt:
@@ -98,6 +104,39 @@ def alone(folder: Path) -> None:
     other = read(folder)
     if other and other.here and other.alive and other.pid != os.getpid():
         raise Refused(f"output: process {other.pid} is at work in {folder}. Nothing was changed; wait for it, or end it first.")
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Inside, nobody is at work in a run folder, and no other process of this machine begins there: what was seen before data and
+    models were read, minutes ago, may hold no longer.
+
+    The folder above is locked, as the folder may not be there yet, and nothing is left beside it. Where the file system has no such
+    locks, two that begin in the same instant do not see each other.
+
+    Raises:
+        Refused: another process is at work there.
+    """
+    make_folder(folder.parent)
+    above = os.open(folder.parent, os.O_RDONLY)
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(above, fcntl.LOCK_EX)
+        alone(folder)
+        yield
+    finally:
+        os.close(above)
+
+
+def claim(folder: Path) -> None:
+    """Say that this process is at work in a folder that it has begun in its turn; `at_work` goes on from there."""
+    _write(_me(0), folder)
+
+
+def _me(steps: int) -> AtWork:
+    return AtWork(os.getpid(), psutil.Process().create_time(), platform.node(), steps)
 
 
 def _write(one: AtWork, folder: Path) -> None:

@@ -99,8 +99,8 @@ def launch(file: str) -> None:
 
 
 def settle() -> None:
-    """What libraries are told before any is imported: how to wait, and not to warn of optional CPU kernels at every start. And which
-    secrets are nobody's business."""
+    """What libraries are told before any is imported: how to wait, and not to warn of optional CPU kernels at every start; and what is
+    nobody's business."""
     know(os.environ)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     wait_briefly()

@@ -53,9 +53,11 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         Whether there is nothing left to do: the run is finished and `resume` was asked.
 
     Raises:
-        Refused: the folder holds another run, or something that is no run at all.
+        Refused: the folder holds another run, or something that is no run at all; or both are asked.
     """
     folder = Path(wanted.output)
+    if resume and overwrite:
+        raise Refused("resume, overwrite: one goes on with an earlier run, the other replaces it; give one of them.")
     if blocked := in_the_way(folder.parent):
         raise Refused(f"output: {blocked} is a file, and {folder} is to be a folder. Nothing was changed; choose another output.")
     if not folder.exists() or (folder.is_dir() and all(path.name.startswith(f".{RECIPE}.") for path in folder.iterdir())):
@@ -65,6 +67,8 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
             f"output: {folder} exists and is not a run folder (it has no {RECIPE}). Nothing was changed; choose another output."
         )
     no_way_out(folder)
+    if not _written_by_a_run(folder):
+        raise Refused(f"output: {folder} {NOBODY}. Nothing was changed; choose another output.")
     weights = (folder / ADAPTER).is_dir() or (folder / MODEL).is_dir()
     # a run without numbers vouches for its files last of all; before 0.2 none did, and none said who was at work
     unmeasured = weights and not wanted.evaluation and ((folder / HASHES).is_file() or not (folder / PROCESS).exists())
@@ -83,19 +87,25 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
     return False
 
 
+NOBODY = f"has a {RECIPE} that no run wrote (theirs begin with `{FIRST}…`)"
+
+
+def _written_by_a_run(folder: Path) -> bool:
+    with (folder / RECIPE).open(encoding="utf-8", errors="replace") as file:
+        return file.readline().startswith(FIRST)
+
+
 def _may_be_cleared(folder: Path) -> None:
-    """What is removed with all that is in it must be a run's, and nothing else's.
+    """What is removed with all that is in it must be one's own, and nothing else's.
 
     Raises:
         Refused: it may be more than that.
     """
-    with (folder / RECIPE).open(encoding="utf-8", errors="replace") as file:
-        written_by_a_run = file.readline().startswith(FIRST)
     where = folder.resolve()
     if folder.is_symlink():
         said = f"is a link to {where}"
-    elif not written_by_a_run:
-        said = f"has a {RECIPE} that no run wrote (it begins with `{FIRST}…`)"
+    elif (folder / RECIPE).is_file() and not _written_by_a_run(folder):
+        said = NOBODY
     elif any(place.is_relative_to(where) for place in (Path.cwd(), Path.home())):
         said = "is the folder from which this is run, or one above it"
     else:
@@ -116,10 +126,9 @@ def in_the_way(folder: Path) -> Path | None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run left; `check` has seen that it is a run folder."""
-    if folder.is_symlink():
-        raise Refused(f"{folder}: a link to {folder.resolve()}; what lies there is not removed. Choose another folder.")
+    """Remove what an earlier run or audit left; what looks into it before (`check`) has seen that it is one's folder."""
     if folder.is_dir():
+        _may_be_cleared(folder)
         shutil.rmtree(folder)
 
 

@@ -14,9 +14,9 @@ METHODS = "recipes/methods"
 QUESTION = "question"
 """How `alternates` asks unless told otherwise: the question itself."""
 SERVICE = "requests.yaml"
+"""The service file that is meant where none is named."""
 STATES = ("pending", "running", "fulfilled", "needs attention", "withdrawn")
 """Of deletion requests; `requests/records.py` says what they mean."""
-"""The service file that is meant where none is named."""
 SCORE = 90.0
 """Likeness, of 100, from which a row counts as a repetition of a text."""
 CODES = (
@@ -37,8 +37,9 @@ def parser() -> argparse.ArgumentParser:
     verb = _verbs(whole, None)
     one = verb("run", "verbs:run", "carry out a recipe: train, measure, report")
     _takes_recipe(one)
-    one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this recipe's run folder")
-    one.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
+    how = one.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this recipe's run folder")
+    how.add_argument("--overwrite", action="store_true", help="replace an earlier run in the run folder")
     _takes_recipe(verb("plan", "verbs:plan", "say what a run will do, and write nothing"))
     _exact(verb)
     _audit(verb)
@@ -158,7 +159,7 @@ def _sweep(verb: Verb) -> None:
     one.add_argument(
         "--output", type=Path, default=Path("runs/sweep"), metavar="DIR", help="folder of the sweep; default runs/sweep"
     )
-    one.add_argument("--trials", type=_count, metavar="N", help="so many in the end; default: of lists alone all, else 20")
+    one.add_argument("--trials", type=_count, metavar="N", help="so many in the end; default: all of a grid, else 20")
     one.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at a time; default 1")
     one.add_argument("--sampler", choices=("tpe", "nsga2", "random", "grid"), help="default: grid for lists alone, else tpe")
     one.add_argument("--seed", type=int, default=0, metavar="S", help="what they are drawn from; default 0")

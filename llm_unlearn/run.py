@@ -14,7 +14,7 @@ from accelerate import Accelerator, PartialState
 
 from llm_unlearn import durable
 from llm_unlearn import folder as run_folder
-from llm_unlearn.at_work import at_work
+from llm_unlearn.at_work import at_work, claim, turn
 from llm_unlearn.data.reading import Examples, read_examples
 from llm_unlearn.data.schedule import Schedule, build, poisson
 from llm_unlearn.embedded.target import embedded, folder_of
@@ -84,7 +84,7 @@ def run(
     loaded = load(model_before := embedded(recipe.model, cache), accelerator.device, train=True)
     check(job, loaded.model)
     look = Look(suite, loaded, accelerator, cache, controls, encoded=encoded) if suite else None
-    _begin(recipe, job, examples, accelerator, overwrite)
+    _begin(recipe, job, examples, accelerator, resume, overwrite)
     with at_work(folder, job.schedule.steps, accelerator.is_main_process) as ended, tracked(recipe, accelerator):
         if look:
             seen["before"] = look.seen(loaded, "the model before", recipe.model.base, model_before)
@@ -112,13 +112,21 @@ def run(
         return outcome
 
 
-def _begin(recipe: Recipe, job: Job, examples: Examples, accelerator: Accelerator, overwrite: bool) -> None:
-    """The run folder, from which on there is a run; one process makes it and says what was read."""
+def _begin(recipe: Recipe, job: Job, examples: Examples, accelerator: Accelerator, resume: bool, overwrite: bool) -> None:
+    """The run folder, from which on there is a run; one process makes it and says what was read.
+
+    Raises:
+        Refused: another process has begun a run there, or has finished this one, since it was looked at.
+    """
     folder = Path(recipe.output)
     if accelerator.is_main_process:
-        if overwrite:
-            run_folder.clear(folder)
-        run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
+        with turn(folder):
+            if run_folder.check(recipe, resume, overwrite):
+                raise Refused(f"output: another process has finished the run in {folder} meanwhile. Nothing was changed.")
+            if overwrite:
+                run_folder.clear(folder)
+            run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
+            claim(folder)
         secret.begin(job.noisy, folder)
         _say_what_was_read(examples)
     accelerator.wait_for_everyone()

@@ -25,7 +25,12 @@ TODO: Mapping[int, str] = {
 }
 """What to do about an error of the system, where something can be said."""
 MEMORY = "give the process more, or less to do: smaller batch_tokens, a smaller or quantized model"
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 PACKAGE = Path(__file__).parent
+
+
+class OutOfMemory(MemoryError):
+    """Memory ran out in the middle of work, and it is known what to change: its text says all that is to be said."""
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Timed out waiting")
@@ -53,7 +58,9 @@ def reply_to(error: Exception, again: str = "the same command") -> tuple[str, Re
 def _of_the_machine(error: Exception, again: str) -> str | None:
     """What the machine could not do; None where it is not to blame."""
     text = _one_line(error)
-    if _out_of_memory(error, text):
+    if isinstance(error, OutOfMemory):
+        return text
+    if is_out_of_memory(error):
         return f"out of memory ({text}); {MEMORY}; then {again} goes on."
     if isinstance(error, RuntimeError) and any(phrase in text for phrase in LOST):
         return f"another process of this run has ended ({text[:200]}). Start all of them anew: {again} goes on."
@@ -64,8 +71,8 @@ def _of_the_machine(error: Exception, again: str) -> str | None:
             return text
         named = " -> ".join(str(one) for one in (error.filename, error.filename2) if one is not None)
         return readable(f"{named}: {error.strerror}. {_then(error.errno, again)}".removeprefix(": ").strip())
-    if type(error).__module__ == "sqlite3" and type(error).__name__ == "OperationalError":
-        return f"a database cannot be read or written: {text}."
+    if type(error).__name__ in ("OperationalError", "StorageInternalError"):  # of SQLite, SQLAlchemy and Optuna, one from the other
+        return f"a database cannot be read or written: {_one_line(_origin(error))}."
     return None
 
 
@@ -73,12 +80,18 @@ def _then(number: int, again: str) -> str:
     return f"{TODO[number]}; then {again} goes on." if number in TODO else ""
 
 
-def _out_of_memory(error: Exception, text: str) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; PyTorch's allocator on CPUs, and some of CUDA's libraries, say so in words only."""
     known = isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "ArrowMemoryError")
-    return known or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text))
+    return known or (isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in NO_MEMORY))
 
 
-def _one_line(error: Exception) -> str:
+def _origin(error: BaseException) -> BaseException:
+    """The error that others were raised from."""
+    return _origin(error.__cause__) if error.__cause__ else error
+
+
+def _one_line(error: BaseException) -> str:
     return readable(" ".join(str(error).split()) or "no reason given")
 
 

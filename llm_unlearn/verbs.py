@@ -8,12 +8,12 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llm_unlearn import alternates, at_work, candidates, catalogue, compare, folder, many, recipe, sections
 from llm_unlearn.auditing import request as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
+from llm_unlearn.outward import without_secrets
 from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import is_recipe, missing
 from llm_unlearn.spec import Refused, dotted, schema
@@ -25,32 +25,43 @@ def run(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
     suite, named = suite_of(wanted, path)
-    at_work.alone(Path(wanted.output))
+    home, first = Path(wanted.output), not int(options.environment.get("RANK", "0"))  # of many processes, the first speaks
+    at_work.alone(home)
     if folder.check(wanted, options.resume, options.overwrite):
-        folder.tidy(Path(wanted.output))
-        print(f"{wanted.output}: this run is finished; see {Path(wanted.output) / folder.REPORT}")
-        return Reply(facts={"output": wanted.output, **_measured(wanted, options)})
+        reply = _ended(wanted, options, first)
+        if first:
+            folder.tidy(home)
+            print(f"{home}: this run is finished; see {home / folder.REPORT}")
+        return reply
     if wanted.track:  # the one tracker whose place only its environment says
-        options.environment.setdefault("TRACKIO_DIR", str((Path(wanted.output) / folder.TRACKERS / "trackio").absolute()))
+        options.environment.setdefault("TRACKIO_DIR", str((home / folder.TRACKERS / "trackio").absolute()))
     outcome = command.engine(wanted)(
         wanted, suite, cache=options.cache, resume=options.resume, overwrite=options.overwrite,
         retrained=made(named, options.cache) if named else None,
     )  # fmt: skip
     if outcome.status == "interrupted":
-        print(
-            f"interrupted after step {outcome.step}; the same command with --resume goes on from there.",
-            file=sys.stderr,
-        )
+        if first:
+            said = f"interrupted after step {outcome.step}; the same command with --resume goes on from there."
+            print(said, file=sys.stderr)
         return Reply(INTERRUPTED, {"output": wanted.output, "step": outcome.step})
-    if outcome.reason:
+    if outcome.reason and first:
         kept = f"the weights after step {outcome.kept} were kept" if outcome.kept else "the model was left as it was"
         print(f"{outcome.status}: {outcome.reason}; {kept}.", file=sys.stderr)
     ended = {"status": outcome.status, "steps": outcome.step, "kept_step": outcome.kept, "reason": outcome.reason}
-    asked = bool(wanted.evaluation and wanted.evaluation.thresholds)
-    failed = reason_of(folder.results_in(Path(wanted.output)).get("thresholds", ())) if asked else ""
-    if failed:
+    reply = _ended(wanted, options, first)
+    return Reply(UNFIT if outcome.broken else reply.status, {"run": ended, **reply.facts})
+
+
+def _ended(wanted: recipe.Recipe, options: argparse.Namespace, first: bool) -> Reply:
+    """What a run's folder says of how it ended, the same whenever it is asked; a run without numbers says nothing there."""
+    home = Path(wanted.output)
+    results = folder.results_in(home) if (home / folder.RESULTS).is_file() else {}
+    asked, ran = bool(wanted.evaluation and wanted.evaluation.thresholds), results.get("run") or {}
+    failed = reason_of(results.get("thresholds", ())) if asked else ""
+    if failed and first:
         print(f"thresholds do not hold: {failed}.", file=sys.stderr)
-    return Reply(UNFIT if outcome.broken or failed else DONE, {"output": wanted.output, "run": ended, **_measured(wanted, options)})
+    facts = {"evaluation": folder.wordless(results)} if options.json and results else {}
+    return Reply(UNFIT if ran.get("broken") or failed else DONE, {"output": wanted.output, **facts})
 
 
 def suite_of(wanted: recipe.Recipe, path: Path) -> tuple[suites.Suite | None, str | None]:
@@ -67,12 +78,6 @@ def suite_of(wanted: recipe.Recipe, path: Path) -> tuple[suites.Suite | None, st
     if lines := [f"{path}: {dotted(('evaluation', 'thresholds', *keys))}: {text}" for keys, text in wrong]:
         raise Refused("\n".join(lines))
     return suite, control
-
-
-def _measured(wanted: recipe.Recipe, options: argparse.Namespace) -> dict[str, Any]:
-    """What a run's evaluation found, where there is one and somebody asks."""
-    home = Path(wanted.output)
-    return {"evaluation": folder.wordless(folder.results_in(home))} if options.json and (home / folder.RESULTS).is_file() else {}
 
 
 def demo(options: argparse.Namespace) -> Reply:
@@ -120,6 +125,8 @@ def evaluate(options: argparse.Namespace) -> Reply:
     if candidates.is_many(options.model, options.adapter, options.before):
         return _evaluate_many(suite, options)
     options.model, options.adapter = options.model[0], (options.adapter or [None])[0]
+    if options.output and options.output.exists() and not options.output.is_dir():
+        raise Refused(f"--output: {options.output} is a file; expected a folder, which is made where there is none.")
     if options.output:
         folder.no_way_out(options.output)
     if options.output and (options.output / folder.RESULTS).exists() and not options.overwrite:
@@ -204,7 +211,7 @@ def bench(options: argparse.Namespace) -> Reply:
         page=options.write or options.output / "leaderboard.md",
         jobs=options.jobs,
         overrides=options.overrides,
-        command=shlex.join(["llm-unlearn", *options.words]),
+        command=without_secrets(shlex.join(["llm-unlearn", *options.words])),
     )
     return room.bench(asked, options.environment)
 

@@ -24,6 +24,7 @@ from llm_unlearn.cli import cache_folder, launch, main
 from llm_unlearn.options import parser
 from llm_unlearn.spec import Refused, plain, to_yaml
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST
+from llm_unlearn.troubles import OutOfMemory
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -231,6 +232,45 @@ def test_a_finished_run_is_not_resumed_but_said_to_be_finished(
     assert not asked.runs
 
 
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"run": {"steps": 7, "broken": True}}, ""),
+        (
+            {"thresholds": [{"holds": False, "why": "rouge on forget is 0.9"}]},
+            "thresholds do not hold: rouge on forget is 0.9.",
+        ),
+    ],
+)
+def test_a_run_that_does_not_hold_says_so_whenever_it_is_asked(
+    found: dict[str, Any], said: str, path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asks = "{suite: eval/quick.yaml, thresholds: [{measure: rouge, set: forget, at_most: 0.5}]}"
+    path.write_text(RECIPE.replace("evaluation: eval/quick.yaml", f"evaluation: {asks}"))
+    home = Path(begun(path, finished=True).output)
+    (home / folder.RESULTS).write_text(json.dumps(json.loads((home / folder.RESULTS).read_text()) | found))
+    for _ in range(2):
+        assert main(["run", "r.yaml", "--resume"]) == 1
+        assert capsys.readouterr().err.strip() == said
+
+
+def test_of_many_processes_the_first_speaks_and_tidies(
+    path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Path(begun(path, finished=True).output)
+    (home / folder.CHECKPOINTS).mkdir()
+    monkeypatch.setenv("RANK", "1")
+    assert main(["run", "r.yaml", "--resume"]) == 0
+    asked.outcome = SimpleNamespace(status="stopped", step=7, kept=4, reason="forget not finite", broken=True)
+    assert main(["run", "r.yaml", "--overwrite"]) == 1
+    asked.outcome = SimpleNamespace(status="interrupted", step=7)
+    assert main(["run", "r.yaml", "--overwrite"]) == 130
+    assert capsys.readouterr() == ("", "") and (home / folder.CHECKPOINTS).is_dir()
+    monkeypatch.setenv("RANK", "0")
+    assert main(["run", "r.yaml", "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out and not (home / folder.CHECKPOINTS).exists()
+
+
 def test_a_shipped_recipe_is_found_from_anywhere(asked: Asked) -> None:
     assert main(["run", "recipes/forget_lora.yaml", "output=here"]) == 0
     assert asked.runs[0][0].output == "here"
@@ -298,6 +338,13 @@ def test_debug_shows_where_an_error_comes_from(
     )
 
 
+def handed_on(text: str) -> Exception:
+    """An error of a database, as Optuna hands it on."""
+    error = type("StorageInternalError", (Exception,), {})("An exception is raised during the commit.")
+    error.__cause__ = sqlite3.OperationalError(text)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -307,7 +354,10 @@ def test_debug_shows_where_an_error_comes_from(
         (OSError("no such weights"), "error: no such weights"),
         (MemoryError("Unable to allocate 7 EiB"), "error: out of memory (Unable to allocate 7 EiB); give the process more"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory (DefaultCPUAllocator: can't"),
+        (RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "error: out of memory (cuBLAS: CUBLAS_"),
+        (OutOfMemory("out of memory in step 3. Give less."), "error: out of memory in step 3. Give less."),
         (sqlite3.OperationalError("disk I/O error"), "error: a database cannot be read or written: disk I/O error."),
+        (handed_on("database is locked"), "error: a database cannot be read or written: database is locked."),
         (
             RuntimeError("I/O error: No space left on device (os error 28)"),
             "error: I/O error: No space left on device (os error 28)",
@@ -456,7 +506,8 @@ def begun(path: Path, *, finished: bool = False, overrides: tuple[str, ...] = ()
     if finished:
         (run / folder.ADAPTER).mkdir()
         if wanted.evaluation:
-            (run / folder.RESULTS).write_text("{}")
+            held = {"title": "x", "suite": "s", "suite_hash": "h", "models": {}, "numbers": [], "curves": {}, "answers": {}}
+            (run / folder.RESULTS).write_text(json.dumps(held))
     else:
         (run / folder.CHECKPOINTS).mkdir()
     return wanted
@@ -466,8 +517,11 @@ def left(run: Path) -> dict[str, str | None]:
     return {str(found.relative_to(run)): found.read_text() if found.is_file() else None for found in run.rglob("*")}
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("overwrite", [False, True])
+HOWS = ((False, False), (True, False), (False, True))
+"""resume, overwrite"""
+
+
+@pytest.mark.parametrize(("resume", "overwrite"), HOWS)
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_fresh_or_empty_folder_may_be_written(resume: bool, overwrite: bool, empty: bool, here: Path, path: Path) -> None:
     if empty:
@@ -476,8 +530,7 @@ def test_a_fresh_or_empty_folder_may_be_written(resume: bool, overwrite: bool, e
     assert (here / "runs").exists() is empty, "looking changes nothing"
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("resume", "overwrite"), HOWS)
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_is_no_run_folder_is_never_touched(resume: bool, overwrite: bool, kind: str, here: Path, path: Path) -> None:
     (here / "runs").mkdir()
@@ -548,6 +601,30 @@ def test_run_refuses_before_anything_heavy(verb: list[str], path: Path, asked: A
     begun(path)
     assert "output: runs/x " in refused(capsys, "run", "r.yaml", "seed=9", *verb)
     assert not asked.runs
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_going_on_and_replacing_are_not_asked_at_once(
+    finished: bool, here: Path, path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = begun(path, finished=finished)
+    before = left(here)
+    with pytest.raises(SystemExit) as end:
+        main(["run", "r.yaml", "--resume", "--overwrite"])
+    assert end.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
+    with pytest.raises(Refused, match="resume, overwrite: one goes on with an earlier run, the other replaces it"):
+        folder.check(wanted, True, True)
+    assert left(here) == before and not asked.runs
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_recipe_that_somebody_wrote_is_no_run(how: tuple[bool, bool], here: Path) -> None:
+    """`exp/recipe.yaml` that says `output: exp`: a run would write its own in its place."""
+    folder.write(here / "exp" / "recipe.yaml", "# mine\n" + RECIPE.replace("runs/x", "exp"))
+    before = left(here)
+    with pytest.raises(Refused, match=r"output: exp has a recipe\.yaml that no run wrote .*Nothing was changed; choose another"):
+        folder.check(recipe.load(here / "exp" / "recipe.yaml"), *how)
+    assert left(here) == before
 
 
 def test_clear_removes_a_run_and_does_not_mind_its_absence(here: Path, path: Path) -> None:

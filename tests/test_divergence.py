@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from llm_unlearn.models.load import trainable
 from llm_unlearn.objectives.likelihood import Ascent
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.training import divergence, loop
+from llm_unlearn.training.checkpoint import Progress
+from llm_unlearn.training.divergence import Watch
 from llm_unlearn.training.dose import Harm, Stop
 from llm_unlearn.training.loop import train
 from llm_unlearn.training.window import Window
@@ -63,6 +66,29 @@ def test_weights_that_do_not_move_end_the_run(make_model: Callable[..., Any], tm
 def test_a_short_run_that_does_not_move_is_seen_at_its_end(make_model: Callable[..., Any], tmp_path: Path) -> None:
     outcome, _ = carried_out(job(steps=3, lr=1e-30), make_model(), tmp_path)
     assert outcome.broken and outcome.step == 3 and "has moved in 3 steps" in outcome.reason
+
+
+def test_one_bit_of_one_weight_is_seen_on_every_process(make_model: Callable[..., Any]) -> None:
+    """Of a model that is spread over processes one saves what it remembers of the start, and all go on from that."""
+    watches: list[Watch] = []
+
+    def gathered(mine: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.stack([divergence._sums(weight.detach()) for weight in one.weights]) for one in watches])
+
+    there: Any = SimpleNamespace(gather=gathered, reduce=lambda found, how: found, device=torch.device("cpu"))
+    for seed in (0, 1):
+        watches.append(Watch(job(), make_model(seed=seed), Progress(), there))
+        watches[-1].sharded = True
+    start = watches[0]._digest()
+    assert not any(one._moved(start) for one in watches)
+    for weight in watches[1].weights:
+        place = weight.data.view(-1)[-1:]
+        held = place.clone()
+        place.copy_(torch.nextafter(held, torch.tensor(9.0)))
+        assert all(one._moved(start) for one in watches)
+        place.copy_(held)
+    large = torch.randn(3 * divergence.PART + 5)
+    assert divergence._sums(large).tolist() == pytest.approx([large.double().sum().item(), large.double().square().sum().item()])
 
 
 def test_steps_of_a_warm_up_are_not_counted(make_model: Callable[..., Any], tmp_path: Path) -> None:

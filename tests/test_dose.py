@@ -19,10 +19,11 @@ from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.objectives.likelihood import NLL, Ascent
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.sections import Train
+from llm_unlearn.spec import Refused
 from llm_unlearn.training import loop
 from llm_unlearn.training.checkpoint import Progress
 from llm_unlearn.training.dose import Harm, Stop
-from llm_unlearn.training.guard import Outcome, Probe, ask
+from llm_unlearn.training.guard import Outcome, Probe, aim_of, ask
 from llm_unlearn.training.loop import train
 
 FREE = Harm(retain_perplexity=None)
@@ -64,7 +65,10 @@ def seen(forget: float = 1.0, retain: float = 1.0, accuracy: float = 0.9, holdou
 def test_it_ends_when_the_aim_is_reached_and_keeps_what_is_nearest() -> None:
     found = Judged(Stop(until=10.0, budget=FREE), seen(), aim=10.0)(seen(3), seen(9), seen(12), seen(30))
     assert (found.status, found.step, found.kept) == ("finished", 30, 20)  # 9 is nearer to 10 than 12 is, as ratios go
-    assert found.reason == "the aim is reached at step 30: forget perplexity 12 on 4 rows (asked for: 10)"
+    assert found.reason == (
+        "the aim is reached at step 30: forget perplexity 12 on 4 rows (asked for: 10); step 20 was nearer to it: "
+        "forget perplexity 9 on 4 rows (asked for: 10)"
+    )
     assert Judged(Stop(until=10.0), seen(), aim=10.0)(seen(3), seen(10.5)).kept == 20
 
 
@@ -80,6 +84,30 @@ def test_the_holdout_set_moves_with_the_model() -> None:
     found = Judged(Stop(until="holdout"), seen())(seen(3, holdout=60), seen(20, holdout=25), seen(40, holdout=39))
     assert (found.step, found.kept) == (30, 30)
     assert found.reason == "the aim is reached at step 30: forget perplexity 40 on 4 rows (the holdout set's: 39)"
+
+
+@pytest.mark.parametrize("until", [10.0, "holdout", None])
+@pytest.mark.parametrize("which", [{"forget": math.inf}, {"retain": math.inf}, {"holdout": math.inf}])
+def test_a_look_that_is_not_finite_ends_as_broken(until: Any, which: dict[str, float]) -> None:
+    """An ascent without a budget that overflows has not reached its aim."""
+    found = Judged(Stop(until=until, budget=FREE), seen(), aim=until if until != "holdout" else None)(
+        seen(3), seen(**{"forget": 9} | which)
+    )
+    (name,) = which
+    assert found == Outcome("stopped", 20, 10, f"{name} perplexity not finite at step 20", True)
+
+
+def test_a_forward_pass_that_overflows_is_no_perplexity(make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    accelerator = Accelerator(cpu=True)
+    assert ask(rows("forget", 4, 1), 64, Scorer(model), head_of(model), accelerator)[0] == math.inf
+    probe = Judged(Stop(until=50.0, budget=FREE), seen(), aim=50.0).probe
+    reason = "forget perplexity not finite before the first step"
+    assert loop.first(probe, seen(math.inf), Progress(), model) == Outcome("stopped", 0, 0, reason, True)
+    with pytest.raises(Refused, match=r"train\.stop\.until: the retrained model's perplexity on the forget set is not finite"):
+        aim_of(dose_job(until="retrained"), model, accelerator)
 
 
 def test_weights_beyond_the_budget_are_never_kept() -> None:
@@ -121,7 +149,7 @@ def test_without_an_aim_the_last_within_the_budget_is_kept() -> None:
 
 
 def test_without_bounds_nothing_is_too_much() -> None:
-    found = Judged(Stop(budget=FREE), seen())(seen(9, 1e9, 0.0), seen(9, math.inf, 0.0))
+    found = Judged(Stop(budget=FREE), seen())(seen(9, 1e9, 0.0), seen(9, 1e300, 0.0))
     assert (found.status, found.kept) == ("finished", 20)
 
 
@@ -261,14 +289,12 @@ def test_how_a_run_ended_is_said(
 
     monkeypatch.setattr("llm_unlearn.run.run", lambda *_, **__: outcome)
     monkeypatch.setattr("llm_unlearn.folder.check", lambda *_: False)
-    words = {"overrides": [], "resume": False, "overwrite": False, "cache": Path(), "json": False}
+    words = {"overrides": [], "resume": False, "overwrite": False, "cache": Path(), "json": False, "environment": {}}
     assert verbs.run(SimpleNamespace(recipe=Path("recipes/forget_lora.yaml"), **words)).status == status
     assert capsys.readouterr().err == said
 
 
 def test_the_retrained_model_is_asked_about_the_same_rows(make_model: Callable[..., Any]) -> None:
-    from llm_unlearn.training.guard import aim_of
-
     wanted = replace(dose_job(until="retrained", rows=5), seed=4)
     other = make_model(seed=9)
     probe = Probe.of(Stop(until="retrained", rows=5), wanted.examples, 4, 64, None)

@@ -229,6 +229,19 @@ def test_a_checkpoint_is_read_and_never_run(make_model: Callable[..., Any], tmp_
             assert not mark.exists(), name
 
 
+@pytest.mark.parametrize("name", ["progress.pt", "optimizer.bin", "trainable.safetensors"])
+def test_a_damaged_checkpoint_is_refused(name: str, make_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Cut off, empty, and of something else."""
+    place = stopped(make_model, tmp_path / "run")
+    torch.save({"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}, tmp_path / "foreign")
+    whole = (place / name).read_bytes()
+    for content in (whole[: len(whole) // 2], b"", (tmp_path / "foreign").read_bytes()):
+        (place / name).write_bytes(content)
+        with pytest.raises(Refused, match=r"step-000002: not a checkpoint of this project .*Remove it, or add --overwrite"):
+            train(job(steps=3), adapted(make_model), Accelerator(cpu=True), tmp_path / "run", resume=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_shards_of_an_optimizer_are_looked_through(tmp_path: Path, mark: Path) -> None:
     """torch reads a sharded checkpoint's index, and all of it that is no tensor, as pickles that may run anything."""
     import torch.distributed.checkpoint as sharded

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from jobs import adapted, job, straight_and_resumed, weights
 
 from llm_unlearn.models.reference import Reference
-from llm_unlearn.spec import Refused
 from llm_unlearn.training import loop, room
 from llm_unlearn.training.loop import Training, train
 from llm_unlearn.training.room import fitting
+from llm_unlearn.troubles import OutOfMemory
 
 FREE = [1e5, 4e5, 1e6, 1e9]
 
@@ -95,7 +95,9 @@ def test_where_it_does_not_suffice(make_model: Callable[..., Any], monkeypatch: 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(loop.Window, "backward", full)
-    with pytest.raises(Refused, match=r"out of memory in step 1, with at most 200 tokens .* train.batch_tokens: 100, .* --resume"):
+    with pytest.raises(
+        OutOfMemory, match=r"out of memory in step 1, with at most 200 tokens .* train.batch_tokens: 100, .* --resume"
+    ):
         train(job(), adapted(make_model), Accelerator(cpu=True), tmp_path / "fixed")
-    with pytest.raises(Refused, match=r"train.micro_batch: auto: .* longest rows alone do not fit .*gradient_checkpointing"):
+    with pytest.raises(OutOfMemory, match=r"train.micro_batch: auto: .* longest rows alone do not fit .*gradient_checkpointing"):
         train(job(micro_batch="auto"), adapted(make_model), Accelerator(cpu=True), tmp_path / "auto")

@@ -278,3 +278,20 @@ def test_a_run_is_not_begun_beside_itself(tmp_path: Path) -> None:
     at_work.alone(folder)  # it may be gone, as a preempted node is
     process(folder, pid=other.pid, began=other.create_time(), how="interrupted")
     at_work.alone(folder)
+
+
+def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path) -> None:
+    """What the command looked at before it read data and models, minutes ago, is looked at again, by one after the other."""
+    folder = run_folder(tmp_path / "x")
+    other = psutil.Process(os.getppid())
+    with at_work.turn(folder):
+        at_work.claim(folder)
+        assert (found := at_work.read(folder)) and found.alive and found.pid == os.getpid()
+        code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL, check=False).returncode == 1
+    process(folder, pid=other.pid, began=other.create_time())
+    with pytest.raises(Refused, match="is at work in"), at_work.turn(folder):
+        raise AssertionError("not its turn")
+    with pytest.raises(Refused, match="is at work in"), working(folder, 9, active=True):
+        raise AssertionError("not its turn")
+    assert (found := at_work.read(folder)) and found.pid == other.pid

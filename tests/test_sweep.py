@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -98,7 +99,13 @@ def test_what_can_be_counted_is_counted() -> None:
     points = list(found.points())
     assert points[:3] == [{"a": "x", "b": b, "c": c} for b, c in (("0.0", "1"), ("0.0", "2"), ("0.1", "1"))]
     assert points[-1] == {"a": "y", "b": "0.3", "c": "2"} and len(points) == 16
-    assert space.space_of(["a=1..10@step=4"]).dimensions[0].values == ("1", "5", "9")
+    (one,) = space.space_of(["a=1..10@step=4"]).dimensions
+    assert [one.at(place) for place in range(one.count)] == ["1", "5", "9"]
+    many = space.space_of(["seed=0..2147483647", "b=0.5..1e9@step=0.5"])
+    assert many.size == 2**31 * (2 * 10**9) and next(iter(many.points())) == {"seed": "0", "b": "0.5"}, (
+        "none is made that is not asked for"
+    )
+    assert space.space_of(["a=0..9007199254740993"]).size == 9007199254740994
     assert space.space_of(["a=1..10@log"]).size is None and space.space_of(["a=1,2"]).listed
 
 
@@ -288,7 +295,6 @@ place = pathlib.Path(json.loads(given["output"])); name = place.name
 lr, weight = float(given.get("train.lr", 1e-4)), float(given.get("objective.retain.weight", 2))
 plan = json.loads(pathlib.Path("plan.json").read_text()); mine = plan.get(name, plan.get("all", ""))
 with open("calls.txt", "a") as calls: calls.write(f"{name} {how} {lr:g} {weight:g}\\n")
-place.mkdir(parents=True, exist_ok=True); (place / "recipe.yaml").touch()
 if (place / "evaluation.json").exists(): print("finished"); sys.exit(0)
 begun = (place / "checkpoints").exists()
 if mine == "refuse": print("error: data.forget: row 7 is empty", file=sys.stderr); print("late words"); sys.exit(2)
@@ -314,10 +320,14 @@ sys.exit(1 if mine in ("broken", "unmet") else 0)
 """
 DRIVER = """\
 import sys
+from llm_unlearn import folder
+from llm_unlearn.spec import plain, to_yaml
 from llm_unlearn.sweeping import running
 true = running.Job.command
 def command(job, point, name):
     words = true(job, point, name)
+    wanted = job.wanted(point, name)
+    folder.write(job.output / name / folder.RECIPE, f"# hash {wanted.hash}\\n{to_yaml(plain(wanted))}")  # as a run does
     assert words[:4] == [sys.executable, "-m", "llm_unlearn", "run"]
     return [sys.executable, "child.py", *words[4:]]
 running.Job.command = command
@@ -404,6 +414,23 @@ def test_the_chosen_recipe_is_whole_and_can_be_launched(play: Play, here: Path, 
     compile(path.read_text(), "chosen.yaml", "exec")  # what accelerate runs
     assert play(*GRID, "train.warmup=0", "--pick", "kept>=0.9", status=0) == []
     assert play(*GRID, "train.warmup=0", "--pick", "forgotten>=1.0", "--trials", "1") == []
+    (here / "out" / "trial-0003" / "recipe.yaml").unlink()
+    capsys.readouterr()
+    assert play(*GRID, "train.warmup=0", status=1) == []
+    assert "trial-0003 is chosen, and its recipe cannot be read" in capsys.readouterr().err and not path.exists()
+
+
+def test_what_is_chosen_is_what_ran(play: Play, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe that a sweep reads may be changed as its last trial runs."""
+    tell = running.Trials.ended
+
+    def ended(trials: running.Trials, child: Any, status: int) -> str:
+        (here / "r.yaml").write_text(RECIPE.replace("steps: 4", "steps: 5"))
+        return tell(trials, child, status)
+
+    monkeypatch.setattr(running.Trials, "ended", ended)
+    play("train.lr=1e-5,1e-4", "--jobs", "2", "--trials", "1")
+    assert recipe.load(here / "out" / "chosen.yaml").train.steps == 4
 
 
 def test_no_choice_leaves_no_recipe(play: Play, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -426,6 +453,41 @@ def test_draws_follow_from_the_seed_and_not_from_interruptions(play: Play, here:
     assert len(play(*words, "--trials", "2", "--output", "d", "--sampler", "nsga2")) == 2
     assert len(play(*words, "--trials", "2", "--output", "e", "--sampler", "random", "--storage", f"sqlite:///{here}/e.db")) == 2
     assert play(*words, "--trials", "2", "--output", "e", "--sampler", "random", "--storage", f"sqlite:///{here}/e.db") == []
+
+
+def test_a_database_holds_the_studies_of_folders_that_are_called_alike(
+    play: Play, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing that is written says who logs in there."""
+    words = ("train.lr=1e-5,1e-4", "--storage", f"sqlite:///file:{here}/s.db?token=hunter2hunter2&uri=true")
+    for project in ("a", "b"):
+        assert len(play(*words, "--output", f"{project}/sweep", "--trials", "1")) == 1, "none of them is the other's"
+    (here / "a").rename(here / "c")
+    assert play(*words, "--output", "c/sweep", "--trials", "1") == []
+    said = capsys.readouterr()
+    for text in (
+        *said,
+        *(path.read_text() for path in (here / "c").rglob("*") if path.suffix in (".json", ".yaml", ".html", ".svg")),
+    ):
+        assert "hunter2" not in text
+    assert "…" in json.loads((here / "c" / "sweep" / "sweep.json").read_text())["command"]
+
+
+def test_a_database_that_is_locked_or_of_another_version_is_no_bug(
+    play: Play, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("train.lr=1e-5,1e-4", "--storage", f"sqlite:///{here}/s.db?timeout=0.01")
+    play(*words)
+    with sqlite3.connect(here / "s.db") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        capsys.readouterr()
+        play(*words, "--trials", "3", "--sampler", "random", status=2)
+        assert "error: --storage: cannot be opened" in (said := capsys.readouterr().err) and "database is locked" in said
+        other.rollback()
+        other.execute("UPDATE alembic_version SET version_num = 'v1.3.0.a'")
+    other.close()
+    play(*words, status=2)
+    assert "error: --storage: cannot be opened (RuntimeError: The runtime optuna version" in capsys.readouterr().err
 
 
 def test_no_point_of_a_countable_space_is_run_twice(play: Play, here: Path) -> None:

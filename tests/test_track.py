@@ -140,6 +140,14 @@ def test_of_every_nth_step_and_of_every_look(tmp_path: Path, make_model: Callabl
     assert set(rows[3]) == set(rows[6]) == {"probe/retain_perplexity", "probe/retain_accuracy"} and "train/forget" in rows[5]
 
 
+def test_a_set_may_be_called_train(tmp_path: Path, told: type[Told]) -> None:
+    """Its final numbers are no rows of steps, of which some are left out."""
+    accelerator = Accelerator(cpu=True)
+    with tracked(wanted(tmp_path, "{to: aim, every: 10}"), accelerator):
+        tell_numbers(accelerator, [{"set": "train", "title": "rouge", "values": {"after": {"value": 0.5}}}], step=7)
+    assert told.made[0].rows == [(7, {"evaluation/train/rouge/after": 0.5})]
+
+
 @pytest.mark.parametrize("at", [0, 3, 7], ids=["in the beginning", "in the middle", "at the end"])
 def test_a_tracker_that_fails_is_left_out_with_one_line(
     at: int, tmp_path: Path, make_model: Callable[..., Any], told: type[Told], capsys: pytest.CaptureFixture[str]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
-from llm_unlearn.at_work import at_work
+from llm_unlearn.at_work import at_work, turn
 from llm_unlearn.durable import remove
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
@@ -71,12 +71,13 @@ class Session:
         if isinstance(self.method, S3T) and self.method.slices > there:
             raise Refused(f"method.slices: found {self.method.slices}, one block of layers each; this model has {there} layers.")
         if self.main:
-            if overwrite:
-                run_folder.clear(self.folder)
-            if not (self.folder / FILE).is_file():
-                run_folder.write(self.folder / run_folder.RECIPE, flattened(recipe))
-                made = new_manifest(recipe, self.base, torch.get_num_threads(), versions(), list(self.known))
-                save(replace(made, state=state), self.folder)
+            with turn(self.folder):
+                if overwrite:
+                    run_folder.clear(self.folder)
+                if not (self.folder / FILE).is_file():
+                    run_folder.write(self.folder / run_folder.RECIPE, flattened(recipe))
+                    made = new_manifest(recipe, self.base, torch.get_num_threads(), versions(), list(self.known))
+                    save(replace(made, state=state), self.folder)
         self.accelerator.wait_for_everyone()
         self.manifest = read(self.folder)
         self._check()

@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_unlearn import thresholds
+from llm_unlearn import recipe, thresholds
 from llm_unlearn.bars import Bar
 from llm_unlearn.bench import unjudged
 from llm_unlearn.children import keep_busy
 from llm_unlearn.evaluation import suite as suites
+from llm_unlearn.folder import RECIPE
+from llm_unlearn.outward import without_secrets
 from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.report.ranking import FLOOR
-from llm_unlearn.spec import Refused, dotted, fingerprint
+from llm_unlearn.spec import Refused, dotted, fingerprint, reason
 from llm_unlearn.sweeping import choosing, saying
 from llm_unlearn.sweeping.pruning import readable
 from llm_unlearn.sweeping.running import LOGS, Job, Trials, basis_of
-from llm_unlearn.sweeping.space import Listed, Space, checked, space_of
+from llm_unlearn.sweeping.space import Space, checked, space_of
 from llm_unlearn.sweeping.study import Sampler, Study, check_folder, name_of, open_study
 from llm_unlearn.tree import locate
 
@@ -95,7 +97,7 @@ def _asked(options: argparse.Namespace) -> Asked:
     job = Job(path, space, (*more,), options.output, basis_of(wanted), watched)
     return Asked(
         job, wanted.evaluation.suite, fingerprint(suite), sampler, options.seed, trials, options.jobs, rule,
-        shlex.join(["llm-unlearn", *options.words]), options.storage,
+        without_secrets(shlex.join(["llm-unlearn", *options.words])), options.storage,
     )  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def _how_many(space: Space, sampler: Sampler | None, trials: int | None) -> tupl
     if sampler != "grid":
         return sampler, trials or TRIALS
     if space.size is None:
-        endless = [one.word for one in space.dimensions if not isinstance(one, Listed) and not one.values]
+        endless = [one.word for one in space.dimensions if not one.count]
         raise Refused(f"--sampler: a grid has no end with {endless[0]}; name its values, or give the range a @step=.")
     return sampler, min(trials or space.size, space.size)
 
@@ -159,28 +161,36 @@ def _publish(asked: Asked, study: Study, hopeless: str) -> Reply:
     saying.write_data(data, output)
     saying.write_plot(choosing.board_of(found), output)
     page = saying.write_page(front, output)
-    if chosen:
-        _write_chosen(asked, study, chosen, why)
-    else:
+    lacking = _write_chosen(asked, study, chosen, why) if chosen else f"nothing is chosen: {choosing.why_none(rows, asked.rule)}."
+    if lacking:
         (output / saying.CHOSEN).unlink(missing_ok=True)  # of an earlier choice, by another rule
     saying.print_front(rows, chosen)
     print(f"trials: {saying.counted(count)}")
-    for path in (output / saying.CHOSEN if chosen else None, page, output / saying.PLOT, output / saying.DATA):
+    for path in (None if lacking else output / saying.CHOSEN, page, output / saying.PLOT, output / saying.DATA):
         if path:
             print(path)
     failed = [row for row in rows if row["state"] == "failed" and row["number"] >= study.known]  # earlier ones were made up for
     problems = [f"{row['folder']} failed, {row['why']}" for row in failed]
     problems += [f"stopped: {hopeless}. The same command tries again."] if hopeless else []
-    problems += [] if chosen else [f"nothing is chosen: {choosing.why_none(rows, asked.rule)}."]
+    problems += [lacking] if lacking else []
     if problems:
         print("\n".join(problems), file=sys.stderr)
     return Reply(UNFIT if problems else DONE, {"output": str(output), **data, "problems": problems})
 
 
-def _write_chosen(asked: Asked, study: Study, chosen: Mapping[str, Any], why: str) -> None:
+def _write_chosen(asked: Asked, study: Study, chosen: Mapping[str, Any], why: str) -> str:
+    """The recipe that the chosen trial ran by: its folder's, as the file that the sweep reads may have been changed since.
+
+    Returns:
+        Why it could not be written; "" where it was.
+    """
     job = asked.job
     point = next(one.point for one in study.trials() if one.number == chosen["number"])
-    wanted = replace(job.wanted(point, chosen["folder"]), output=str(job.output / "chosen"))
+    try:
+        ran_by = recipe.load(job.output / chosen["folder"] / RECIPE, check=False)
+    except Refused as error:
+        return f"{chosen['folder']} is chosen, and its recipe cannot be read ({reason(error)}); no {saying.CHOSEN} was written."
+    wanted = replace(ran_by, output=str(job.output / "chosen"))
     settings = " ".join(f"{key}={text}" for key, text in point.items())
     lines = [
         f"Chosen by `llm-unlearn sweep` of {job.path}: {why}.",
@@ -188,3 +198,4 @@ def _write_chosen(asked: Asked, study: Study, chosen: Mapping[str, Any], why: st
     ]
     lines += [f"It misses thresholds: {chosen['misses']}."] if chosen["misses"] else []
     saying.write_chosen(wanted, lines, job.output)
+    return ""

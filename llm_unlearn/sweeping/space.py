@@ -5,7 +5,6 @@ Knows nothing of how points are drawn. A value is YAML text, as it stands in the
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,15 @@ class Listed:
         """The values that are checked before anything runs."""
         return self.values
 
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return len(self.values)
+
+    def at(self, place: int) -> str:
+        """The value at a place, from 0 on."""
+        return self.values[place]
+
 
 @dataclass(frozen=True)
 class Range:
@@ -63,12 +71,17 @@ class Range:
         return text_of(self.low), text_of(self.high)
 
     @property
-    def values(self) -> tuple[str, ...]:
-        """Every value, where they can be counted; else nothing."""
-        step = self.step if self.step is not None else 1 if isinstance(self.low, int) and not self.log else None
-        if step is None:
-            return ()
-        return tuple(text_of(self.low + place * step) for place in range(int((self.high - self.low) / step + 1e-9) + 1))
+    def count(self) -> int:
+        """How many values there are, where they can be counted; else 0."""
+        if self.step is None and (self.log or isinstance(self.low, float)):
+            return 0
+        if isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float):
+            return (self.high - self.low) // (self.step or 1) + 1
+        return int((self.high - self.low) / (self.step or 1) + 1e-9) + 1
+
+    def at(self, place: int) -> str:
+        """The value at a place, from 0 on, of those that can be counted: there may be billions."""
+        return text_of(self.low + place * (self.step or 1))
 
 
 Dimension = Listed | Range
@@ -95,12 +108,16 @@ class Space:
     @property
     def size(self) -> int | None:
         """How many points there are; None where a range cannot be counted."""
-        return prod(len(one.values) for one in self.dimensions) or None
+        return prod(one.count for one in self.dimensions) or None
 
     def points(self) -> Iterable[Point]:
         """Every point of a space that can be counted, the last setting changing first."""
-        for values in itertools.product(*(one.values for one in self.dimensions)):
-            yield dict(zip((one.key for one in self.dimensions), values, strict=True))
+        for place in range(self.size or 0):
+            found = {}
+            for one in reversed(self.dimensions):
+                place, mine = divmod(place, one.count)
+                found[one.key] = one.at(mine)
+            yield {one.key: found[one.key] for one in self.dimensions}
 
     def settings(self, point: Point) -> list[str]:
         """The `key=value` words of one point."""

@@ -4,6 +4,7 @@ Processes, on one node or several, may work on one study at a time. They share t
 
 OUTPUT/
     study.journal      Optuna's record of all trials, unless --storage names a database
+    study.name         under which name the study is kept in that database, which may hold those of other folders
     locks/study        held while a trial is drawn or taken up, so that no two processes draw the same
     locks/trial-0007   held by the process that carries this trial out; a trial that is under way and not locked was killed
 """
@@ -14,9 +15,11 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal
 
-from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.folder import write
+from llm_unlearn.spec import Refused, fingerprint, reason
 from llm_unlearn.sweeping.held import Held
 from llm_unlearn.sweeping.space import Dimension, Listed, Point, Space, text_of
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.storages.journal._file import BaseJournalFileLock
 
-JOURNAL, LOCKS = "study.journal", "locks"
+JOURNAL, NAME, LOCKS = "study.journal", "study.name", "locks"
 REDRAWS = 10
 """So often is a point drawn anew that an earlier trial had, where points can be counted; then the first that none had is taken."""
 POPULATION = 10
@@ -55,8 +58,6 @@ class Drawn:
 
     number: int
     point: Point
-    again: bool
-    """It was begun before, by a process that is gone."""
     held: Held
 
 
@@ -89,7 +90,7 @@ class Study:
             found = self._raw()
             for trial in found:
                 if trial.state.name == "RUNNING" and (held := self._left(trial.number)):
-                    return Drawn(trial.number, self._suggest(self._reopened(trial)), True, held)
+                    return Drawn(trial.number, self._suggest(self._reopened(trial)), held)
             if len([trial for trial in found if self._counts(trial)]) >= self.wanted:
                 return None
             return self._drawn(found)
@@ -154,7 +155,7 @@ class Study:
                 held = self._hold(trial.number)
             point = self._suggest(trial)
             if point not in tried:
-                return Drawn(trial.number, point, False, held)
+                return Drawn(trial.number, point, held)
             self.ended(trial.number, "FAIL", {"twin": True})
             held.release()
         raise AssertionError("counts on")
@@ -172,7 +173,7 @@ class Study:
             if isinstance(one, Listed):
                 value = trial.suggest_categorical(one.key, list(one.values))
             elif isinstance(one.low, int):
-                value = trial.suggest_int(one.key, one.low, one.high, step=one.step or 1, log=one.log)
+                value = trial.suggest_int(one.key, one.low, int(_last(one)), step=one.step or 1, log=one.log)
             else:
                 value = trial.suggest_float(one.key, one.low, _last(one), step=one.step, log=one.log)
             point[one.key] = value if isinstance(value, str) else text_of(value)
@@ -199,7 +200,7 @@ class Study:
 def _last(one: Dimension) -> float:
     """The highest value of a range, which a step may miss: Optuna warns of an end that it cannot reach."""
     assert not isinstance(one, Listed)
-    return float(one.values[-1]) if one.step is not None else one.high
+    return float(one.at(one.count - 1)) if one.step is not None else one.high
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
@@ -232,7 +233,7 @@ def open_study(
     optuna = _imported()
     with _locked(output):
         storage = _storage(output, url)
-        name = output.resolve().name if url else "sweep"  # a database may hold several, and a folder may be moved
+        name = _name(output) if url else "sweep"
         if name in optuna.get_all_study_names(storage):
             study = optuna.load_study(study_name=name, storage=storage)
         else:
@@ -245,6 +246,14 @@ def open_study(
             if not earlier:
                 study.set_user_attr(key, value)
     return Study(study, output, space, sampler, seed, wanted)
+
+
+def _name(output: Path) -> str:
+    """The name of a folder's study in a database, kept in the folder, which may be moved, and which all nodes see. Two folders that
+    are called alike, as of two projects, are two studies."""
+    if not (path := output / NAME).is_file():
+        write(path, f"{output.resolve().name or 'sweep'}-{token_hex(4)}\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def check_folder(output: Path) -> None:
@@ -288,10 +297,9 @@ def _storage(output: Path, url: str | None) -> Any:
 
     try:
         return optuna.storages.RDBStorage(url)
-    except (ImportError, ValueError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        raise Refused(
-            f"--storage: cannot be opened ({str(error).splitlines()[0]}). Expected a database's URL, such as sqlite:///sweep.db."
-        ) from None
+    except (ImportError, ValueError, RuntimeError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        said = reason(error)  # a RuntimeError: tables of another version of Optuna, and how to make them anew
+        raise Refused(f"--storage: cannot be opened ({said}). Expected a database's URL, such as sqlite:///sweep.db.") from None
 
 
 def _mend(journal: Path, lock: BaseJournalFileLock) -> None:

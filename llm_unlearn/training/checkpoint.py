@@ -21,9 +21,13 @@ from llm_unlearn.durable import about, make_folder, put
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import fill, is_sharded, whole
 from llm_unlearn.models.sound import weights_in
+from llm_unlearn.reply import UNABLE
 from llm_unlearn.spec import Refused, reason
 from llm_unlearn.training.sharded import load_optimizer, save_optimizer
+from llm_unlearn.troubles import reply_to
 
+DAMAGED = (pickle.UnpicklingError, EOFError, OSError, LookupError, RuntimeError, TypeError, ValueError)
+"""What torch and Accelerate raise of files that are cut off, empty, foreign, or would run something."""
 WEIGHTS, PROGRESS = "trainable.safetensors", "progress.pt"
 
 
@@ -138,7 +142,9 @@ class Checkpoints:
             raise Refused(f"{newest}: of another version of this project, or none of it. Add --overwrite to begin anew.")
         try:
             self.accelerator.load_state(str(newest))
-        except (pickle.UnpicklingError, OSError, KeyError, Refused) as error:  # tensors are read, and nothing that would be run
+        except DAMAGED as error:  # tensors are read, and nothing that would be run
+            if reply_to(error)[1].status == UNABLE and not isinstance(error, OSError):  # no memory, or a process is gone
+                raise
             said = f"not a checkpoint of this project ({reason(error)})"
             raise Refused(f"{newest}: {said}. Remove it, or add --overwrite to begin anew.") from None
         device, memory = self.accelerator.device, self.progress.memory

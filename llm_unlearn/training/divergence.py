@@ -38,6 +38,8 @@ LOSS_TIMES, LOSS_LEAST = 1000.0, 0.05
 GRADIENT_TIMES, GRADIENT_LEAST = 1e4, 0.01
 SAME = 1e-6
 """Relative to its size, a loss that changes less than this is the same."""
+PART = 1 << 20
+"""So many weights at a time."""
 LARGEST = 1 << 28
 """Up to so many trained weights a copy of good ones is kept in memory, where no probe keeps one."""
 
@@ -49,7 +51,7 @@ class Watch:
         self.job, self.model, self.progress, self.accelerator = job, model, progress, accelerator
         self.weights = list(trainable(model).values())
         small = sum(weight.numel() for weight in self.weights) <= LARGEST and not is_sharded(model)
-        self.copies = small and not job.settings.stop
+        self.copies, self.sharded = small and not job.settings.stop, is_sharded(model)
         self.forget = [name for name, term in job.terms.items() if stream_of(term, name) == "forget"]
 
     def _begin(self) -> None:
@@ -137,8 +139,11 @@ class Watch:
             self.progress.safe, self.progress.safe_step = snapshot(self.model), self.progress.step
 
     def _digest(self) -> list[float]:
-        """Two sums over every weight of this process; other weights have others."""
-        return [float(one) for weight in self.weights for one in _sums(_local(weight.detach()))]
+        """Two sums over every weight, of a sharded one over every process's part; other weights have others. All processes have
+        the same, as one of them saves what is remembered of the start."""
+        sums = torch.stack([_sums(_local(weight.detach())) for weight in self.weights])
+        found: Any = self.accelerator.gather(sums) if self.sharded else sums
+        return [float(one) for one in found.flatten().cpu()]
 
     def _moved(self, start: list[float]) -> bool:
         """Whether any process has a weight that is not what it was."""
@@ -164,5 +169,12 @@ def _local(weight: Tensor) -> Tensor:
     return part
 
 
-def _sums(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return weight.double().sum(), weight.double().square().sum()
+def _sums(weight: Tensor) -> Tensor:
+    """Of the values and of their squares, in double precision; part by part, as a copy of a large vocabulary's weights would take
+    gigabytes."""
+    total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for part in torch.split(weight.reshape(-1), PART):
+        values = part.double()
+        total[0] += values.sum()
+        total[1] += values.square_().sum()
+    return total

@@ -75,7 +75,7 @@ def edit(
             put(situation.theta, weights)
             seen = probe.look(*situation.asked(_combination(method, strength)), accelerator) if probe else {}
             if probe:
-                judge(probe, seen, progress, model)
+                judge(probe, seen, progress, model, quiet=not accelerator.is_main_process)
         elif not probe:
             outcome = Outcome("stopped", situation.trained + 1, 0, f"{method.knob} {strength:g}: weights are not finite", True)
         row = {"step": situation.trained + progress.step, method.knob: strength, "distance": distance}

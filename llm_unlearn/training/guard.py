@@ -19,6 +19,7 @@ from llm_unlearn.models.head import Head
 from llm_unlearn.models.scores import Scorer, head_of, score, statistics
 from llm_unlearn.models.sharded import at_rest, take_part
 from llm_unlearn.objectives.views import TOP
+from llm_unlearn.spec import Refused
 from llm_unlearn.training.checkpoint import Progress, snapshot
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.fisher import some
@@ -50,7 +51,7 @@ def ask(
     examples: Sequence[Example], batch_tokens: int, scorer: Scorer, head: Head, accelerator: Accelerator
 ) -> tuple[float, float]:
     """(perplexity exp(Σ NLL / Σ T), accuracy: the share of answer tokens that are the first choice) of some examples, on all
-    ranks."""
+    ranks. Where a forward pass is not finite, neither is the perplexity; one that is e⁷⁰⁰ or more is e⁷⁰⁰."""
     total = torch.zeros(3, dtype=torch.float64)  # Σ NLL, hits, tokens
     mine = cut([len(example.ids) for example in examples], batch_tokens, accelerator.num_processes)
     for chosen in mine[accelerator.process_index]:
@@ -64,16 +65,23 @@ def ask(
                 total += torch.stack([-found.logp.double().sum(), found.hit.sum(), torch.tensor(len(found.hit))])
     at_rest(scorer)
     nll, hits, tokens = accelerator.reduce(total.to(accelerator.device, torch.float32), "sum").tolist()
-    return math.exp(min(700.0, nll / tokens)), hits / tokens
+    return math.exp(min(700.0, nll / tokens)) if math.isfinite(nll) else math.inf, hits / tokens
 
 
 def aim_of(job: Job, retrained: Any, accelerator: Accelerator) -> float | None:
-    """The perplexity at which a run is to end: that of a model that never saw the forget set, where its `stop` says so."""
+    """The perplexity at which a run is to end: that of a model that never saw the forget set, where its `stop` says so.
+
+    Raises:
+        Refused: that model gives no finite one.
+    """
     stop = job.settings.stop
     if not stop or stop.until != "retrained":
         return job.aim
     rows = Probe.of(stop, job.examples, job.seed, job.settings.batch_tokens, None).sets["forget"]
-    return ask(rows, job.settings.batch_tokens, Scorer(retrained), head_of(retrained), accelerator)[0]
+    found = ask(rows, job.settings.batch_tokens, Scorer(retrained), head_of(retrained), accelerator)[0]
+    if not math.isfinite(found):
+        raise Refused("train.stop.until: the retrained model's perplexity on the forget set is not finite; name another model.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,8 @@ class Probe:
 
 def first(probe: Probe, seen: dict[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
     """The look before a run; how it ends, where its aim is reached before it begins."""
+    if broken := _overflown(seen):
+        return Outcome("stopped", 0, 0, f"{broken} before the first step", True)
     gap = probe.gap(seen)
     progress.before, progress.good, progress.good_look = seen, snapshot(model), seen
     progress.gap = float("inf") if gap is None else abs(gap)
@@ -154,12 +164,20 @@ def first(probe: Probe, seen: dict[str, float], progress: Progress, model: nn.Mo
     return None
 
 
-def judge(probe: Probe, seen: Mapping[str, float], progress: Progress, model: nn.Module) -> Outcome | None:
-    """Keep these weights if they are the best so far, and end the run where its aim is reached or its budget is spent."""
+def judge(probe: Probe, seen: Mapping[str, float], progress: Progress, model: nn.Module, quiet: bool = False) -> Outcome | None:
+    """Keep these weights if they are the best so far, and end the run where its aim is reached or its budget is spent, or where
+    the model computes nothing finite any more.
+
+    Args:
+        quiet: of many processes, another speaks.
+    """
+    if broken := _overflown(seen):
+        return Outcome("stopped", progress.step, progress.good_step, f"{broken} at step {progress.step}", True)
     harm, gap = probe.harm(progress.before, seen), probe.gap(seen)
     if not harm and not progress.warned and (found := probe.collapse(seen, progress.before)):
         progress.warned = True
-        print(f"warning: {found} by step {progress.step}, and no budget of train.stop ends the run", file=sys.stderr)
+        if not quiet:
+            print(f"warning: {found} by step {progress.step}, and no budget of train.stop ends the run", file=sys.stderr)
     progress.beyond = progress.beyond + 1 if harm else 0
     if not harm and (gap is None or abs(gap) <= progress.gap):
         progress.good_step, progress.good, progress.good_look = progress.step, snapshot(model), dict(seen)
@@ -168,8 +186,16 @@ def judge(probe: Probe, seen: Mapping[str, float], progress: Progress, model: nn
         return Outcome("stopped", progress.step, progress.good_step, f"{harm} at step {progress.step}")
     if not harm and gap is not None and gap <= 0:
         reason = f"the aim is reached at step {progress.step}: {probe.compared(seen)}"
+        if progress.good_step != progress.step:
+            reason += f"; step {progress.good_step} was nearer to it: {probe.compared(progress.good_look)}"
         return Outcome("finished", progress.step, progress.good_step, reason)
     return None
+
+
+def _overflown(seen: Mapping[str, float]) -> str:
+    """In words, what a look found that is not finite; "" where all is."""
+    names = [name.replace("_", " ") for name, value in seen.items() if not math.isfinite(value)]
+    return f"{', '.join(names)} not finite" if names else ""
 
 
 def ending(probe: Probe | None, progress: Progress, more: str = "more epochs") -> Outcome:

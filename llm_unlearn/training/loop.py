@@ -34,12 +34,13 @@ from llm_unlearn.training.guard import Outcome, Probe, ending, first, judge
 from llm_unlearn.training.job import Job
 from llm_unlearn.training.log import Log
 from llm_unlearn.training.progress import Said
-from llm_unlearn.training.room import fitting, is_out_of_memory, out_of_memory
+from llm_unlearn.training.room import fitting, out_of_memory
 from llm_unlearn.training.sharded import prepare
 from llm_unlearn.training.signals import signals
 from llm_unlearn.training.tracking import tell_step
 from llm_unlearn.training.vectors import Gradient
 from llm_unlearn.training.window import Model, Window
+from llm_unlearn.troubles import is_out_of_memory
 
 
 def train(
@@ -57,6 +58,7 @@ def train(
 
     Raises:
         Refused: no trainable weight receives a gradient, or the architecture is not supported.
+        OutOfMemory: a step does not fit; the last checkpoint is there.
     """
     training = Training(job, model, accelerator, shelf)
     progress, steps, every = training.progress, job.schedule.steps, job.settings.checkpoint_every
@@ -200,7 +202,7 @@ class Training:
         if probe and (progress.step % probe.stop.every == 0 or progress.step == self.job.schedule.steps):
             seen = probe.look(self.model.scorer, self.model.head, self.accelerator)
             self.row |= seen
-            outcome = judge(probe, seen, progress, self.net) or outcome
+            outcome = judge(probe, seen, progress, self.net, quiet=not self.accelerator.is_main_process) or outcome
         return self.row, self.watch.after(self.row, weights) or outcome
 
     def _move(self) -> None:

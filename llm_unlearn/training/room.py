@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 
 from llm_unlearn.data.batch import Layout
-from llm_unlearn.spec import Refused
 from llm_unlearn.training.job import Job
 from llm_unlearn.training.window import Model, Window
+from llm_unlearn.troubles import OutOfMemory, is_out_of_memory
 
 MARGIN = 0.85
 """Share of the free memory that is used: allocators leave gaps, and rules keep a gradient or two."""
@@ -27,7 +27,7 @@ def fitting(job: Job, model: Model, accelerator: Accelerator, packed: bool) -> i
     """Tokens of one micro-batch, the same on every process. Nothing is changed: gradients are cleared, and no step is taken.
 
     Raises:
-        Refused: not even one row fits.
+        OutOfMemory: not even one row fits.
     """
     window = Window(job, _fullest(job), accelerator, Layout(1 << 40, packed))
     window.slots.sort(key=lambda slot: -max(len(job.example(*place).ids) for place in slot))
@@ -50,8 +50,11 @@ def fitting(job: Job, model: Model, accelerator: Accelerator, packed: bool) -> i
     share = -(-len(slots) // ranks)
     try:
         (few, least), (more, most) = took(1), took(min(4, share))
-    except torch.OutOfMemoryError:
-        raise Refused(f"train.micro_batch: auto: its longest rows alone do not fit into memory; give {ADVICE}.") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = f"train.micro_batch: auto: its longest rows alone do not fit into memory (out of memory); give {ADVICE}."
+        raise OutOfMemory(said) from None
     free = MARGIN * _free(accelerator) - STATES[job.settings.optimizer] * sum(weight.numel() for weight in model.weights)
     slope = max((most - least) / max(1, more - few), least / few / 4)  # what a first row takes alone is not all its own
     room = few + int((free - least) / max(1.0, slope))
@@ -108,14 +111,9 @@ def _allowed() -> int:
     return int(text) - int(now.read_text())
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; PyTorch's allocator on CPUs says so in words only."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def out_of_memory(layout: Layout, step: int) -> Refused:
+def out_of_memory(layout: Layout, step: int) -> OutOfMemory:
     """What to do where a step does not fit."""
-    return Refused(
+    return OutOfMemory(
         f"out of memory in step {step}, with at most {layout.tokens} tokens in a micro-batch. Give train.micro_batch: auto, or "
         f"train.batch_tokens: {layout.tokens // 2}, which change no result, or {ADVICE}; with --resume the run goes on from its "
         "last checkpoint."

@@ -61,13 +61,10 @@ class Tracker:
         self._try(start)
 
     def log(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """What Accelerate asks of a tracker; of steps between two `every`, only looks at the dose are told."""
-        if self._inner is None:
-            return
-        step = self.last = max(self.last, step or 0)  # some take no step twice that is behind another
-        told = dict(values) if step % self.every == 0 or step == 1 else _looks(values)
-        if told:
-            self._try(lambda: self._inner.log(told, step=step))
+        """What Accelerate asks of a tracker."""
+        if self._inner is not None:
+            step = self.last = max(self.last, step or 0)  # some take no step twice that is behind another
+            self._try(lambda: self._inner.log(dict(values), step=step))
 
     def finish(self) -> None:
         """What Accelerate asks of a tracker."""
@@ -92,7 +89,7 @@ class Part:
     """A tracker that hears of one of several trainings: under its title, and behind those before it."""
 
     def __init__(self, whole: Tracker, title: str) -> None:
-        self.whole, self.title, self.name, self.before = whole, title, whole.name, whole.last
+        self.whole, self.title, self.name, self.every, self.before = whole, title, whole.name, whole.every, whole.last
 
     def log(self, values: Mapping[str, float], step: int | None = None) -> None:
         """What Accelerate asks of a tracker."""
@@ -129,10 +126,13 @@ def tracked(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
 
 
 def tell_step(accelerator: Accelerator, row: Mapping[str, float]) -> None:
-    """Every number of a line of the log."""
+    """Every number of a line of the log; of steps between two `every`, only looks at the dose are told."""
     if accelerator.trackers:
-        named = {("probe/" if name in LOOKS else "train/") + name: value for name, value in row.items() if name != "step"}
-        accelerator.log(named, step=int(row["step"]))
+        step, every = int(row["step"]), accelerator.trackers[0].every
+        told = {name: value for name, value in row.items() if name in LOOKS or step % every == 0 or step == 1}
+        named = {("probe/" if name in LOOKS else "train/") + name: value for name, value in told.items() if name != "step"}
+        if named:
+            accelerator.log(named, step=step)
 
 
 def tell_numbers(accelerator: Accelerator, numbers: Any, step: int = 0) -> None:
@@ -145,10 +145,6 @@ def tell_numbers(accelerator: Accelerator, numbers: Any, step: int = 0) -> None:
             if found.get("value") is not None
         }
         accelerator.log(values, step=step)
-
-
-def _looks(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if "train/" not in name}
 
 
 def plain_name(name: str) -> str:
