@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 
@@ -39,6 +40,16 @@ def near_column(found: object, columns: Iterable[str]) -> str:
         return nearest(found, names)
     what = f"{more} more, whose names look like text: has the file a header?"
     return f"{nearest(found, plain_names).removesuffix('.')}, and {what}" if plain_names else f"there are {what[:1]}{what[1:]}"
+
+
+NEAR = 3
+"""So many ids are named that come near one that is not there."""
+
+
+def near_ids(found: str, ids: Iterable[str]) -> str:
+    """An id that is not there, and those that come near it. Others are not listed: an id may be somebody's name."""
+    near = difflib.get_close_matches(found[:200], list(ids), NEAR, cutoff=0.5)
+    return f"{found!r}" + (f" (nearest: {', '.join(near)})" if near else "")
 
 
 def without_quotes(text: str) -> str:
