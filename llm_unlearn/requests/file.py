@@ -20,7 +20,7 @@ WAIT = 60
 
 def is_absent(path: Path) -> bool:
     """Whether no ledger is there: no file, or an empty one, as of a process that was killed when it began it."""
-    return not path.exists() or (path.is_file() and not path.stat().st_size)
+    return not os.path.lexists(path) or (path.is_file() and not path.stat().st_size)
 
 
 class LedgerFile:
@@ -41,8 +41,9 @@ class LedgerFile:
             raise Refused(f"{said}; the first request begins one (llm-unlearn requests add).")
         self._kept = threading.local()
         try:
-            make_folder(path.parent)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            if begin:
+                make_folder(path.parent)
+            os.close(os.open(path, os.O_RDWR | (os.O_CREAT if begin else 0), 0o600))
         except OSError as error:
             raise Refused(f"{path}: the ledger cannot be opened ({error.strerror}).") from None
         check_file(path)
