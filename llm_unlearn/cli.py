@@ -58,8 +58,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def carried_out(options: argparse.Namespace) -> Reply:
     """The answer of one verb; of one that ends in an error, after the words for it."""
-    from llm_unlearn.reply import INTERRUPTED, REFUSED, Reply
-    from llm_unlearn.spec import Refused  # from here on something is done: settings may be read
+    from llm_unlearn.reply import BUSY, INTERRUPTED, REFUSED, Reply
+    from llm_unlearn.spec import Busy, Refused  # from here on something is done: settings may be read
     from llm_unlearn.troubles import reply_to
 
     again = f"the same command{' with --resume' * hasattr(options, 'resume')}"
@@ -74,6 +74,9 @@ def carried_out(options: argparse.Namespace) -> Reply:
             traceback.print_exception(error)
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return Reply(REFUSED, {"errors": str(error).splitlines()})
+    except Busy as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Reply(BUSY, {"errors": [str(error)]})
     except KeyboardInterrupt:
         print(f"interrupted; {again} goes on from what is finished.", file=sys.stderr)
         return Reply(INTERRUPTED)

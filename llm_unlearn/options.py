@@ -99,8 +99,13 @@ def _exact(verb: Verb) -> None:
         "forget", "exact.command:forget", "delete rows from a finished run of an exact method; without rows, finish a deletion"
     )
     one.add_argument("run", type=Path, metavar="RUN", help="a run folder of sisa, s3t or modules")
-    one.add_argument("--ids", nargs="+", default=[], metavar="ID", help="rows, by the column that the method names as id")
-    one.add_argument("--where", nargs="+", type=_pair, default=[], metavar="column=value", help="rows that say so in all of these")
+    one.add_argument(
+        "--ids", nargs="+", action="extend", default=[], metavar="ID", help="rows, by the column that the method names as id"
+    )
+    one.add_argument(
+        "--where", nargs="+", action="extend", type=_pair, default=[], metavar="column=value",
+        help="rows that say so in all of these; each column once",
+    )  # fmt: skip
     one.add_argument("--no-evaluation", action="store_true", help="do not measure the run's suite again, before and after")
     one = verb("verify", "checking:verify", "check a run: its files, a sample of its numbers, the proof of an exact one")
     one.add_argument("run", type=Path, metavar="RUN", help="a run folder")
@@ -220,7 +225,9 @@ def _requests(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--where", action="append", type=_pair, metavar="column=value", help="rows with this value; again, for several columns"
     )
-    which.add_argument("--ids", nargs="+", metavar="ID", help="rows by their id; - reads them from standard input, one a line")
+    which.add_argument(
+        "--ids", nargs="+", action="extend", metavar="ID", help="rows by their id; - reads them from standard input, one a line"
+    )
     which.add_argument("--text", help="rows that nearly repeat this text; @FILE reads it from a file, - from standard input")
     one.add_argument("--score", type=float, default=SCORE, help=f"likeness from which a row counts for --text; default {SCORE:g}")
     one.add_argument("--model", help="the model that is to forget; default: model.base of the service's recipe, or its store")

@@ -46,6 +46,11 @@ class Refused(ValueError):
         super().__init__("\n".join(map(readable, without_secrets(text).split("\n"))))
 
 
+class Busy(Exception):
+    """Another process is at work where two would undo each other's. Its text says where; nothing was changed, and the same command
+    does it later."""
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def spec(cls: type[T]) -> type[T]:
     """Make a class of typed fields a frozen setting: unknown keys and wrong types are refused, nothing is coerced."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 
@@ -43,6 +44,16 @@ def near_column(found: object, columns: Iterable[str]) -> str:
 
 QUOTED = re.compile(r"""'(\\.|[^'\\])*('|\\?$)|"(\\.|[^"\\])*("|\\?$)|`[^`]*`?|\u201c[^\u201d]*\u201d?""", re.DOTALL)
 """A quotation, up to its end, or to that of all; a quotation mark behind a backslash is part of it."""
+
+
+NEAR = 3
+"""So many ids are named that come near one that is not there."""
+
+
+def near_ids(found: str, ids: Iterable[str]) -> str:
+    """An id that is not there, and those that come near it. Others are not listed: an id may be somebody's name."""
+    near = difflib.get_close_matches(found[:200], list(ids), NEAR, cutoff=0.5)
+    return f"{found!r}" + (f" (nearest: {', '.join(near)})" if near else "")
 
 
 def without_quotes(text: str) -> str:

@@ -137,7 +137,7 @@ def facts_of_requests(home: Path) -> Facts:
         "events": sorted(map(str, (tuple(one) for one in counts))),
         "states": {one.id: (one.state, one.run, one.reason) for one in ledger.requests()},
         "runs": [(one.id, one.state) for one in ledger.runs()],
-        "certificates": sorted(ledger.certificates()),
+        "certificates": sorted((request, run) for request, run, _ in ledger.each_certificate()),
         "chain": chain.problems(ledger),
         "files": files(home, "runs", "cache"),
         "weights": _weights(runs),

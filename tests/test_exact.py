@@ -201,6 +201,13 @@ def test_what_was_tampered_with_is_named(make: Make, tmp_path: Path, capsys: pyt
     assert main(["verify", str(folder)]) == 1
     said = capsys.readouterr().out
     assert manifest.pieces[1].key in said and manifest.pieces[1].stage in said and manifest.pieces[2].key not in said
+    other = next(id for id in IDS[1:] if f"shard {share_of(id, 'shard', 2) + 1}" != manifest.pieces[1].line)
+    was = (folder / "manifest.json").read_bytes()
+    with pytest.raises(
+        Refused, match=r"was changed since it was published\. Put a copy of it back; or, of sisa and modules, remove"
+    ):
+        forget(folder, [other], cache=tmp_path)  # or it would get a new hash, with which it fits
+    assert (folder / "manifest.json").read_bytes() == was
     victim.write_bytes(whole)
 
     (folder / "old.safetensors").write_bytes(whole)
@@ -320,7 +327,12 @@ def test_what_is_asked_for_must_be_there(make: Make, tmp_path: Path, capsys: pyt
     folder = Path(wanted.output)
     run(wanted, None, cache=tmp_path)
     was = (folder / "manifest.json").read_bytes()
-    assert main(["forget", str(folder), "--ids", "rwo3"]) == 2 and "did you mean" in capsys.readouterr().err
+    assert main(["forget", str(folder), "--ids", "rwo3"]) == 2
+    assert "no rows of this run: 'rwo3' (nearest: row3, row23, row13). Nothing was changed" in capsys.readouterr().err
+    assert main(["forget", str(folder), "--ids", "zzz"]) == 2 and "row" not in capsys.readouterr().err.rpartition("'zzz'")[2]
+    for more in (["owner=owner2"], ["--where", "owner=owner2"]):
+        assert main(["forget", str(folder), "--where", "owner=owner1", *more]) == 2
+        assert "column 'owner' is named twice" in capsys.readouterr().err
     assert main(["forget", str(folder), "--where", "ownr=owner1"]) == 2 and "'owner'" in capsys.readouterr().err
     assert main(["forget", str(folder), "--where", "owner=nobody"]) == 2 and "Nothing was changed" in capsys.readouterr().err
     assert main(["forget", str(folder), "--ids", IDS[0]]) == 0 and "deleted before" in capsys.readouterr().out
@@ -331,6 +343,8 @@ def test_what_is_asked_for_must_be_there(make: Make, tmp_path: Path, capsys: pyt
     data.write_text("\n".join(lines[1:]) + "\n")  # a row has left the data, and nobody said that it is to be forgotten
     with pytest.raises(Refused, match="1 rows of this run are not in its data"):
         forget(folder, [IDS[5]], cache=tmp_path)
+    assert forget(folder, [IDS[1]], cache=tmp_path)[0]["rows"] == 1, "now it is said"
+    assert problems(folder) == [] and len(read(folder).deleted) == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- formulas

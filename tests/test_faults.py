@@ -137,6 +137,7 @@ def wrong_with(bank: Bank, case: Case) -> list[str]:
         again = bank.server(bank.words(job.again), home)
         if again.status != 0:
             wrong.append(f"--resume ended with {again.status}: {again.text[-1500:]}")
+    wrong += [f"half-written at the end: {line}" for line in half_written(home)]  # after a power cut, too
     if not wrong:
         try:
             wrong += [f"--resume: {line}" for line in difference(bank.facts[case.job], job.facts(home))]

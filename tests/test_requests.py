@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from llm_unlearn.cli import main
+from llm_unlearn.data import words
 from llm_unlearn.reply import BUSY, DONE, INTERRUPTED, UNFIT
 from llm_unlearn.requests import chain, derived, judging, matching, service, verifying, ways
 from llm_unlearn.requests.certificate import files_of, public_text, read, signature_problems, signing_key
@@ -93,6 +95,11 @@ def put(ledger: Ledger, name: str, model: str = "m", due: str | None = None) -> 
     return ledger.add(key=None, kind="ids", selector=ledger.digest(name), model=model, due=due, rows=rows)[0].id
 
 
+def certificates(ledger: Ledger) -> dict[tuple[int, int], str]:
+    """(request, run) -> certificate."""
+    return {(request, run): text for request, run, text in ledger.each_certificate()}
+
+
 def fulfil(ledger: Ledger, number: int) -> int:
     """Serve one request; its certificate is its place in the chain."""
     run = ledger.claim("m", "s", 1)
@@ -114,7 +121,7 @@ def test_a_request_goes_its_way_and_its_events_are_chained(ledger: Ledger) -> No
     ledger.finish(run.id, "accepted", [Verdict(number, FULFILLED, "", {"numbers": [1]}, lambda place: "seen")], [{"a": 1.5}])
     found = ledger.request(number)
     assert (found.state, found.run, found.numbers) == (FULFILLED, run.id, {"numbers": [1]})
-    assert ledger.certificates() == {(number, run.id): "seen"} and ledger.runs()[0].numbers == [{"a": 1.5}]
+    assert certificates(ledger) == {(number, run.id): "seen"} and ledger.runs()[0].numbers == [{"a": 1.5}]
     with ledger.reading() as on:
         events = [dict(one) for one in on.execute("SELECT * FROM events ORDER BY n")]
     assert [one["what"] for one in events] == ["added", "run begun", "claimed", "added", "run accepted", FULFILLED]
@@ -137,6 +144,23 @@ def test_the_same_request_is_there_once(ledger: Ledger) -> None:
         ledger.add(key="case-7", selector="t", rows=rows, **asked)
     ledger.move(first, [PENDING], WITHDRAWN, WITHDRAWN)
     assert put(ledger, "a") != first, "what was taken back may be asked for again"
+
+
+def test_rows_that_came_later_are_another_request(ledger: Ledger) -> None:
+    asked: dict[str, Any] = {"kind": "where person", "selector": "s", "model": "m", "due": None}
+    first, more = [Row("a", "1", 100.0)], [Row("b", "2", 100.0), Row("a", "1", 100.0)]
+    one, _ = ledger.add(key=None, rows=first, **asked)
+    fulfil(ledger, one.id)
+    other, new = ledger.add(key=None, rows=more, **asked)
+    assert new and (other.id, other.state) == (2, PENDING) and len(ledger.rows_of(2)) == 2
+    assert ledger.add(key=None, rows=more[::-1], **asked) == (other, False) and not ledger.add(key=None, rows=first, **asked)[1]
+    named, _ = ledger.add(key="case-7", rows=first, **asked)
+    with pytest.raises(Refused, match=rf"case-7.*is request {named.id}, which asks for other rows"):
+        ledger.add(key="case-7", rows=more, **asked)
+    with ledger.change() as on:  # as earlier versions named it
+        on.execute("UPDATE requests SET key = ? WHERE id = 1", (f"same:{ledger.digest('s', 'm')}",))
+    assert ledger.add(key=None, rows=first, **asked)[0].id == 1 and ledger.add(key=None, rows=more, **asked)[0].id == 2
+    assert chain.problems(ledger) == []
 
 
 def test_what_is_due_first_is_first(ledger: Ledger) -> None:
@@ -193,6 +217,9 @@ def test_a_ledger_is_its_owners_and_no_other_file_is_one(tmp_path: Path) -> None
     [
         ("UPDATE events SET who = 'nobody' WHERE n = 2", "event 2 (run begun): was changed"),
         ("UPDATE events SET at = '2020-01-01' WHERE n = 1", "event 1 (added): was changed"),
+        ("UPDATE events SET detail = 'x' WHERE n = 1", "event 1 (added): was changed"),
+        ("UPDATE events SET detail = '7' WHERE n = 4", "event 4 (run accepted): was changed"),
+        ('UPDATE events SET detail = \'"certificate":"\' WHERE n = 5', "event 5 (fulfilled): was changed"),
         ("DELETE FROM events WHERE n = 2", "event 2: is missing"),
         ("UPDATE requests SET state = 'pending' WHERE id = 1", "request 1: state is not what its events say"),
         ("UPDATE requests SET due = '2030-01-01' WHERE id = 1", "request 1: due is not"),
@@ -253,7 +280,7 @@ def test_eight_processes_lose_nothing_and_claim_nothing_twice(tmp_path: Path) ->
         worker.join(400)
     assert [worker.exitcode for worker in workers] == [0] * 8
     ledger = Ledger(tmp_path / "a.db", "x")
-    assert len(ledger.requests(FULFILLED)) == len(ledger.requests()) == len(ledger.certificates()) == 500
+    assert len(ledger.requests(FULFILLED)) == len(ledger.requests()) == len(certificates(ledger)) == 500
     with ledger.reading() as on:
         counts = on.execute("SELECT what, count(*), count(DISTINCT request) FROM events GROUP BY what").fetchall()
         who = on.execute("SELECT count(DISTINCT who) FROM events WHERE what = 'claimed'").fetchone()[0]
@@ -286,6 +313,22 @@ def test_rows_by_id_and_by_column(office: Office) -> None:
     with pytest.raises(Refused, match=r"no row has this in person; nearest ids: 1 \(") as refused:
         matching.by_columns({"person": "Bo Krane"}, rows)
     assert "Krane" not in str(refused.value) and "Crane" not in str(refused.value)
+
+
+def test_a_value_is_what_json_writes_and_nothing_is_no_value() -> None:
+    row = {"yes": True, "none": None, "number": 3, "tags": ["a", "b"], "text": "null"}
+    meant = {"yes": "true", "number": "3", "tags": "a b", "text": "null"}
+    assert words.fits(row, meant) and all(words.fits(row, {key: value}) for key, value in meant.items())
+    for wrong in (
+        {"yes": "True"},
+        {"none": "None"},
+        {"none": "null"},
+        {"absent": "null"},
+        {"absent": "None"},
+        {**meant, "text": "x"},
+    ):
+        assert not words.fits(row, wrong)
+    assert words.asked_for([("a", "1"), ("b", "1")]) == {"a": "1", "b": "1"}
 
 
 @pytest.mark.parametrize(
@@ -370,6 +413,13 @@ def test_the_service_that_new_writes_loads(here: Path, capsys: pytest.CaptureFix
     assert "exists already" in capsys.readouterr().err
 
 
+def test_ledger_and_output_lie_beside_the_file_that_is_named(here: Path) -> None:
+    (here / "link").mkdir()
+    (here / "link" / "mine.yaml").symlink_to(here / "requests.yaml")
+    found = service.load(Path("link/mine.yaml"))
+    assert (found.ledger.resolve(), found.output) == (here / "link" / "requests.db", here / "link" / "runs" / "requests")
+
+
 def test_the_rows_are_put_in_and_taken_out_by_id(office: Office) -> None:
     made = derived.recipe_of(office, "embedded:target", (1, 2), (5,), [Path("/r/run-1")], Path("/r/run-2"))
     assert made.data.forget.where == {"id": (1, 2)} and made.data.retain and made.data.retain.without == {"id": (1, 2, 5)}
@@ -452,8 +502,13 @@ class Scripted:
     outcomes: list[dict[int, float] | Refused | None]
     works: list[ways.Work] = field(default_factory=list)
 
+    def ready(self, before: Sequence[Path]) -> None:
+        pass
+
     def serve(self, work: ways.Work) -> ways.Served | None:
         self.works.append(work)
+        ways.own_cache(work.output, Path("cache"))
+        (work.output / "checkpoints").mkdir(parents=True, exist_ok=True)
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, Refused):
             raise outcome
@@ -481,6 +536,11 @@ def desk(office: Office, *outcomes: dict[int, float] | Refused | None, one_by_on
     return Desk(office, ledger, way, signing_key(Path("config/llm_unlearn")), one_by_one=one_by_one), way
 
 
+def under_way(here: Path) -> list[str]:
+    """What runs need while they are under way, and which holds texts of rows."""
+    return sorted(path.name for path in here.rglob("*") if path.suffix == ".scratch" or path.name == "checkpoints")
+
+
 def states(one: Desk) -> dict[int, str]:
     return {request.id: request.state for request in one.ledger.requests()}
 
@@ -495,7 +555,7 @@ def test_served_together_and_only_once(office: Office) -> None:
     assert one.serve() == DONE and states(one) == {1: FULFILLED, 2: FULFILLED}
     assert way.works[0].requests == {1: [0], 2: [1]} and way.works[0].before == []
     assert one.serve() == DONE and len(way.works) == 1, "nothing is pending"
-    assert everything_fits(one) == [] and len(one.ledger.certificates()) == 2
+    assert everything_fits(one) == [] and len(certificates(one.ledger)) == 2
     ask(0)
     assert states(one) == {1: FULFILLED, 2: FULFILLED}, "asked for again, it is the same request"
 
@@ -508,7 +568,7 @@ def test_one_by_one_each_begins_where_the_last_ended_and_checks_the_earlier(offi
     assert way.works[2].earlier == {1: [0], 2: [1]} and set(way.works[0].gone) == {1, 2}, "rows to be forgotten are never kept"
     reason = one.ledger.request(1).reason
     assert reason == "no longer holds after run 3: perplexity on forget is 1.100, at least 1.5"
-    assert set(one.ledger.certificates()) == {(1, 1), (1, 2), (2, 2), (2, 3), (3, 3)} and everything_fits(one) == []
+    assert set(certificates(one.ledger)) == {(1, 1), (1, 2), (2, 2), (2, 3), (3, 3)} and everything_fits(one) == []
     assert main(["requests", "retry", "1"]) == 0
     again, way = desk(office, {1: 2.0, 2: 2.0, 3: 2.0})
     assert again.serve() == DONE and set(states(again).values()) == {FULFILLED} and len(way.works[0].before) == 3
@@ -534,22 +594,35 @@ def test_what_was_interrupted_goes_on_in_the_same_folder(office: Office) -> None
     assert one.serve() == DONE and way.works[0] == way.works[1] and len(one.ledger.runs()) == 1
 
 
+def test_what_comes_and_goes_in_between_does_not_change_a_run(office: Office, here: Path) -> None:
+    ask(0, 1, 2)
+    one, way = desk(office, {1: 2.0}, None, {1: 2.0, 2: 2.0}, {1: 2.0, 2: 2.0, 4: 2.0}, one_by_one=True)
+    assert one.serve() == INTERRUPTED and way.works[1].gone == (0, 2)
+    ask(3)
+    assert main(["requests", "withdraw", "3"]) == 0
+    (here / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PEOPLE if row["id"] != 0))
+    one.office = service.load(Path("requests.yaml"))
+    assert one.serve() == DONE
+    assert way.works[2].gone == way.works[1].gone and way.works[3].gone == (1,), "withdrawn, and gone from the data"
+
+
 def test_a_changed_service_begins_anew(office: Office, here: Path) -> None:
     ask(0)
     one, way = desk(office, None)
-    assert one.serve() == INTERRUPTED
+    assert one.serve() == INTERRUPTED and len(under_way(here)) == 2
     (here / "requests.yaml").write_text(SERVICE.replace("1.5", "1.6"))
     one, way = desk(service.load(Path("requests.yaml")), {1: 2.0})
     assert one.serve() == DONE and [run.state for run in one.ledger.runs()] == ["given up", "accepted"]
-    assert everything_fits(one) == [] and way.works[0].output.name.startswith("run-2")
+    assert everything_fits(one) == [] and way.works[0].output.name.startswith("run-2") and under_way(here) == []
 
 
-def test_a_refusal_is_kept_without_the_words_of_a_row(office: Office, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_is_kept_without_the_words_of_a_row(office: Office, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ask(0, 1)
     one, _ = desk(office, Refused("row 1 holds 'Ada Brisk lives in N…'"), Refused("no adapter fits"), one_by_one=True)
     assert one.serve() == UNFIT and set(states(one).values()) == {ATTENTION}
     first, second = (one.ledger.request(n).reason for n in (1, 2))
     assert "repeats words of the rows" in first and second == "no adapter fits" and "Brisk" not in capsys.readouterr().out
+    assert under_way(here) == []
 
 
 def test_rows_that_changed_or_left_are_not_served(office: Office, here: Path) -> None:
@@ -606,7 +679,7 @@ def test_no_words_of_a_row_are_kept_anywhere(served: Desk, here: Path) -> None:
     for path in kept:
         for row in PEOPLE[:2]:
             assert str(row["person"]).encode() not in path.read_bytes(), path
-    text = next(iter(served.ledger.certificates().values()))
+    text = next(iter(certificates(served.ledger).values()))
     assert served.ledger.salt.hex() not in text, "the salt stays in the ledger"
     (row,) = served.ledger.rows_of(1)
     assert read(text, "")["rows"]["hashes"] == [served.ledger.digest("row", row.id, row.content)]
@@ -615,7 +688,7 @@ def test_no_words_of_a_row_are_kept_anywhere(served: Desk, here: Path) -> None:
 
 @pytest.mark.parametrize("path", [("rows", "count"), ("request", "due"), ("weights", "after"), ("public_key",), ("signature",)])
 def test_a_changed_certificate_is_seen(served: Desk, path: tuple[str, ...]) -> None:
-    certificate = read(served.ledger.certificates()[1, 1], "")
+    certificate = read(certificates(served.ledger)[1, 1], "")
     assert list(signature_problems(certificate, public_text(served.key))) == []
     inner = certificate
     for key in path[:-1]:
@@ -650,7 +723,7 @@ def test_a_ledger_that_was_cut_short_is_seen(served: Desk) -> None:
     on.execute("DELETE FROM events WHERE n >= (SELECT max(n) - 2 FROM events)")
     on.commit()
     on.close()
-    text = served.ledger.certificates()[1, 1]
+    text = certificates(served.ledger)[1, 1]
     found = list(verifying.of_certificate(text, "c", served.ledger, served.office.output, None))
     assert found and "the ledger was changed or cut" in found[0]
 
@@ -680,10 +753,17 @@ def test_add_shows_what_it_found_and_lists_it(office: Office, capsys: pytest.Cap
         (["--ids", "9"], "1 of 1 are not in the data"),
         (["--text", "@none.txt"], "no such file: none.txt"),
         (["--text", "…"], "found no letter or digit"),
+        (["--text", "@latin1.txt"], "--text: latin1.txt: not text in UTF-8 (invalid start byte at byte 4)"),
+        (["--ids", "-"], "--ids: found no id; expected at least one"),
+        (["--where", "person=Ed Fenn", "--where", "person=Bo Crane"], "column 'person' is named twice"),
         (["--ids", "1", "--model", "./none"], "--model: no such folder: ./none"),
     ],
 )
-def test_add_refuses(office: Office, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_add_refuses(
+    office: Office, here: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "latin1.txt").write_bytes("In Zürich".encode("latin-1"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert main(["requests", "add", *words]) == 2
     assert said in capsys.readouterr().err and not office.ledger.exists()
 
@@ -698,6 +778,33 @@ def test_a_wrong_pair_is_refused_and_not_repeated(office: Office, capsys: pytest
 def test_many_rows_are_confirmed(office: Office) -> None:
     assert main(["requests", "add", "--ids", "0", "1", "--yes-many"]) == 0
     assert len(Ledger(office.ledger, "x").rows_of(1)) == 2
+
+
+@pytest.mark.parametrize("verb", ["run", "verify", "export certs", "model m", "withdraw 5", "retry 5"])
+def test_only_add_begins_a_ledger(office: Office, here: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(here.iterdir())
+    assert main(["requests", *verb.split()]) == 2 and "requests.db: no ledger is there" in capsys.readouterr().err
+    assert main(["requests", "list"]) == 0 and "no requests yet" in capsys.readouterr().out
+    assert sorted(here.iterdir()) == before
+
+
+def test_a_changed_detail_is_said_by_verify(served: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    on = sqlite3.connect(served.ledger.path)
+    on.execute("DROP TRIGGER events_stay")
+    on.execute("UPDATE events SET detail = replace(detail, '}', '')")
+    on.commit()
+    on.close()
+    assert main(["requests", "verify"]) == 1 and "event 1 (added): was changed" in capsys.readouterr().err
+
+
+def test_who_has_no_name_is_said_by_number(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    ask(0)
+    with Ledger(office.ledger, "x").reading() as on:
+        assert on.execute("SELECT who FROM events").fetchone()[0].startswith(f"uid {os.getuid()}@")
 
 
 def test_several_processes_are_refused(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -758,7 +865,7 @@ def test_killed_in_the_middle_it_comes_to_one_result(
     assert {one["set"] for one in results["numbers"]} == {"forget_1", "forget_2", "retain"} and not results["answers"]
     log = [json.loads(line) for line in (second / "log.jsonl").read_text().splitlines()]
     assert "overlap" in log[-1], "held apart from the first"
-    certificate = read(ledger.certificates()[1, 2], "")
+    certificate = read(certificates(ledger)[1, 2], "")
     assert [part["name"] for part in certificate["weights"]["before"]][1:] == [f"{folder.name}/adapter"]
     assert certificate["weights"]["before"][1]["files"]["adapter_model.safetensors"] == first
     assert ended(begin("model", "merged", steps=120)) == (0, f"merged: {tiny_base} after runs 1, 2\n")

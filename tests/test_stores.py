@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from jobs import PowerCut
 from safetensors.torch import load_file
-from test_requests import PEOPLE, SERVICE, SUITE, ask, everything_fits, states
+from test_requests import PEOPLE, SERVICE, SUITE, ask, certificates, everything_fits, states
 
 from llm_unlearn.cli import main
 from llm_unlearn.exact import measuring, pieces, verify
 from llm_unlearn.exact.manifest import read as manifest_of
 from llm_unlearn.exact.verify import problems
-from llm_unlearn.reply import DONE, UNFIT
+from llm_unlearn.reply import BUSY, DONE, UNFIT
 from llm_unlearn.requests import service
 from llm_unlearn.requests.certificate import read, signing_key
 from llm_unlearn.requests.ledger import Ledger
-from llm_unlearn.requests.records import ATTENTION, FULFILLED
+from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, RUNNING
 from llm_unlearn.requests.serving import Desk
 from llm_unlearn.requests.stores import exact_ids, way_of
 from llm_unlearn.spec import Refused
@@ -76,7 +77,7 @@ def test_requests_are_served_one_after_the_other_and_certified(here: Path) -> No
     one = desk()
     assert one.ledger.request(1).model == "store" and one.serve() == DONE and states(one) == {1: FULFILLED}
     first = weights()
-    certificate = read(one.ledger.certificates()[1, 1], "")
+    certificate = read(certificates(one.ledger)[1, 1], "")
     store = certificate["run"]["store"]
     assert certificate["run"]["way"] == "store" and "none depends on a deleted row" in store["checked"]
     assert [row["rows"] for row in store["deletions"]] == [1] and store["deletions"] == manifest_of(STORE).deletions
@@ -89,7 +90,7 @@ def test_requests_are_served_one_after_the_other_and_certified(here: Path) -> No
     assert not same(first, weights()) and len(manifest_of(STORE).deletions) == 2
     assert values("run-2", "forget_1")["before"] == values("run-1", "forget_1")["after"], "the first is measured again"
     assert everything_fits(one) == [], "the first certificate's weights were replaced by a later deletion"
-    assert set(one.ledger.certificates()) == {(1, 1), (1, 2), (2, 2), (3, 2)}
+    assert set(certificates(one.ledger)) == {(1, 1), (1, 2), (2, 2), (3, 2)}
     kept = [path for path in here.rglob("*") if path.is_file() and path.name != "people.jsonl"]
     for row in PEOPLE[:3]:
         assert not any(str(row["person"]).encode() in path.read_bytes() for path in kept)
@@ -101,7 +102,7 @@ def test_a_store_of_several_adapters_is_certified_with_all_of_them(here: Path, c
     ask(0)
     one = desk()
     assert one.serve() == DONE and states(one) == {1: FULFILLED} and everything_fits(one) == []
-    certified = read(one.ledger.certificates()[1, 1], "")["weights"]["after"]["files"]
+    certified = read(certificates(one.ledger)[1, 1], "")["weights"]["after"]["files"]
     assert certified == manifest_of(STORE).adapter and len(certified) == 5, "two adapters, and how they are combined"
     assert main(["requests", "model", "released"]) == 2 and "no one set of weights" in capsys.readouterr().err
     (STORE / "adapter" / "shard-2" / "adapter_model.safetensors").write_bytes(b"")
@@ -140,7 +141,7 @@ def test_killed_anywhere_it_goes_on_and_measures_the_model_before_only_before(he
     assert not same(whole, weights()) and problems(STORE) == []
     found = values("run-1", "forget_1")
     assert found["before"] < found["after"], "the perplexity of a row that was learnt rises when it goes"
-    certificate = read(one.ledger.certificates()[1, 1], "")
+    certificate = read(certificates(one.ledger)[1, 1], "")
     assert certificate["weights"]["before"][1]["files"]["adapter_model.safetensors"] == full.adapter["adapter_model.safetensors"]
 
 
@@ -164,12 +165,28 @@ def test_a_store_that_does_not_verify_certifies_nothing(here: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "problems", lambda store: ["a piece was changed"])
         assert one.serve() == UNFIT
-    assert one.ledger.request(1).reason == "llm-unlearn verify store finds 1 problems" and one.ledger.certificates() == {}
+    assert one.ledger.request(1).reason == "llm-unlearn verify store finds 1 problems" and certificates(one.ledger) == {}
     assert [run.state for run in one.ledger.runs()] == ["rejected"] and main(["requests", "retry", "1"]) == 0
     assert one.serve() == DONE and len(manifest_of(STORE).deletions) == 1
     learnt, gone = values("run-1", "forget_1")["before"], values("run-2", "forget_1")["before"]
-    kept = read(one.ledger.certificates()[1, 2], "")
+    kept = read(certificates(one.ledger)[1, 2], "")
     assert learnt < gone == values("run-2", "forget_1")["after"] and kept["run"]["store"]["deletions"] == []
+
+
+def test_a_store_that_is_lost_is_not_made_of_rows_that_were_deleted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask(0)
+    assert desk().serve() == DONE
+    STORE.rename("elsewhere")
+    ask(1)
+    assert main(["requests", "run"]) == 2
+    assert "store: no store is there (looked from" in capsys.readouterr().err
+    assert not STORE.exists() and states(desk()) == {1: FULFILLED, 2: PENDING}
+    Path("elsewhere").rename(STORE)
+    with FileLock(STORE / "manifest.lock"):
+        assert main(["forget", "store", "--ids", "2"]) == BUSY
+        assert "store: another process deletes rows from it" in capsys.readouterr().err and len(manifest_of(STORE).deleted) == 1
+        assert main(["requests", "run"]) == BUSY and states(desk()) == {1: FULFILLED, 2: RUNNING}
+    assert desk().serve() == DONE and len(desk().ledger.runs()) == 2
 
 
 def test_a_store_is_released_and_checked(here: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +306,11 @@ def test_forget_measures_before_and_after(evaluated: Path, tiny_base: Path, caps
     was = told(STORE, "after")
     assert main(["forget", "store", "--ids", "3", "--no-evaluation"]) == 0
     assert "are of the adapter before this" in capsys.readouterr().out and told(STORE, "after") == was
+    left = [row for row in PEOPLE if row["id"] != 4]
+    (evaluated / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in left))
+    assert main(["forget", "store", "--ids", "5"]) == 2 and "1 rows of this run are not in its data" in capsys.readouterr().err
+    assert main(["forget", "store", "--ids", "4"]) == 0 and len(manifest_of(STORE).deleted) == 4, "a row that left the data before"
+    assert problems(STORE) == []
 
 
 def test_a_measured_deletion_that_was_cut_off_goes_on(evaluated: Path) -> None:

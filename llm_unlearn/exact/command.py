@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from llm_unlearn.data.words import asked_for
 from llm_unlearn.folder import RESULTS
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
@@ -36,17 +37,19 @@ def forget(options: argparse.Namespace) -> Reply:
     from llm_unlearn.exact.foreseen import said
     from llm_unlearn.exact.forgetting import forget as delete
 
-    run, where = options.run, dict(options.where)
-    measured = (run / RESULTS).is_file() and not options.no_evaluation
-    if measured:
-        facts, outcome = measuring.forget(run, options.ids, where, options.cache)
-    else:
-        facts, outcome = delete(run, options.ids, where=where, cache=options.cache)
-    if outcome.status == "interrupted":
-        print(f"interrupted; llm-unlearn forget {options.run} goes on from there.", file=sys.stderr)
-        return Reply(INTERRUPTED)
+    run, where = options.run, asked_for(options.where)
+    with manifest.alone(run, not int(options.environment.get("RANK", "0"))):
+        measured = (run / RESULTS).is_file() and not options.no_evaluation
+        if measured:
+            facts, outcome = measuring.forget(run, options.ids, where, options.cache)
+        else:
+            facts, outcome = delete(run, options.ids, where=where, cache=options.cache)
+        if outcome.status == "interrupted":
+            print(f"interrupted; llm-unlearn forget {options.run} goes on from there.", file=sys.stderr)
+            return Reply(INTERRUPTED)
+        if facts:  # of a deletion that --no-evaluation brought to its end
+            (run / measuring.PENDING).unlink(missing_ok=True)
     if facts:  # one process speaks
-        (run / measuring.PENDING).unlink(missing_ok=True)  # of a deletion that --no-evaluation brought to its end
         print(said(facts))
         if facts["rows"] and (run / RESULTS).is_file():
             new = f"The numbers in {RESULTS} are of the adapter before and after this."

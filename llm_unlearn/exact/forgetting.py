@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from llm_unlearn.at_work import at_work, turn
 from llm_unlearn.durable import remove
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.exact.asked import meant, standing
 from llm_unlearn.exact.foreseen import said
-from llm_unlearn.exact.manifest import BEGUN, FILE, Manifest, State, new_manifest, read, save, settings_of
+from llm_unlearn.exact.manifest import BEGUN, FILE, Manifest, State, alone, new_manifest, read, save, settings_of
 from llm_unlearn.exact.pieces import Wanted, Workshop, wanted
-from llm_unlearn.exact.rows import Known, find, read_known
+from llm_unlearn.exact.rows import Known, read_known
 from llm_unlearn.folder import BEFORE
 from llm_unlearn.look import Looks, attacked
 from llm_unlearn.methods.exact import S3T, Exact
@@ -50,10 +51,13 @@ def method_of(recipe: Recipe) -> Exact:
 class Session:
     """A run folder in the hands of the processes that are there: its rows, its frozen base, its manifest."""
 
-    def __init__(self, recipe: Recipe, cache: Path, overwrite: bool = False, state: State = "building") -> None:
+    def __init__(
+        self, recipe: Recipe, cache: Path, overwrite: bool = False, state: State = "building", leaving: Collection[str] = ()
+    ) -> None:
         """
         Args:
             state: of the manifest, where there is none yet.
+            leaving: hashes of rows that are to be deleted, and may have left the data.
         """
         self.recipe, self.method, self.folder, self.cache = recipe, method_of(recipe), Path(recipe.output), cache
         self.accelerator: Accelerator = start(recipe.model)
@@ -80,14 +84,14 @@ class Session:
                     save(replace(made, state=state), self.folder)
         self.accelerator.wait_for_everyone()
         self.manifest = read(self.folder)
-        self._check()
+        self._check(leaving)
 
     @property
     def main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
-    def _check(self) -> None:
-        """The folder must be of these settings and this base, and its rows must still be there.
+    def _check(self, leaving: Collection[str]) -> None:
+        """The folder must be of these settings and this base, and the rows that stay must still be there.
 
         Raises:
             Refused: it is not so.
@@ -97,11 +101,11 @@ class Session:
         if self.manifest.base != self.base:
             raise Refused(f"model.base: {self.recipe.model.base} is not the model that {self.folder} was trained on.")
         there = {self.manifest.hash(id) for id in self.known}
-        gone = set(self.manifest.rows) - set(self.manifest.deleted) - there
+        gone = set(self.manifest.rows) - set(self.manifest.deleted) - there - set(leaving)
         if gone:
             raise Refused(
                 f"data: {len(gone)} rows of this run are not in its data any more, or were changed. Put them back; rows that are "
-                "to be forgotten are deleted with llm-unlearn forget, before or after they leave the data."
+                "to be forgotten are deleted with llm-unlearn forget RUN --ids, before or after they leave the data; all at once."
             )
 
     @property
@@ -127,9 +131,13 @@ class Session:
         Args:
             hashes: of the rows, besides those of a deletion that was broken off.
         """
+        asked = sorted({*self.manifest.deleted, *hashes})
+        begun = replace(self.manifest, deleted=asked, state="deleting")
+        self.workshop.compare(begun, standing(begun, self.known))
         if self.main:
-            asked = sorted({*self.manifest.deleted, *hashes})
-            save(replace(self.manifest, deleted=asked, state="deleting"), self.folder)  # from here on there is no way back
+            if (self.folder / run_folder.RESULTS).is_file():
+                without_texts(self.folder)
+            save(begun, self.folder)  # from here on there is no way back
         self._again(Outcome("finished", 0, 0))
         began = time.perf_counter()
         alive, outcome = self.workshop.settle(self.manifest, self.kept, training=self.method.retrains)
@@ -184,11 +192,13 @@ def run(
         suite: what to measure before and after; None measures nothing.
         retrained: the model that never saw the forget set: a folder, a hub id or embedded:….
     """
-    began, session = time.perf_counter(), Session(recipe, cache, overwrite)
-    with at_work(session.folder, 0, session.main) as ended, tracked(recipe, session.accelerator):
-        outcome = _carry_out(session, suite, began, retrained)
-        if outcome.status == "interrupted":
-            ended.append("interrupted")
+    began = time.perf_counter()
+    with alone(Path(recipe.output), start(recipe.model).is_main_process):
+        session = Session(recipe, cache, overwrite)
+        with at_work(session.folder, 0, session.main) as ended, tracked(recipe, session.accelerator):
+            outcome = _carry_out(session, suite, began, retrained)
+            if outcome.status == "interrupted":
+                ended.append("interrupted")
     return outcome
 
 
@@ -268,32 +278,13 @@ def finished(folder: Path) -> Manifest:
     return manifest
 
 
-def standing(manifest: Manifest, known: Mapping[str, Known]) -> dict[str, Known]:
-    """The rows that are there and not deleted."""
-    rows, deleted = set(manifest.rows), set(manifest.deleted)
-    hashes = {id: manifest.hash(id) for id in known}
-    return {id: one for id, one in known.items() if hashes[id] in rows and hashes[id] not in deleted}
-
-
-def meant(manifest: Manifest, known: Mapping[str, Known], ids: Iterable[str], where: Mapping[str, str]) -> set[str]:
-    """Hashes of the rows that are asked for and not deleted yet. An id may have left the data, but not one that was never there.
-
-    Raises:
-        Refused: there is no such row.
-    """
-    ids = list(ids)
-    gone = {manifest.hash(id) for id in ids} & set(manifest.rows)
-    unknown = [id for id in ids if manifest.hash(id) not in gone]
-    found = find(standing(manifest, known), unknown, where) if unknown or where else []
-    return {*gone, *(manifest.hash(id) for id in found)} - set(manifest.deleted)
-
-
 NOTHING = {"rows": 0, "note": "these rows were deleted before; nothing was left to do"}
 
 
 def forget(
-    folder: Path, ids: Iterable[str] = (), *, where: Mapping[str, str] | None = None, cache: Path
-) -> tuple[dict[str, Any], Outcome]:
+    folder: Path, ids: Iterable[str] = (), *, where: Mapping[str, str] | None = None, hashes: Collection[str] = (),
+    leaving: Collection[str] = (), cache: Path,
+) -> tuple[dict[str, Any], Outcome]:  # fmt: skip
     """Delete rows from a finished run: retrain (or switch off) what they touched, and replace the adapter.
 
     Ids that were deleted before are passed over. Without ids, a deletion that was broken off is finished. Questions and answers
@@ -302,19 +293,22 @@ def forget(
     Args:
         folder: a run folder of an exact method.
         where: column -> value; the rows that say so are deleted too.
+        hashes: of more rows, as the manifest names them.
+        leaving: hashes of rows that a later call deletes, and that may have left the data.
 
     Returns:
         What it cost (as in the manifest; on the first process), and whether it came to its end.
 
     Raises:
-        Refused: the run is not finished, or there is no such row. Nothing was changed.
+        Refused: the run is not finished, there is no such row, or a piece was changed. Nothing was changed.
+        Busy: another process changes it.
     """
-    manifest = finished(folder)
-    session = Session(recipe_in(folder), cache)
-    asked = meant(manifest, session.known, ids, where or {})
-    if not asked and manifest.state == "complete":
-        return dict(NOTHING), Outcome("finished", 0, 0)
-    if session.main and (folder / run_folder.RESULTS).is_file():
-        without_texts(folder)
-    manifest, outcome = session.delete(asked)
+    recipe, ids = recipe_in(folder), list(ids)
+    with alone(folder, start(recipe.model).is_main_process):
+        manifest = finished(folder)
+        session = Session(recipe, cache, leaving={*map(manifest.hash, ids), *hashes, *leaving})
+        asked = meant(manifest, session.known, ids, where or {}) | (set(hashes) - set(manifest.deleted))
+        if not asked and manifest.state == "complete":
+            return dict(NOTHING), Outcome("finished", 0, 0)
+        manifest, outcome = session.delete(asked)
     return ({} if outcome.status == "interrupted" or not session.main else manifest.deletions[-1]), outcome

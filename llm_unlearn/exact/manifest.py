@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +15,12 @@ from llm_unlearn import folder as run_folder
 from llm_unlearn.exact.rows import digest
 from llm_unlearn.folder import write
 from llm_unlearn.recipe import Recipe
-from llm_unlearn.spec import Refused, fingerprint, plain
+from llm_unlearn.spec import Busy, Refused, fingerprint, plain
 
 FILE, PIECES, WORK, WEIGHTS = "manifest.json", "pieces", "work", "weights.safetensors"
 """Names in the run folder: the manifest, kept weights, training under way, and a piece's one file."""
+LOCK = "manifest.lock"
+"""The file that is locked while somebody reads the manifest, to save another."""
 FORMAT = 1
 KEY = re.compile(r"[0-9a-f]{16}")
 State = Literal["building", "storing", "deleting", "complete"]
@@ -124,6 +128,34 @@ def read(folder: Path) -> Manifest:
         if isinstance(error, Refused):
             raise
         raise Refused(f"{path}: cannot be read as a manifest ({error}). Restore it, or carry out the run again.") from None
+
+
+@contextmanager
+def alone(folder: Path, speaks: bool = True) -> Iterator[None]:
+    """Inside, nobody else changes a run folder that has a manifest: two who read the same one, and save each its own, would lose
+    what one of them deleted. Held by the kernel for this process, which may go in again.
+
+    Args:
+        speaks: of several processes, one holds it for all.
+
+    Raises:
+        Busy: somebody else is at it.
+    """
+    if not speaks or not (folder / FILE).is_file():
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.resolve() / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        said = f"{folder}: another process deletes rows from it, or trains it. Nothing was changed; try again when it has ended."
+        raise Busy(said) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def adapter_files(folder: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from llm_unlearn import folder as run_folder
 from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.exact import forgetting
-from llm_unlearn.exact.forgetting import NOTHING, finished, meant, method_of, recipe_in
+from llm_unlearn.exact.asked import meant
+from llm_unlearn.exact.forgetting import NOTHING, finished, method_of, recipe_in
 from llm_unlearn.exact.manifest import Manifest, adapter_files, read
 from llm_unlearn.exact.rows import Known, read_known
 from llm_unlearn.look import Looks
@@ -54,32 +55,36 @@ class Measured:
     says: dict[str, Any] = field(default_factory=dict)
     """What `evaluation.json` is to say in place of what follows from these."""
 
-    def delete(self, ids: Iterable[str]) -> Outcome:
+    def delete(self, hashes: Collection[str], leaving: Collection[str] = ()) -> Outcome:
         """Measure, delete, measure again. Called again after a kill, it goes on: what was measured before is not measured again,
         and what was deleted is passed over. No question and no answer is written.
 
+        Args:
+            hashes: of the rows, as the store's manifest names them; they may have left the data.
+            leaving: of rows that a later call deletes, and that may have left it, too.
+
         Raises:
-            Refused: something cannot be read, or there is no such row; nothing was deleted.
+            Refused: something cannot be read; nothing was deleted.
         """
-        began, recipe, ids = time.perf_counter(), recipe_in(self.store), list(ids)
+        began, recipe = time.perf_counter(), recipe_in(self.store)
         accelerator = start(recipe.model)
         if not (self.home / PENDING).is_file():
             manifest = finished(self.store)
             if manifest.state == "deleting":  # begun without numbers, and there is no way back
-                _, outcome = forgetting.forget(self.store, cache=self.cache)
+                _, outcome = forgetting.forget(self.store, leaving={*hashes, *leaving}, cache=self.cache)
                 if outcome.status == "interrupted":
                     return outcome
                 manifest = read(self.store)
             facts = {
                 "deletions": len(manifest.deletions),
-                "asked": sorted({manifest.hash(id) for id in ids} - set(manifest.deleted)),
+                "asked": sorted(set(hashes) - set(manifest.deleted)),
                 "adapter": adapter_files(self.store),
                 "results": self._look("before"),
             }
             if accelerator.is_main_process:
                 run_folder.write(self.home / PENDING, json.dumps(facts))
             accelerator.wait_for_everyone()
-        _, outcome = forgetting.forget(self.store, ids, cache=self.cache)
+        _, outcome = forgetting.forget(self.store, hashes=hashes, leaving=leaving, cache=self.cache)
         if outcome.status == "interrupted":
             return outcome
         after = self._look("after")
@@ -158,7 +163,7 @@ def forget(folder: Path, ids: Iterable[str], where: Mapping[str, str], cache: Pa
     if (folder / PENDING).is_file():
         manifest, known = finished(folder), _known(folder, cache)
         begun = set(pending(folder)["asked"])
-        outcome = _again(folder, manifest, known, begun, cache).delete([id for id in known if manifest.hash(id) in begun])
+        outcome = _again(folder, manifest, known, begun, cache).delete(begun, {*map(manifest.hash, ids)})
         if outcome.status == "interrupted":
             return {}, outcome
         facts = read(folder).deletions[-1]
@@ -169,7 +174,7 @@ def forget(folder: Path, ids: Iterable[str], where: Mapping[str, str], cache: Pa
     if not asked and manifest.state == "complete":
         return facts, outcome
     try:
-        outcome = _again(folder, manifest, known, asked, cache).delete([id for id in known if manifest.hash(id) in asked])
+        outcome = _again(folder, manifest, known, asked, cache).delete(asked)
     except Refused as error:
         if read(folder).deleted != manifest.deleted:
             raise

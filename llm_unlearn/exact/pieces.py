@@ -114,6 +114,20 @@ class Workshop:
         steps = sum(one.schedule.steps for chain in alive for one in chain)
         return alive, Outcome("finished", steps, steps)
 
+    def compare(self, manifest: Manifest, known: Mapping[str, Known]) -> None:
+        """The pieces that will serve, or be trained on, must be those that were published: what is published again gets a new hash,
+        and nobody would see what was changed.
+
+        Raises:
+            Refused: one was changed.
+        """
+        for one in (one for chain in wanted(self.recipe, self.method, manifest, known) for one in chain):
+            piece, path = manifest.by_key.get(one.piece.key), self.folder / PIECES / one.piece.key / WEIGHTS
+            if piece and path.is_file() and run_folder.sha256(path) != piece.sha256:
+                raise Refused(
+                    f"{path} ({piece.line}, {piece.stage}): was changed since it was published. {_mended(piece, manifest)}"
+                )
+
     def _there(self, one: Wanted) -> bool:
         return (self.folder / PIECES / one.piece.key / WEIGHTS).is_file()
 
@@ -213,6 +227,13 @@ class Workshop:
 
 COST = "cost.json"
 """What a piece cost, until the manifest says it."""
+
+
+def _mended(piece: Piece, manifest: Manifest) -> str:
+    """What to do about a piece that was changed: what came after it was trained on what it was."""
+    line = [one for one in manifest.pieces if one.line == piece.line]
+    later = ", ".join(f"{PIECES}/{one.key}" for one in line[line.index(piece) :])
+    return f"Put a copy of it back; or, of sisa and modules, remove {later}, which the next deletion trains again."
 
 
 def serving_of(alive: list[list[Wanted]]) -> list[Piece]:

@@ -10,11 +10,12 @@ from typing import Any
 from llm_unlearn.data.examples import Example, content_of, conversation, encode, encode_text, text_in
 from llm_unlearn.data.files import Row
 from llm_unlearn.data.sources import row_at, rows
+from llm_unlearn.data.words import fits
 from llm_unlearn.methods.exact import Exact, Modules, Placed
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.source import Source
-from llm_unlearn.spec import Refused, nearest
-from llm_unlearn.unsaid import near_column, unsaid
+from llm_unlearn.spec import Refused
+from llm_unlearn.unsaid import near_column, near_ids, unsaid
 
 STREAM = "retain"
 """The one stream of a stage."""
@@ -93,17 +94,12 @@ def find(known: Mapping[str, Known], ids: list[str], where: Mapping[str, str]) -
         Refused: an id is not there, a column is not there, or nothing is found.
     """
     if unknown := [id for id in ids if id not in known]:
-        raise Refused(
-            f"--ids: {unknown[0]!r} is no row of this run ({len(unknown)} of {len(ids)}); {nearest(unknown[0], list(known)[:5])}"
-        )
+        said = f"--ids: {len(unknown)} of {len(ids)} are no rows of this run: {near_ids(unknown[0], known)}"
+        raise Refused(f"{said}. Nothing was changed.")
     columns = {column for one in known.values() for row in one.rows for column in row}
     if absent := [column for column in where if column not in columns]:
         raise Refused(f"--where: no column {absent[0]!r}; {near_column(absent[0], sorted(columns))}")
-    met = [
-        id
-        for id, one in known.items()
-        if where and any(all(str(row.get(column)) == value for column, value in where.items()) for row in one.rows)
-    ]
+    met = [id for id, one in known.items() if where and any(fits(row, where) for row in one.rows)]
     found = sorted({*ids, *met})
     if not found:
         said = f"has this in {', '.join(where)}" if where else "was named"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llm_unlearn.requests.ledger import Ledger
-from llm_unlearn.requests.records import GENESIS, digest_of, digest_of_rows, link
+from llm_unlearn.requests.records import GENESIS, detail_of, digest_of, digest_of_rows, link
 
 
 def problems(ledger: Ledger) -> list[str]:
@@ -69,8 +68,7 @@ def _told(events: Sequence[sqlite3.Row]) -> dict[str, Any]:
     """What all events about a request or run say together, the later over the earlier."""
     found: dict[str, Any] = {}
     for event in events:
-        detail = json.loads(event["detail"])
-        found.update(detail if isinstance(detail, dict) else {})
+        found.update(detail_of(event["detail"]))
     return found
 
 
@@ -112,13 +110,12 @@ def _runs(on: sqlite3.Connection) -> Iterable[str]:
 def _certificates(on: sqlite3.Connection) -> Iterable[str]:
     sealed: dict[tuple[int, int], str] = {}
     for event in on.execute('SELECT request, run, detail FROM events WHERE detail LIKE \'%"certificate":"%\' ORDER BY n'):
-        detail = json.loads(event["detail"])
-        if isinstance(detail, dict) and detail.get("certificate"):
-            sealed[event["request"], event["run"]] = detail["certificate"]
+        if seal := detail_of(event["detail"]).get("certificate"):
+            sealed[event["request"], event["run"]] = seal
     for one in on.execute("SELECT * FROM certificates ORDER BY request, run"):
         if digest_of(one["text"]) != sealed.pop((one["request"], one["run"]), None):
             yield _other(one["request"], one["run"])
-    yield from (_other(request, run) for request, run in sorted(sealed))
+    yield from (_other(request, run) for request, run in sorted(sealed, key=str))
 
 
 def _other(request: int, run: int) -> str:

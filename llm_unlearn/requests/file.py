@@ -18,20 +18,32 @@ WAIT = 60
 """Seconds that a process waits for another's transaction."""
 
 
+def is_absent(path: Path) -> bool:
+    """Whether no ledger is there: no file, or an empty one, as of a process that was killed when it began it."""
+    return not os.path.lexists(path) or (path.is_file() and not path.stat().st_size)
+
+
 class LedgerFile:
     """The file, and the connection of each thread to it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, begin: bool) -> None:
         """Open the file of a ledger, or begin one.
 
+        Args:
+            begin: False begins none: nothing is written where no ledger is.
+
         Raises:
-            Refused: the file is something else, or a ledger of another version.
+            Refused: there is none, the file is something else, or a ledger of another version.
         """
         self.path = path
+        if not begin and is_absent(path):
+            said = f"{path}: no ledger is there. Put it back, or correct `ledger` of the service"
+            raise Refused(f"{said}; the first request begins one (llm-unlearn requests add).")
         self._kept = threading.local()
         try:
-            make_folder(path.parent)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            if begin:
+                make_folder(path.parent)
+            os.close(os.open(path, os.O_RDWR | (os.O_CREAT if begin else 0), 0o600))
         except OSError as error:
             raise Refused(f"{path}: the ledger cannot be opened ({error.strerror}).") from None
         check_file(path)

@@ -27,6 +27,7 @@ from llm_unlearn.requests.records import (
     Run,
     Verdict,
     canonical,
+    detail_of,
     digest_of,
     digest_of_rows,
     link,
@@ -40,13 +41,16 @@ from llm_unlearn.spec import Refused
 class Ledger:
     """The requests of one service. Every change is one transaction with its event; any number of processes may share the file."""
 
-    def __init__(self, path: Path, who: str) -> None:
+    def __init__(self, path: Path, who: str, begin: bool = True) -> None:
         """Open a ledger, or begin one.
 
+        Args:
+            begin: False begins none where none is.
+
         Raises:
-            Refused: the file is something else, or a ledger of another version.
+            Refused: there is none, the file is something else, or a ledger of another version.
         """
-        self.path, self.who, self._file = path, who, LedgerFile(path)
+        self.path, self.who, self._file = path, who, LedgerFile(path, begin)
         self.salt, self.name = bytes.fromhex(self._file.facts["salt"]), self._file.facts["ledger"]
 
     def digest(self, *parts: object) -> str:
@@ -85,7 +89,8 @@ class Ledger:
         """Put a request in, unless it is there.
 
         Args:
-            key: the caller's own name for it; without it, the same selector for the same model is the same request.
+            key: the caller's own name for it; without it, the same selector that finds the same rows for the same model is the same
+                request. Rows that came later make another one: nobody has forgotten them.
             selector: salted hash of what was asked for.
 
         Returns:
@@ -94,13 +99,15 @@ class Ledger:
         Raises:
             Refused: the key is another request's.
         """
-        own = f"own:{key}" if key else f"same:{self.digest(selector, model)}"
+        seal = digest_of_rows(sorted((canonical(row.id), row.content) for row in rows))
+        own = f"own:{key}" if key else f"same:{self.digest(selector, model, seal)}"
+        old = own if key else f"same:{self.digest(selector, model)}"  # the rows were no part of a key once
         with self.change() as on:
-            there = on.execute("SELECT * FROM requests WHERE key = ?", (own,)).fetchone()
-            if there:
-                if (there["selector"], there["model"]) != (selector, model):
+            for there in on.execute("SELECT * FROM requests WHERE key IN (?, ?)", (own, old)).fetchall():
+                if (there["selector"], there["model"], self.rows_digest(on, there["id"])) == (selector, model, seal):
+                    return request_of(there), False
+                if key:
                     raise Refused(f"--key: {key!r} is request {there['id']}, which asks for other rows. Choose another key.")
-                return request_of(there), False
             values = (own, selector, kind, model, due, PENDING, now())
             number = on.execute(
                 "INSERT INTO requests (key, selector, kind, model, due, state, added) VALUES (?, ?, ?, ?, ?, ?, ?)", values
@@ -110,7 +117,7 @@ class Ledger:
                 "INSERT INTO rows VALUES (?, ?, ?, ?)", [(number, canonical(row.id), row.content, row.score) for row in rows]
             )
             detail = {"state": PENDING, "kind": kind, "selector": selector, "model": model, "due": due,
-                      "rows": self.rows_digest(on, number), "count": len(rows)}  # fmt: skip
+                      "rows": seal, "count": len(rows)}  # fmt: skip
             self.note(on, "added", number, detail=detail)
             return request_of(on.execute("SELECT * FROM requests WHERE id = ?", (number,)).fetchone()), True
 
@@ -173,7 +180,7 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------------- what is done
 
-    def claim(self, model: str, settings: str, most: int | None = None) -> Run | None:
+    def claim(self, model: str, settings: str, most: int | None = None, left: Sequence[int] = ()) -> Run | None:
         """Take pending requests of a model into a new run, which is then under way; None where there are none.
 
         Only one run of a model can be under way, as the next begins from what it leaves (a unique index sees to it).
@@ -181,6 +188,7 @@ class Ledger:
         Args:
             settings: fingerprint of how they are served.
             most: at most so many; those that are due first.
+            left: requests whose rows have left the data.
         """
         with self.change() as on:
             if on.execute("SELECT 1 FROM runs WHERE model = ? AND state = 'running'", (model,)).fetchone():
@@ -197,7 +205,8 @@ class Ledger:
                 "INSERT INTO runs (id, model, folder, settings, process, state, began) VALUES (?, ?, ?, ?, ?, 'running', ?)",
                 (next_one, model, folder, settings, os.getpid(), now()),
             )
-            self.note(on, "run begun", None, next_one, {"run state": "running", "folder": folder, "settings": settings})
+            detail = {"run state": "running", "folder": folder, "settings": settings, "left": list(left)}
+            self.note(on, "run begun", None, next_one, detail)
             for one in asked:
                 on.execute(
                     "UPDATE requests SET state = 'running', reason = '', run = ? WHERE id = ? AND state = 'pending'",
@@ -216,6 +225,24 @@ class Ledger:
         with self.reading() as on:
             asked = "SELECT * FROM requests WHERE run = ? AND state = ? ORDER BY due IS NULL, due, id"
             return [request_of(one) for one in on.execute(asked, (run, RUNNING))]
+
+    def spared(self, run: int) -> list[int]:
+        """The requests whose rows a run must not learn: those that stood on its model when it was begun, but for those whose rows
+        had left the data. What came or was taken back since changes nothing, so that a run that was killed goes on as it began."""
+        with self.reading() as on:
+            begun = on.execute("SELECT n, detail FROM events WHERE what = 'run begun' AND run = ?", (run,)).fetchone()
+            if begun is None:
+                raise Refused(
+                    f"run {run}: the ledger {self.path} has no event of its begin: it was changed. Put a copy of it back."
+                )
+            asked = (
+                "SELECT id FROM requests WHERE model = (SELECT model FROM runs WHERE id = ?)"
+                " AND id IN (SELECT request FROM events WHERE what = 'added' AND n < ?)"
+                " AND id NOT IN (SELECT request FROM events WHERE what = 'withdrawn' AND n < ?) ORDER BY due IS NULL, due, id"
+            )
+            found = [one["id"] for one in on.execute(asked, (run, begun["n"], begun["n"]))]
+        left = set(detail_of(begun["detail"]).get("left") or ())
+        return [one for one in found if one not in left]
 
     def finish(
         self, run: int, state: str, verdicts: Sequence[Verdict], numbers: Sequence[object], notes: Sequence[str] = ()
@@ -252,12 +279,6 @@ class Ledger:
                 detail = {"state": one.state, "reason": one.reason, "certificate": digest_of(text)}
                 detail |= {"numbers": digest_of(kept)} if kept is not None else {}
                 self.note(on, one.state, one.request, run, detail)
-
-    def certificates(self) -> dict[tuple[int, int], str]:
-        """(request, run) -> certificate, in the order of runs: the last of a request is the one that stands."""
-        with self.reading() as on:
-            found = on.execute("SELECT * FROM certificates ORDER BY run, request").fetchall()
-        return {(one["request"], one["run"]): one["text"] for one in found}
 
     def count_certificates(self) -> int:
         """How many there are."""

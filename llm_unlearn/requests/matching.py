@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llm_unlearn.data.files import Row
 from llm_unlearn.data.sources import read
+from llm_unlearn.data.words import fits, says
 from llm_unlearn.options import SCORE
 from llm_unlearn.requests.service import Office
 from llm_unlearn.spec import Refused
-from llm_unlearn.unsaid import near_column
+from llm_unlearn.unsaid import NEAR, near_column, near_ids
 
 RowId = str | int
-NEAR = 3
-"""So many ids are named beside a request that finds nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,15 @@ def by_ids(names: Sequence[str], rows: Mapping[RowId, Row]) -> list[Found]:
     """The rows that are named.
 
     Raises:
-        Refused: some are not there; names the nearest ids.
+        Refused: none is named, or some are not there; names the nearest ids.
     """
+    if not names:
+        raise Refused("--ids: found no id; expected at least one. Nothing was added.")
     known = {str(one): one for one in rows}
     lost = [name for name in names if name not in known]
     if lost:
-        near = {name: difflib.get_close_matches(name, known, NEAR, cutoff=0.5) for name in lost[:NEAR]}
-        said = [f"{name!r}" + (f" (nearest: {', '.join(found)})" if found else "") for name, found in near.items()]
-        raise Refused(f"--ids: {len(lost)} of {len(names)} are not in the data: {'; '.join(said)}. Nothing was added.")
+        said = "; ".join(near_ids(name, known) for name in lost[:NEAR])
+        raise Refused(f"--ids: {len(lost)} of {len(names)} are not in the data: {said}. Nothing was added.")
     return [Found(known[name], rows[known[name]]) for name in dict.fromkeys(names)]
 
 
@@ -80,14 +78,14 @@ def by_columns(wanted: Mapping[str, str], rows: Mapping[RowId, Row]) -> list[Fou
     for column in wanted:
         if column not in columns:
             raise Refused(f"--where: no column {column!r}; {near_column(column, columns)}")
-    found = [Found(name, row) for name, row in rows.items() if all(_says(row[key]) == value for key, value in wanted.items())]
+    found = [Found(name, row) for name, row in rows.items() if fits(row, wanted)]
     if not found:
 
         def likeness(row: Row) -> float:
             matcher = difflib.SequenceMatcher(autojunk=False)
             total = 0.0
             for key, value in wanted.items():
-                matcher.set_seqs(_says(row[key])[:200], value)
+                matcher.set_seqs(says(row[key])[:200], value)
                 total += matcher.ratio()
             return 100 * total / len(wanted)
 
@@ -113,7 +111,7 @@ def by_text(text: str, rows: Mapping[RowId, Row], columns: Sequence[str], score:
         raise Refused("--text: found no letter or digit; expected the text that is to be forgotten.")
 
     def likeness(row: Row) -> float:
-        said = [_says(row[column]) for column in columns]
+        said = [says(row[column]) for column in columns]
         best = 0.0
         for one in (*said, " ".join(said)):
             value = utils.default_process(one)
@@ -125,20 +123,6 @@ def by_text(text: str, rows: Mapping[RowId, Row], columns: Sequence[str], score:
     if not found:
         raise Refused(f"--text: no row is like it to {score:g} of 100{_nearest(likeness, rows)}. Nothing was added; see --score.")
     return sorted(found, key=lambda one: -one.score)
-
-
-def texts_of(value: Any) -> list[str]:
-    """Every text in a value, those in lists and chats too; numbers as they are written."""
-    if isinstance(value, (list, tuple)):
-        return [text for one in value for text in texts_of(one)]
-    if isinstance(value, dict):
-        return [text for one in value.values() for text in texts_of(one)]
-    return [value if isinstance(value, str) else json.dumps(value, default=str)]
-
-
-def _says(value: Any) -> str:
-    """What a column holds, as one text."""
-    return " ".join(texts_of(value))
 
 
 def _nearest(likeness: Callable[[Row], float], rows: Mapping[RowId, Row]) -> str:

@@ -108,6 +108,15 @@ def canonical(data: object) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+def detail_of(text: str) -> dict[str, Any]:
+    """What an event says in detail; nothing where it was changed into something else, which the chain shows."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def digest_of(text: str | None) -> str | None:
     """SHA-256 of a text, as 64 hexadecimal digits; None of none."""
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()

@@ -126,7 +126,7 @@ def load(path: Path) -> Office:
     if not is_file(suite_at):
         raise Refused(f"{tree.place(('suite',))}: suite: {no_such_file(suite_at)}")
     office = Office(
-        service, recipe, suites.load(suite_at), name, path.parent / service.ledger, path.resolve().parent / service.output
+        service, recipe, suites.load(suite_at), name, path.parent / service.ledger, path.parent.resolve() / service.output
     )
     wrong = list(_problems(office, tree))
     if wrong:

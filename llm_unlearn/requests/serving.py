@@ -6,19 +6,21 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.data.files import Row as DataRow
+from llm_unlearn.data.words import texts_of
 from llm_unlearn.reply import BUSY, DONE, INTERRUPTED, UNFIT
 from llm_unlearn.report.verdict import listed
 from llm_unlearn.requests.certificate import signed
 from llm_unlearn.requests.judging import findings, of_request
 from llm_unlearn.requests.ledger import Ledger
-from llm_unlearn.requests.matching import RowId, read_training, texts_of
+from llm_unlearn.requests.matching import RowId, read_training
 from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, RUNNING, WITHDRAWN, Request, Row, Run, Verdict, now
 from llm_unlearn.requests.service import Office
-from llm_unlearn.requests.ways import Served, Way, Work, withheld
-from llm_unlearn.spec import Refused, plain
+from llm_unlearn.requests.ways import Served, Way, Work, tidy, withheld
+from llm_unlearn.spec import Busy, Refused, plain
 from llm_unlearn.thresholds import Finding, reason_of
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class Desk:
         if waiting:
             self.data = read_training(self.office)
         for model in dict.fromkeys(one.model for one in waiting):
+            self.way.ready(self._before(model))
+        for model in dict.fromkeys(one.model for one in waiting):
             # held by the kernel as long as this process lives: a run that is under way and not locked was killed
             lock = FileLock(f"{self.ledger.path}.{hashlib.sha256(model.encode()).hexdigest()[:8]}.lock")
             try:
@@ -89,19 +93,30 @@ class Desk:
                     self.say(f"request {one.id}: {ATTENTION}: {problem}")
                     worst = UNFIT
             under_way = self.ledger.runs("running", model=model)
-            run = under_way[0] if under_way else self.ledger.claim(model, self.office.hash, 1 if self.one_by_one else None)
+            most = 1 if self.one_by_one else None
+            run = under_way[0] if under_way else self.ledger.claim(model, self.office.hash, most, self._left(model))
             if run is None:
                 return worst
             if run.settings != self.office.hash:
                 text = "the service, its recipe or its suite has changed since it was begun"
                 again = [Verdict(one.id, PENDING, "", None, None) for one in self.ledger.served_by(run.id)]
+                tidy(self.office.output / run.folder)
                 self.ledger.finish(run.id, "given up", again, [], [text])
                 self.say(f"run {run.id}: given up, as {text}; its requests are served anew")
                 continue
             found = self._carry_out(run, resumed=bool(under_way))
-            if found == INTERRUPTED:
+            if found in (INTERRUPTED, BUSY):
                 return found
             worst = max(worst, found)
+
+    def _before(self, model: str) -> list[Path]:
+        """The run folders whose result is the model now."""
+        return [self.office.output / one.folder for one in self.ledger.runs("accepted", model=model)]
+
+    def _left(self, model: str) -> list[int]:
+        """The requests whose rows have left the data, all of them."""
+        rows = {one.id: self.ledger.rows_of(one.id) for one in self.ledger.requests(model=model)}
+        return [number for number, found in rows.items() if not any(row.id in self.data for row in found)]
 
     def _carry_out(self, run: Run, resumed: bool) -> int:
         """One run: from its requests to their states."""
@@ -113,6 +128,9 @@ class Desk:
         self.say(f"run {run.id} {what} request{'s' * (len(mine) > 1)} {names} ({count} rows) on {run.model}: {work.output}")
         try:
             served = self.way.serve(work)
+        except Busy as error:
+            print(f"{error} llm-unlearn requests run then goes on with run {run.id}.", file=sys.stderr)
+            return BUSY
         except Refused as error:
             forgotten = [self.data[one] for ids in work.requests.values() for one in ids if one in self.data]
             if self.show_text:
@@ -140,13 +158,14 @@ class Desk:
                 if rows_problem(rows, self.data, self.office, self.ledger):
                     unmeasured.append(one.id)
         asked = {one.id for one in mine}
-        gone = dict.fromkeys(row for number, found in ids.items() if number not in asked for row in found if row in self.data)
+        others = (number for number in self.ledger.spared(run.id) if number not in asked)
+        gone = dict.fromkeys(row.id for number in others for row in self.ledger.rows_of(number))
         work = Work(
             model=run.model,
             requests={number: ids[number] for number in sorted(asked)},
             earlier={number: ids[number] for number in sorted(set(earlier) - set(unmeasured))},
             gone=tuple(gone),
-            before=[self.office.output / one.folder for one in self.ledger.runs("accepted", model=run.model)],
+            before=self._before(run.model),
             output=self.office.output / run.folder,
         )
         return work, unmeasured
@@ -199,6 +218,7 @@ class Desk:
     def _end(
         self, run: Run, state: str, verdicts: Sequence[Verdict], numbers: Sequence[Mapping[str, Any]], notes: Sequence[str]
     ) -> None:
+        tidy(self.office.output / run.folder)  # before the ledger says that it is over: it holds texts of the rows
         self.ledger.finish(run.id, state, verdicts, numbers, notes)
         for one in verdicts:
             self.say(f"request {one.request}: {one.state}{': ' * bool(one.reason)}{one.reason}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import folder
-from llm_unlearn.durable import remove
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.requests.certificate import STORE
 from llm_unlearn.requests.derived import Ids, suite_of
@@ -36,17 +35,38 @@ class ByStore:
     cache: Path
     """Where the embedded models are."""
 
+    def ready(self, before: Sequence[Path]) -> None:
+        from llm_unlearn.exact.manifest import FILE
+
+        store = Path(self.office.model)
+        if before and not (store / FILE).is_file():
+            raise Refused(
+                f"{store}: no store is there (looked from {Path.cwd()}), and {len(before)} runs have deleted rows from it, which "
+                "a new one would learn again. Run this where the store was made, or put it back. If it is lost, take the rows of "
+                "fulfilled requests out of the data, and name another output in the recipe. Nothing was changed."
+            )
+
     def serve(self, work: Work) -> Served | None:
+        from llm_unlearn.exact.manifest import alone
+
+        store, output = Path(work.model), work.output
+        suite = suite_of(self.office, {**work.earlier, **work.requests}, _once(work.requests.values(), work.gone))
+        done = (output / folder.RESULTS).is_file()
+        ids = [] if done else [id for rows in work.requests.values() for id in exact_ids(self.office, rows)]
+        if not done and not self._train(store):
+            return None
+        with alone(store):
+            if not done and not self._delete(work, ids, store, suite):
+                return None
+            return self._served(work, store, suite)
+
+    def _served(self, work: Work, store: Path, suite: Any) -> Served:
+        """What came of a deletion that was measured."""
         from llm_unlearn.exact.manifest import FILE, read
         from llm_unlearn.exact.measuring import PENDING
         from llm_unlearn.exact.verify import problems
 
-        store, output = Path(work.model), work.output
-        suite = suite_of(self.office, {**work.earlier, **work.requests}, _once(work.requests.values(), work.gone))
-        scratch = own_cache(output, self.cache)
-        if not (output / folder.RESULTS).is_file() and not self._delete(work, store, suite, scratch):
-            return None
-        remove(scratch)
+        output = work.output
         (output / PENDING).unlink(missing_ok=True)  # of a serving that was killed as it removed it
         results, manifest, found = folder.results_in(output), read(store), problems(store)
         run = results["run"]
@@ -68,26 +88,30 @@ class ByStore:
         broken = f"llm-unlearn verify {store} finds {len(found)} problems" if found else ""
         return Served(plainly(results["numbers"]), [self._base(), before], after, known, broken, lasting=True)
 
-    def _delete(self, work: Work, store: Path, suite: Any, scratch: Path) -> bool:
-        """Train the store where there is none, and carry out the measured deletion; False where the user interrupted it."""
+    def _train(self, store: Path) -> bool:
+        """Train the store where there is none; False where the user interrupted it."""
         from llm_unlearn.exact.forgetting import stored
-        from llm_unlearn.exact.manifest import FILE, read, settings_of
+        from llm_unlearn.exact.manifest import FILE
+
+        if not (store / FILE).is_file():
+            print(f"first use: training the store {store} on all rows of {self.office.service.recipe}; killed, it goes on")
+        return stored(replace(self.office.recipe, output=str(store)), self.cache).status != "interrupted"
+
+    def _delete(self, work: Work, ids: Sequence[str], store: Path, suite: Any) -> bool:
+        """Carry out the measured deletion; False where the user interrupted it."""
+        from llm_unlearn.exact.manifest import read, settings_of
         from llm_unlearn.exact.measuring import Measured
         from llm_unlearn.retrained import found
 
-        recipe = replace(self.office.recipe, output=str(store))
-        ids = [id for rows in work.requests.values() for id in exact_ids(self.office, rows)]
-        if not (store / FILE).is_file():
-            print(f"first use: training the store {store} on all rows of {self.office.service.recipe}; killed, it goes on")
-        if stored(recipe, self.cache).status == "interrupted":
-            return False
+        recipe = self.office.recipe
         manifest = read(store)
         if manifest.settings != settings_of(recipe):
             raise Refused(f"{store}: was made by other settings than {self.office.service.recipe} has. Restore one.")
         named = recipe.evaluation.retrained if recipe.evaluation else None
         control = found(named or suite.retrained, self.cache)
         # a row that was too long to be learnt stands in no piece
-        there = [id for id in dict.fromkeys(ids) if manifest.hash(id) in set(manifest.rows)]
+        there = {manifest.hash(id) for id in ids} & set(manifest.rows)
+        scratch = own_cache(work.output, self.cache)
         measured = Measured(store, suite, self.office.suite_name, control, work.output, self.cache, scratch)
         return measured.delete(there).status != "interrupted"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import os
 import socket
 import sys
 from collections import Counter
@@ -12,9 +13,11 @@ from datetime import date
 from pathlib import Path
 
 from llm_unlearn import folder
+from llm_unlearn.data.words import asked_for
 from llm_unlearn.reply import DONE, UNFIT, Reply
 from llm_unlearn.requests import service
 from llm_unlearn.requests.certificate import PUBLIC, public_pem, public_text, read_public, signing_key
+from llm_unlearn.requests.file import is_absent
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.matching import Found
 from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, WITHDRAWN, Request
@@ -36,11 +39,19 @@ def _office(options: argparse.Namespace) -> Office:
 
 def _open(options: argparse.Namespace) -> tuple[Office, Ledger]:
     office = _office(options)
-    return office, _ledger(office)
+    return office, _ledger(office, begin=False)
 
 
-def _ledger(office: Office) -> Ledger:
-    return Ledger(office.ledger, f"{getpass.getuser()}@{socket.gethostname()}")
+def _ledger(office: Office, begin: bool) -> Ledger:
+    return Ledger(office.ledger, f"{_user()}@{socket.gethostname()}", begin)
+
+
+def _user() -> str:
+    """Who asks; by number where it has no name, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return f"uid {os.getuid()}"
 
 
 def new(options: argparse.Namespace) -> Reply:
@@ -63,10 +74,14 @@ def add(options: argparse.Namespace) -> Reply:
 
     rows = matching.read_training(office)
     if options.where:
-        wanted = dict(options.where)
+        wanted = asked_for(options.where)
         kind, selector, found = "where " + ", ".join(sorted(wanted)), sorted(wanted.items()), matching.by_columns(wanted, rows)
     elif options.ids:
-        names = [line.strip() for line in sys.stdin if line.strip()] if options.ids == ["-"] else options.ids
+        names = (
+            [line.strip() for line in _standard_input("--ids").splitlines() if line.strip()]
+            if options.ids == ["-"]
+            else options.ids
+        )
         found = matching.by_ids(names, rows)
         kind, selector = "ids", sorted((str(one.id), "") for one in found)
     else:
@@ -86,7 +101,7 @@ def add(options: argparse.Namespace) -> Reply:
     if options.dry_run:
         print("dry run: nothing was added")
         return Reply(facts={"request": None, "rows": [one.id for one in found]})
-    ledger = _ledger(office)
+    ledger = _ledger(office, begin=True)
     data = office.service.data
     request, is_new = ledger.add(
         key=options.key,
@@ -105,12 +120,28 @@ def add(options: argparse.Namespace) -> Reply:
 
 def _text(word: str) -> str:
     if word == "-":
-        return sys.stdin.read()
+        return _standard_input("--text")
     if word.startswith("@"):
         if not Path(word[1:]).is_file():
             raise Refused(f"--text: no such file: {word[1:]} (looked from {Path.cwd()}).")
-        return Path(word[1:]).read_text(encoding="utf-8")
+        try:
+            return Path(word[1:]).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise _no_text(f"--text: {word[1:]}", error) from None
     return word
+
+
+def _standard_input(option: str) -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise _no_text(f"{option}: standard input", error) from None
+
+
+def _no_text(where: str, error: UnicodeDecodeError) -> Refused:
+    """What is said of text in another encoding, without its words."""
+    said = f"{where}: not text in UTF-8 ({error.reason} at byte {error.start})"
+    return Refused(f"{said}. Save it as UTF-8. Nothing was added.")
 
 
 def _preview(found: Sequence[Found], office: Office, of: int, show_text: bool) -> None:
@@ -124,7 +155,11 @@ def _preview(found: Sequence[Found], office: Office, of: int, show_text: bool) -
 
 
 def show(options: argparse.Namespace) -> Reply:
-    _, ledger = _open(options)
+    office = _office(options)
+    if is_absent(office.ledger):
+        print(f"no requests yet: {office.ledger} is not there, and the first `llm-unlearn requests add` begins it")
+        return Reply(facts={"requests": []})
+    ledger = _ledger(office, begin=False)
     today, rows = date.today().isoformat(), ledger.row_counts()
     found = [(one, rows.get(one.id, 0), is_overdue(one, today)) for one in ledger.requests(*(options.state or ()))]
     keys = ("id", "state", "reason", "kind", "model", "due", "added", "run")

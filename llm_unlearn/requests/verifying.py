@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from llm_unlearn import folder
 from llm_unlearn.requests import chain
 from llm_unlearn.requests.certificate import STORE, Hashes, files_of, read, signature_problems, weight_problems
 from llm_unlearn.requests.ledger import Ledger
-from llm_unlearn.requests.records import FULFILLED
+from llm_unlearn.requests.records import FULFILLED, detail_of
 from llm_unlearn.requests.serving import row_seal
 from llm_unlearn.spec import Refused
 
@@ -112,5 +111,6 @@ def _said(ledger: Ledger, run: int | None) -> set[str]:
     """The requests of which a run says why it did not measure them again."""
     with ledger.reading() as on:
         events = on.execute("SELECT detail FROM events WHERE what = 'run accepted' AND run = ?", (run,)).fetchall()
-    notes = [note.partition(": not measured again") for event in events for note in json.loads(event["detail"])["notes"]]
+    said = [detail_of(event["detail"]).get("notes") for event in events]
+    notes = [str(note).partition(": not measured again") for told in said if isinstance(told, list) for note in told]
     return {request for request, found, _ in notes if found}

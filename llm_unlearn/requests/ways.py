@@ -30,7 +30,7 @@ class Work:
     earlier: Mapping[int, Ids]
     """The same of those that were fulfilled before: measured again, and not to be undone."""
     gone: Ids
-    """Rows of earlier requests that are still in the data: nothing may teach them again."""
+    """Rows of other requests: nothing may teach them again. The same as often as a run goes on."""
     before: Sequence[Path]
     """Run folders whose result is the model now, in their order; none before the first."""
     output: Path
@@ -57,11 +57,20 @@ class Served:
 class Way(Protocol):
     """How requests are served. Called again with the same work after a kill, it goes on and does nothing twice."""
 
+    def ready(self, before: Sequence[Path]) -> None:
+        """Look, before anything is claimed, whether what earlier runs left is there to go on from.
+
+        Raises:
+            Refused: it is not. Nothing was changed.
+        """
+        ...
+
     def serve(self, work: Work) -> Served | None:
         """Carry it out; None when the user interrupted it.
 
         Raises:
             Refused: it cannot be carried out.
+            Busy: another process is at work on the same weights.
         """
         ...
 
@@ -74,23 +83,26 @@ class ByRecipe:
     cache: Path
     """Where the embedded models are."""
 
+    def ready(self, before: Sequence[Path]) -> None:
+        needed = before if self.office.recipe.model.adapter else before[-1:]
+        if lost := [path for path in needed if not path.is_dir()]:
+            said = f"{lost[0]}: is not there, and the model now is what this run left. Put it back"
+            raise Refused(f"{said}, or correct `output` of the service. Nothing was changed.")
+
     def serve(self, work: Work) -> Served | None:
         forget = tuple(dict.fromkeys(one for ids in work.requests.values() for one in ids))
         gone = tuple(one for one in work.gone if one not in set(forget))
         wanted = recipe_of(self.office, work.model, forget, gone, work.before, work.output)
         suite = suite_of(self.office, {**work.earlier, **work.requests}, (*forget, *gone))
-        scratch = own_cache(work.output, self.cache)
         if not folder.check(wanted, resume=True, overwrite=False):
             from llm_unlearn.run import run
 
-            outcome = run(wanted, suite, cache=scratch, resume=True)
+            outcome = run(wanted, suite, cache=own_cache(work.output, self.cache), resume=True)
             if outcome.status == "interrupted":
                 return None
         from llm_unlearn.results import without_texts
 
         without_texts(work.output)
-        remove(scratch)  # before the ledger says that the request is fulfilled: it holds texts of the rows
-        folder.tidy(work.output)
         results = folder.results_in(work.output)
         facts = results["run"]
         known = {
@@ -152,12 +164,22 @@ def part(place: str, name: str, at: Path) -> dict[str, Any]:
 
 def own_cache(output: Path, cache: Path) -> Path:
     """A cache for this run alone, as tables hold the texts of the rows; the embedded models are shared."""
-    scratch = output.with_name(f"{output.name}.scratch")
+    scratch = _scratch(output)
     make_folder(scratch)  # with those above it: a ledger must not say more of a run than the disk
     (cache / "embedded").mkdir(parents=True, exist_ok=True)
     if not (scratch / "embedded").is_symlink():
         (scratch / "embedded").symlink_to((cache / "embedded").resolve(), target_is_directory=True)
     return scratch
+
+
+def tidy(output: Path) -> None:
+    """Remove what a run needed while it was under way: its cache, which holds texts of the rows, and checkpoints."""
+    remove(_scratch(output))
+    folder.tidy(output)
+
+
+def _scratch(output: Path) -> Path:
+    return output.with_name(f"{output.name}.scratch")
 
 
 def withheld(error: Refused, texts: Sequence[str]) -> str:
