@@ -10,7 +10,7 @@ from typing import Any
 import lm_eval
 import pytest
 
-from llm_unlearn.evaluation import harness
+from llm_unlearn.evaluation import harness, task_files
 from llm_unlearn.evaluation.task_code import tagged
 from llm_unlearn.evaluation.task_files import task_problems
 from llm_unlearn.evaluation.tasks import Task
@@ -107,3 +107,92 @@ def test_a_sound_one_is_asked(folder: Path) -> None:
     assert not list(task_problems(task))
     found: Any = harness._found(task)
     assert list(found["tasks"]) == ["sound"]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in a group's list may be a task of the library's, whose 14,000 files take seconds to look through: not here."""
+    manager = task_files._manager
+    monkeypatch.setattr(task_files, "_manager", lambda include, whole: manager(include, False))
+
+
+STRANGER = "metric_list: [{metric: stranger/m, hf_evaluate: true}]"
+GROUPS = {
+    "a member's own keys": "task: [{task: sound, STRANGER}]",
+    "a group's own keys": f"task: [sound]\n{STRANGER}",
+    "a task in a list": "task: [{task: inline, dataset_path: json, STRANGER}]",
+    "a group in a list": "task: [{group: inner, task: [{task: sound, STRANGER}]}]",
+    "a group in a group's place": "task: [{group: inner, STRANGER, task: [sound]}]",
+}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("how", GROUPS)
+@pytest.mark.parametrize("code", [None, True])
+def test_what_a_group_adds_to_a_task_is_looked_at(folder: Path, how: str, code: bool | None) -> None:
+    """The library merges the keys of groups and members into tasks, and fetches the metric as it makes them."""
+    write(folder, "sound", SOUND)
+    write(folder, "g", f"group: g\n{GROUPS[how].replace('STRANGER', STRANGER)}\n")
+    task = Task(task="g", include=str(folder), code=code)
+    ((_, said),) = task_problems(task)
+    assert "measures by 'stranger/m', a script of a hub" in said
+    with pytest.raises(Refused, match=r"script of a hub"):
+        harness._found(task)
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ("unsafe_code: true", "runs the code that a model writes"),
+        ("generation_kwargs: {do_sample: true}", "draws its answers by chance"),
+        ("dataset_kwargs: {data_files: nowhere.jsonl}", "reads nowhere.jsonl, which is neither in"),
+        ("metric_list: [acc]", "metric_list: found 'acc'; expected {metric: …}"),
+        ("metric_list: 5", "metric_list: found 5; expected a list"),
+        ("dataset_kwargs: [rows.jsonl]", "dataset_kwargs: found ['rows.jsonl']; expected keys and values"),
+        ("generation_kwargs: 1", "generation_kwargs: found 1; expected keys and values"),
+    ],
+)
+def test_what_a_group_asks_of_a_task_is_looked_at(folder: Path, keys: str, said: str) -> None:
+    write(folder, "sound", SOUND)
+    task = write(folder, "g", f"group: g\ntask: [{{task: sound, {keys}}}]\n")
+    ((_, found),) = task_problems(task)
+    assert said in found
+
+
+@pytest.mark.usefixtures("alone")
+def test_python_of_a_task_below_a_group_in_a_list_is_not_run_unasked(folder: Path) -> None:
+    write(folder, "evil", RUNS["plain"])
+    task = write(folder, "g", "group: g\ntask: [{group: inner, task: [evil]}]\n")
+    ((key, said),) = task_problems(task)
+    assert key == "include" and "evil.yaml runs Python of its author's" in said
+    with pytest.raises(Refused, match=r"runs Python of its author's"):
+        harness._found(task)
+
+
+def test_groups_that_hold_each_other_are_refused(folder: Path) -> None:
+    write(folder, "b", "group: b\ntask: [g]\n")
+    task = write(folder, "g", "group: g\ntask: [b]\n")
+    ((_, said),) = task_problems(task)
+    assert "cannot be made a task of (RecursionError" in said
+
+
+def test_a_metric_of_ones_own_is_asked_where_the_suite_says_so(folder: Path) -> None:
+    (folder / "evil.py").write_text("def docs(references, predictions):\n    return 1.0\n")
+    write(folder, "own", RUNS["inside"])
+    assert not list(task_problems(Task(task="own", include=str(folder), code=True)))
+
+
+def test_a_group_reads_data_beside_each_of_its_tasks(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    for name, pattern in (("one", "only-one.jsonl"), ("two", "*.json?"), ("three", str(folder / "three" / "r*.jsonl"))):
+        (folder / name).mkdir()
+        (folder / name / (pattern if name == "one" else "rows.jsonl")).write_text(json.dumps({"question": f"{name}?"}) + "\n")
+        (folder / name / f"{name}.yaml").write_text(SOUND.replace("NAME", name).replace("rows.jsonl", f"'{pattern}'"))
+    task = write(folder, "g", "group: g\ntask: [one, two, three]\n")
+    assert not list(task_problems(task))
+    found: Any = harness._found(task)["tasks"]
+    assert {name: one.test_docs()[0]["question"] for name, one in found.items()} == {
+        name: f"{name}?" for name in ("one", "two", "three")
+    }

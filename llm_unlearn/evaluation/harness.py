@@ -32,7 +32,7 @@ from llm_unlearn.evaluation.likelihood import teacher_forced
 from llm_unlearn.evaluation.passes import Job, made
 from llm_unlearn.evaluation.scoring import scores_of
 from llm_unlearn.evaluation.task_code import code_problems, fenced_templates
-from llm_unlearn.evaluation.task_files import content, files_of, leaves, manager_of, place_of, quiet
+from llm_unlearn.evaluation.task_files import content, files_of, leaves, load, quiet
 from llm_unlearn.evaluation.tasks import Answered, Score, Task
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.readings import alternatives
@@ -236,15 +236,13 @@ def _found(task: Task) -> Any:
     Raises:
         Refused: it cannot be had; code and data of a task are anybody's, and so is what they raise.
     """
-    manager = manager_of(task)
     fenced_templates()
-    if problems := [text for _, text in code_problems(task, list(leaves(task)), files_of(task))]:
+    if problems := [text for _, text in code_problems(task, leaves(task), files_of(task))]:
         raise Refused(f"tasks: {problems[0]}")
     if task.code:
         print(f"tasks: {task.task} may run the Python in {task.include}, as `code: true` says", file=sys.stderr)
     try:
-        with quiet(), contextlib.chdir(place_of(task)):
-            found = manager.load([task.task])
+        found = load(task)
     except Exception as error:
         cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise Refused(

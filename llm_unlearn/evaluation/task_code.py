@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 
 from llm_unlearn.evaluation.tasks import Task
+from llm_unlearn.spec import Refused, shown
 
 
 def code_problems(task: Task, configs: list[dict[str, Any]], files: list[Path]) -> Iterator[tuple[str, str]]:
     """What a task would run. Yields (key below the task, text).
 
     Args:
-        configs: the settings of every task that is asked.
+        configs: the settings of every task that is asked, merged as the library merges them.
         files: where they and their groups stand.
     """
     for one, tags in () if task.code else (found for file in files for found in tagged(file)):
@@ -25,7 +26,8 @@ def code_problems(task: Task, configs: list[dict[str, Any]], files: list[Path]) 
         yield "include", f"{said}. Read that code; if it may run, say `code: true` beside `include`."
         return
     for config in configs:
-        if (name := scripted(config)) and not (task.code and _is_own(Path(str(config["file"])))):
+        name = scripted(config)
+        if name and not (task.code and Path(name).is_absolute()):  # a function of one's own is named by its file
             yield (
                 "task",
                 f"{config['task']} measures by {name!r}, a script of a hub, and code from there is never run; choose another.",
@@ -71,7 +73,9 @@ def scripted(config: Mapping[str, Any]) -> str:
     from lm_eval.api.registry import metric_registry
 
     for one in () if config.get("process_results") else config.get("metric_list") or ():
-        name = str(one.get("metric"))
+        if not isinstance(one, Mapping) or not one.get("metric"):
+            raise Refused(f"{config['task']}: metric_list: found {shown(one)}; expected {{metric: …}}.")
+        name = str(one["metric"])
         function = "/" in name and not _is_own(Path(name))  # of the library's own Python
         if one.get("hf_evaluate") is True or (name not in metric_registry and not function):
             return name
