@@ -12,14 +12,13 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_unlearn import at_work, folder, recipe
+from llm_unlearn import folder, recipe
 from llm_unlearn.cli import cache_folder, settle
 from llm_unlearn.evaluation import suite as suites
-from llm_unlearn.exact import command
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.verdict import columns_of, headline, interval_of, judge, value_of
 from llm_unlearn.sections import Model
@@ -27,7 +26,7 @@ from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused
 from llm_unlearn.thresholds import reason_of
 from llm_unlearn.tree import Tree, locate
-from llm_unlearn.verbs import made, suite_of
+from llm_unlearn.verbs import carry_out, made
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -176,7 +175,16 @@ def load_recipe(path: str | Path, changes: Changes | None = None) -> Recipe:
     Raises:
         Refused: every wrong key at once, with its place, what was found and what was expected.
     """
-    return recipe.load(locate(str(path)), list(_words(changes or {})))
+    place = locate(str(path))
+    wanted = recipe.load(place, list(_words(changes or {})))
+    named = wanted.evaluation
+    if named and (beside := locate(named.suite, place)) != locate(named.suite, HERE):  # it is carried out here, and lies there
+        wanted = replace(wanted, evaluation=replace(named, suite=str(beside)))
+    return wanted
+
+
+HERE = Path("recipe")
+"""Where a recipe stands that is in no file."""
 
 
 def make_recipe(settings: Mapping[str, Any]) -> Recipe:
@@ -201,16 +209,11 @@ def unlearn(wanted: Recipe, *, resume: bool = False, overwrite: bool = False, ca
         Refused: something that it names cannot be used, or the folder holds another run.
         KeyboardInterrupt: it was interrupted; `resume=True` goes on.
     """
-    settle()
-    suite, control = suite_of(wanted, Path("recipe"))
-    home, kept = Path(wanted.output), cache or cache_folder()
-    at_work.alone(home)
-    if not folder.check(wanted, resume, overwrite):
-        retrained = made(control, kept) if control else None
-        outcome = command.engine(wanted)(wanted, suite, cache=kept, resume=resume, overwrite=overwrite, retrained=retrained)
-        if outcome.status == "interrupted":
-            raise KeyboardInterrupt(f"interrupted after step {outcome.step}; unlearn(…, resume=True) goes on from there")
-    return Run(home)
+    environment = settle()
+    outcome = carry_out(wanted, HERE, environment, cache or cache_folder(), resume=resume, overwrite=overwrite)
+    if outcome and outcome.status == "interrupted":
+        raise KeyboardInterrupt(f"interrupted after step {outcome.step}; unlearn(…, resume=True) goes on from there")
+    return Run(Path(wanted.output))
 
 
 def evaluate(
@@ -236,15 +239,15 @@ def evaluate(
     settle()
     wanted, kept = suites.load(locate(str(suite)), list(_words(changes or {}))), cache or cache_folder()
     home = Path(output) if output is not None else None
-    if home and (home / folder.RESULTS).exists() and not overwrite:
-        raise Refused(f"output: {home} has an {folder.RESULTS} already. Nothing was changed; give overwrite=True, or another.")
+    if home:
+        folder.check_output(home, overwrite)
     objects = [one for one in (model, before) if one is not None and not isinstance(one, (str, Path))]
     if objects and wanted.attacks:
         raise Refused(f"{suite}: has attacks, which load a model afresh; save the model, and give its folder instead.")
     if adapter and (objects or before is not None):
         raise Refused("adapter: is put on a model that is named, which is then the model before; give one or the other.")
     from llm_unlearn.models.given import answering
-    from llm_unlearn.run import evaluate as carry_out
+    from llm_unlearn.run import evaluate as measure
 
     asked: dict[str, tuple[Model, str | None] | Loaded] = {"model": _asked(model, tokenizer, "model")}
     if adapter:
@@ -254,7 +257,7 @@ def evaluate(
     if control := retrained or wanted.retrained:
         asked["retrained"] = (_named(made(control, kept), "retrained"), None)
     with answering(*objects):
-        results = carry_out(wanted, str(suite), asked, cache=kept, output=home, show=False)
+        results = measure(wanted, str(suite), asked, cache=kept, output=home, show=False)
     return Evaluation(results, home)
 
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -101,12 +101,17 @@ def launch(file: str) -> None:
         sys.exit(main(["run", file, *sys.argv[1:]]))
 
 
-def settle() -> None:
-    """What libraries are told before any is imported: how to wait, and not to warn of optional CPU kernels at every start; and what is
-    nobody's business."""
+def settle() -> MutableMapping[str, str]:
+    """What libraries are told before any is imported: how to wait, and not to warn of optional CPU kernels at every start. And
+    which words are secret.
+
+    Returns:
+        The environment of this process.
+    """
     know(os.environ)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     wait_briefly()
+    return os.environ
 
 
 def wait_briefly() -> None:

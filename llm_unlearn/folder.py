@@ -147,6 +147,20 @@ def no_way_out(folder: Path) -> None:
                 raise Refused(f"{said}. Nothing was changed; put a copy in its place, or take it out.")
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """An evaluation may be written into this folder.
+
+    Raises:
+        Refused: it is a file, holds an evaluation that may not be replaced, or a link leads out of it.
+    """
+    if output.exists() and not output.is_dir():
+        raise Refused(f"output: {output} is a file; expected a folder, which is made where there is none.")
+    no_way_out(output)
+    if (output / RESULTS).exists() and not overwrite:
+        how = "add --overwrite (from Python, overwrite=True), or choose another"
+        raise Refused(f"output: {output} has an {RESULTS} already. Nothing was changed; {how}.")
+
+
 def new_file(path: Path) -> IO[bytes]:
     """A file that was not there before, to be written: what lies in its place, as a link that somebody put there, is removed, and
     never written through."""

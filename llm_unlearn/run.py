@@ -26,6 +26,7 @@ from llm_unlearn.methods.combination import Combination
 from llm_unlearn.methods.contrast import ADAPTER
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models import combined, fila
+from llm_unlearn.models.given import check_place
 from llm_unlearn.models.kernels import put_in
 from llm_unlearn.models.load import Loaded, add_adapter, causal, choose_weights, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
@@ -186,18 +187,13 @@ def evaluate(
     named = [one[0] for one in asked.values() if not isinstance(one, Loaded)]
     accelerator = start(named[0] if named else Model(base="", adapter=None))
     for one in asked.values():
-        if isinstance(one, Loaded) and not _same_place(one.model.device, accelerator.device):
-            raise Refused(f"model: found on {one.model.device}; this process computes on {accelerator.device}: move it there.")
+        if isinstance(one, Loaded):
+            check_place(one, accelerator.device)
     seen = Looks(suite, accelerator, cache)(asked)
     kept = Evaluation(suite=suite_name, texts=None if texts else False)
     results = _conclude(suite, seen, accelerator, cache, output, suite_name, kept, show=show)
     accelerator.wait_for_everyone()
     return results
-
-
-def _same_place(one: torch.device, other: torch.device) -> bool:
-    """Whether two devices are one: `cuda` is the device of that kind that is used, whichever it is."""
-    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 def _conclude(

@@ -6,8 +6,9 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_unlearn import alternates, at_work, candidates, catalogue, compare, folder, many, recipe, sections
 from llm_unlearn.auditing import request as auditing
@@ -20,25 +21,20 @@ from llm_unlearn.spec import Refused, dotted, schema
 from llm_unlearn.thresholds import problems, reason_of
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
 
+if TYPE_CHECKING:
+    from llm_unlearn.training.guard import Outcome
+
 
 def run(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    suite, named = suite_of(wanted, path)
-    home, first = Path(wanted.output), not int(options.environment.get("RANK", "0"))  # of many processes, the first speaks
-    at_work.alone(home)
-    if folder.check(wanted, options.resume, options.overwrite):
+    home, first = Path(wanted.output), is_first(options.environment)
+    outcome = carry_out(wanted, path, options.environment, options.cache, resume=options.resume, overwrite=options.overwrite)
+    if outcome is None:
         reply = _ended(wanted, options, first)
         if first:
-            folder.tidy(home)
             print(f"{home}: this run is finished; see {home / folder.REPORT}")
         return reply
-    if wanted.track:  # the one tracker whose place only its environment says
-        options.environment.setdefault("TRACKIO_DIR", str((home / folder.TRACKERS / "trackio").absolute()))
-    outcome = command.engine(wanted)(
-        wanted, suite, cache=options.cache, resume=options.resume, overwrite=options.overwrite,
-        retrained=made(named, options.cache) if named else None,
-    )  # fmt: skip
     if outcome.status == "interrupted":
         if first:
             said = f"interrupted after step {outcome.step}; the same command with --resume goes on from there."
@@ -50,6 +46,35 @@ def run(options: argparse.Namespace) -> Reply:
     ended = {"status": outcome.status, "steps": outcome.step, "kept_step": outcome.kept, "reason": outcome.reason}
     reply = _ended(wanted, options, first)
     return Reply(UNFIT if outcome.broken else reply.status, {"run": ended, **reply.facts})
+
+
+def carry_out(
+    wanted: recipe.Recipe, path: Path, environment: MutableMapping[str, str], cache: Path, *, resume: bool, overwrite: bool
+) -> Outcome | None:
+    """A recipe in its run folder, whoever asks for it; None where it was finished before.
+
+    Args:
+        path: where the recipe stands.
+
+    Raises:
+        Refused: something that it names cannot be used, or the folder holds another run.
+    """
+    suite, named = suite_of(wanted, path)
+    home = Path(wanted.output)
+    at_work.alone(home)
+    if folder.check(wanted, resume, overwrite):
+        if is_first(environment):
+            folder.tidy(home)
+        return None
+    if wanted.track:  # the one tracker whose place only its environment says
+        environment.setdefault("TRACKIO_DIR", str((home / folder.TRACKERS / "trackio").absolute()))
+    retrained = made(named, cache) if named else None
+    return command.engine(wanted)(wanted, suite, cache=cache, resume=resume, overwrite=overwrite, retrained=retrained)
+
+
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this is the first of the processes that were launched together, which speaks for all."""
+    return not int(environment.get("RANK", "0"))
 
 
 def _ended(wanted: recipe.Recipe, options: argparse.Namespace, first: bool) -> Reply:
@@ -125,28 +150,22 @@ def evaluate(options: argparse.Namespace) -> Reply:
     if candidates.is_many(options.model, options.adapter, options.before):
         return _evaluate_many(suite, options)
     options.model, options.adapter = options.model[0], (options.adapter or [None])[0]
-    if options.output and options.output.exists() and not options.output.is_dir():
-        raise Refused(f"--output: {options.output} is a file; expected a folder, which is made where there is none.")
     if options.output:
-        folder.no_way_out(options.output)
-    if options.output and (options.output / folder.RESULTS).exists() and not options.overwrite:
-        raise Refused(
-            f"--output: {options.output} has an {folder.RESULTS} already. Nothing was changed; add --overwrite, or choose another."
-        )
+        folder.check_output(options.output, options.overwrite)
     model = sections.Model(base=folder.model_in(options.model), adapter=None, quantize=options.quantize)
     asked: dict[str, tuple[sections.Model, str | None]] = {"model": (model, None)}
     if options.adapter:
         asked = {"before": (model, None), "after": (model, folder.adapter_in(options.adapter))}
     if retrained := options.retrained or suite.retrained:
-        asked["retrained"] = (replace(model, base=retrained), None)  # in its place among the columns
+        asked["retrained"] = (model, None)  # in its place among the columns
     for option, name in (("--model", model.base), ("--adapter", options.adapter), ("--retrained", retrained)):
         if name and missing(name):
             raise Refused(f"{option}: no such folder: {name} (looked from {Path.cwd()}).")
-    from llm_unlearn.run import evaluate as carry_out
+    from llm_unlearn.run import evaluate as measure
 
     if retrained:
-        asked["retrained"] = (replace(model, base=made(retrained, options.cache)), None)
-    results = carry_out(suite, options.suite, asked, cache=options.cache, output=options.output, texts=not options.no_text)
+        asked["retrained"] = (sections.another(model, made(retrained, options.cache)), None)
+    results = measure(suite, options.suite, asked, cache=options.cache, output=options.output, texts=not options.no_text)
     return Reply(facts={"evaluation": folder.wordless(results)})
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 import llm_unlearn
 from llm_unlearn import Refused, evaluate, load_recipe, make_recipe, open_evaluation, open_run, unlearn
+from llm_unlearn.models import given
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {
@@ -80,6 +83,16 @@ def test_a_wrong_recipe_is_refused_with_every_key(here: Path) -> None:
         evaluate("embedded:target", "suite.yaml", adapter="runs/mine", before="embedded:target")
 
 
+def test_a_suite_is_found_beside_its_recipe(here: Path) -> None:
+    """Wherever one stands: it is carried out from here."""
+    (here / "away").mkdir()
+    (here / "away" / "mine.yaml").write_text("extends: ../suite.yaml\n")
+    (here / "away" / "r.yaml").write_text(json.dumps({**SETTINGS, "evaluation": "mine.yaml"}))
+    named, shipped = load_recipe("away/r.yaml").evaluation, load_recipe("recipes/forget_lora.yaml").evaluation
+    assert named and named.suite == "away/mine.yaml"
+    assert shipped and shipped.suite == "eval/quick.yaml", "found from everywhere"
+
+
 @pytest.mark.slow
 def test_a_run_and_an_object_say_the_same(here: Path, cache: Path, embedded: dict[str, Path]) -> None:
     evaluation = {"suite": "suite.yaml", "retrained": "embedded:retrained", "thresholds": [
@@ -106,8 +119,10 @@ def test_a_run_and_an_object_say_the_same(here: Path, cache: Path, embedded: dic
     assert list(moved.numbers["before"]) == list(found.numbers["before"])
     assert abs(moved.numbers["after"] - found.numbers["after"]).max() > 1e-6, "nothing of an object is taken from the cache"
     assert list(open_evaluation("out").numbers["after"]) == list(moved.numbers["after"])
-    with pytest.raises(Refused, match="Nothing was changed; give overwrite=True"):
+    with pytest.raises(Refused, match=r"Nothing was changed; .*overwrite=True"):
         evaluate(model, "suite.yaml", tokenizer=tokenizer, cache=cache, output="out")
+    on_gpu: Any = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda:0")))
+    given.check_place(on_gpu, torch.device("cuda"))
     with pytest.raises(Refused, match="tokenizer: found NoneType"):
         evaluate(model, "suite.yaml", cache=cache)
     with pytest.raises(Refused, match="expected a transformers causal LM"):

@@ -432,7 +432,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
         ),
         (
             ["eval/quick.yaml", "--model", "embedded:target", "--output", "kept"],
-            "--output: kept has an evaluation.json already",
+            "output: kept has an evaluation.json already",
         ),
         (
             ["eval/quick.yaml", "max_new_tokns=3", "--model", "embedded:target"],

@@ -55,3 +55,14 @@ def answering(*models: Any) -> Iterator[None]:
     finally:
         for layer, training in was:
             layer.training = training
+
+
+def check_place(one: Loaded, device: torch.device) -> None:
+    """A model is where this process computes; `cuda` is the one that is used, whichever it is.
+
+    Raises:
+        Refused: it is elsewhere.
+    """
+    here = one.model.device
+    if here.type != device.type or (here.index != device.index and None not in (here.index, device.index)):
+        raise Refused(f"model: found on {here}; this process computes on {device}: move it there.")
