@@ -788,13 +788,23 @@ def test_only_add_begins_a_ledger(office: Office, here: Path, verb: str, capsys:
     assert sorted(here.iterdir()) == before
 
 
-def test_a_changed_detail_is_said_by_verify(served: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("UPDATE events SET detail = replace(detail, '}', '')", "event 1 (added): was changed"),
+        ("UPDATE events SET detail = CAST(x'7bff7d' AS TEXT) WHERE n = 5", "event 5 (claimed): was changed"),
+        ("UPDATE rows SET id = '[' WHERE request = 1", "request 1: its rows are not those that were added"),
+    ],
+)
+def test_what_is_no_json_any_more_is_said_by_verify(
+    served: Desk, statement: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     on = sqlite3.connect(served.ledger.path)
     on.execute("DROP TRIGGER events_stay")
-    on.execute("UPDATE events SET detail = replace(detail, '}', '')")
+    on.execute(statement)
     on.commit()
     on.close()
-    assert main(["requests", "verify"]) == 1 and "event 1 (added): was changed" in capsys.readouterr().err
+    assert main(["requests", "verify"]) == 1 and said in capsys.readouterr().err
 
 
 def test_who_has_no_name_is_said_by_number(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from llm_unlearn.durable import about, make_folder
@@ -59,6 +60,9 @@ class LedgerFile:
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)
         connection.row_factory = sqlite3.Row
+        connection.text_factory = partial(
+            str, encoding="utf-8", errors="backslashreplace"
+        )  # what was damaged is for the chain to say
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = FULL")  # what was said to be done stays done when the power goes
         return connection

@@ -150,7 +150,7 @@ class Ledger:
         """The rows of a request, in the order in which they were found."""
         with self.reading() as on:
             found = on.execute("SELECT * FROM rows WHERE request = ? ORDER BY rowid", (request,)).fetchall()
-        return [Row(json.loads(one["id"]), one["content"], one["score"]) for one in found]
+        return [Row(_id(one["id"]), one["content"], one["score"]) for one in found]
 
     @staticmethod
     def rows_digest(on: sqlite3.Connection, request: int) -> str:
@@ -297,6 +297,15 @@ class Ledger:
             for one in block:
                 request, run = one["request"], one["run"]
                 yield request, run, one["text"]
+
+
+def _id(text: str) -> str | int:
+    """A row's id; the text as it is where it was changed into something else: it is no row of the data then, and fits no seal."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, str | int) else text
 
 
 def _narrowed(asked: str, states: Sequence[str], model: str | None, order: str) -> tuple[str, tuple[str, ...]]:
