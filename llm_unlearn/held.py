@@ -32,11 +32,11 @@ class Number:
     title: str
     set: str
     values: Mapping[str, Value]
-    settings: Columns | None = None
-    goal: str | None = None
+    settings: Columns
+    goal: str
+    knowing: str
+    definition: str
     unit: str | None = None
-    knowing: str | None = None
-    definition: str | None = None
 
 
 @record

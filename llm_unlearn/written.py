@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn.spec import Refused, reason, shown
+from llm_unlearn.spec import Refused, reason
 
 DEEPEST = 100
 """Objects and lists inside each other; whoever walks through more runs out of stack."""
+KINDS: dict[type[Any], str] = {list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+"""How an error names what was found, without its words."""
 
 
 def object_in(path: Path, expected: str) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def object_in(path: Path, expected: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path}: cannot be read ({reason(error)}); {expected}.") from None
     if not isinstance(held, dict):
-        raise Refused(f"{path}: found {shown(held, 80)}, and not an object; {expected}.")
+        raise Refused(f"{path}: found {KINDS.get(type(held), 'a number')}, and not an object; {expected}.")
     level: list[Any] = [held]
     for _ in range(DEEPEST):
         inner = (one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer))

@@ -454,6 +454,7 @@ def test_settings_that_are_none_are_refused_by_name(made: Made, raw: str) -> Non
 @pytest.mark.parametrize(
     "key, value",
     [
+        ("numbers", [{"measure": "m", "title": "m", "set": "forget", "values": {}}]),
         ("attacks", [{"title": "x"}]), ("thresholds", [{}]), ("hub", "org/x"), ("attacks", [attack("a", None, True)]),
         ("attacks", [attack("a", 0.4, True) | {"curves": {"after": []}}]), ("thresholds", [{"measure": "m", "holds": "no"}]),
     ],

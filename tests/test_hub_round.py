@@ -122,7 +122,7 @@ def test_an_adapter_on_the_hub_brings_its_base(
 @pytest.mark.parametrize(
     "held, said",
     [
-        ("[]", "found [], and not an object"),
+        ("[]", "found a list, and not an object"),
         ("[" * 9000, "cannot be read (RecursionError"),
         ('{"base_model_name_or_path": "a/b", "revision": 5}', "revision: found 5; expected text"),
         ('{"base_model_name_or_path": ["a/b"]}', "base_model_name_or_path: found ['a/b']; expected text"),
