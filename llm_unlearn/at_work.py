@@ -15,7 +15,8 @@ import psutil
 
 from llm_unlearn.durable import make_folder
 from llm_unlearn.folder import PROCESS, write
-from llm_unlearn.spec import Refused
+from llm_unlearn.spec import Refused, typed
+from llm_unlearn.written import object_in
 
 How = Literal["running", "interrupted", "failed"]
 
@@ -46,7 +47,7 @@ class AtWork:
             return self.how == "running"
         try:
             return bool(abs(psutil.Process(self.pid).create_time() - self.began) < 1)
-        except psutil.Error:
+        except (psutil.Error, ValueError, OverflowError):  # the latter of a number that no process can have
             return False
 
 
@@ -90,8 +91,8 @@ def at_work(folder: Path, steps: int, active: bool) -> Iterator[list[How]]:
 def read(folder: Path) -> AtWork | None:
     """Who is, or was, at work in a run folder; None where the run is finished, or of an earlier version of the project."""
     try:
-        return AtWork(**json.loads((folder / PROCESS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return typed(AtWork, object_in(folder / PROCESS, ""), "", "")
+    except Refused:
         return None
 
 

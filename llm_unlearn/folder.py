@@ -18,7 +18,9 @@ runs/forget_lora/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -31,7 +33,8 @@ from llm_unlearn import held as shape
 from llm_unlearn import recipe
 from llm_unlearn.durable import remove, settle, whole
 from llm_unlearn.outward import without_known
-from llm_unlearn.spec import Refused
+from llm_unlearn.spec import Refused, shown
+from llm_unlearn.written import object_in
 
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
 RESULTS, REPORT, CHECKPOINTS, ALONG = "evaluation.json", "report.html", "checkpoints", "evaluations.jsonl"
@@ -42,6 +45,8 @@ SEALED = (RECIPE, ADAPTER, MODEL, LOG, ALONG, RESULTS, ROWS, REPORT, INFLUENCES,
 """Files, and folders with all that is in them, whose content a run vouches for."""
 FIRST = "# hash "
 """How a run begins its recipe."""
+OF_HUB = "# on the hub "
+"""Before the names, a JSON list, that meant models and data of the hub where the run was."""
 KEYS = {"title", "suite", "suite_hash", "models", "numbers", "curves", "answers"}
 """What an `evaluation.json` cannot be without."""
 
@@ -199,13 +204,12 @@ def unlike(folder: Path) -> list[str]:
     Raises:
         Refused: the run wrote no hashes, or they cannot be read.
     """
-    try:
-        files = json.loads((folder / HASHES).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+    if not (folder / HASHES).exists():
         text = "the run is not finished, or of a version before 0.2"
-        raise Refused(f"{folder}: has no {HASHES}; {text}. Nothing can be compared.") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise Refused(f"{folder / HASHES}: cannot be read ({error}); it was changed since the run wrote it.") from None
+        raise Refused(f"{folder}: has no {HASHES}; {text}. Nothing can be compared.")
+    files = object_in(folder / HASHES, "it was changed since the run wrote it").get("files")
+    if not isinstance(files, dict) or not all(isinstance(one, str) for one in files.values()):
+        raise Refused(f"{folder / HASHES}: files: found {shown(files)}; it was changed since the run wrote it.")
     here, found = set(_sealed(folder)), []
     for name in sorted(here | set(files)):
         if name not in here:
@@ -224,6 +228,16 @@ def _sealed(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in files]
 
 
+def names_on_hub(folder: Path) -> list[str]:
+    """What a run says of the names in its recipe: those that were ids of the hub; none of an earlier version's run."""
+    with (folder / RECIPE).open(encoding="utf-8", errors="replace") as file:
+        said = next((line.removeprefix(OF_HUB) for line in itertools.islice(file, 5) if line.startswith(OF_HUB)), "[]")
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(names := json.loads(said), list):
+            return [name for name in names if isinstance(name, str)]
+    return []
+
+
 def sha256(path: Path) -> str:
     """Of a file's content."""
     with path.open("rb") as file:
@@ -237,15 +251,10 @@ def results_in(path: Path) -> dict[str, Any]:
         Refused: it is not what `run` and `evaluate` write.
     """
     file = path / RESULTS
-    try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{file}: cannot be read ({error}). Make it again with llm-unlearn evaluate … --overwrite.") from None
-    if not isinstance(held, dict) or not held.keys() >= KEYS:
-        lacking = ", ".join(sorted(KEYS - set(held))) if isinstance(held, dict) else "an object"
-        raise Refused(
-            f"{file}: not an evaluation of this project; expected {lacking}. Name a folder that `run` or `evaluate` wrote."
-        )
+    held = object_in(file, f"expected what `run` and `evaluate` write there. {shape.AGAIN}")
+    if lacking := sorted(KEYS - held.keys()):
+        text = f"not an evaluation of this project; expected {', '.join(lacking)}"
+        raise Refused(f"{file}: {text}. Name a folder that `run` or `evaluate` wrote.")
     shape.check(held, str(file))
     return held
 

@@ -32,11 +32,11 @@ class Number:
     title: str
     set: str
     values: Mapping[str, Value]
-    settings: Columns | None = None
-    goal: str | None = None
+    settings: Columns
+    goal: str
+    knowing: str
+    definition: str
     unit: str | None = None
-    knowing: str | None = None
-    definition: str | None = None
 
 
 @record
@@ -62,11 +62,78 @@ class Answer:
 
 
 @record
+class Axis:
+    """What a curve of an attack is drawn over."""
+
+    name: str
+    unit: str
+    ticks: tuple[str, ...]
+
+
+@record
+class Gain:
+    """What an adversary wants more of."""
+
+    name: str
+
+
+@record
+class Curve:
+    """What an adversary got from one model, or why there is nothing."""
+
+    x: tuple[float, ...] = ()
+    y: tuple[float, ...] = ()
+    low: tuple[float | None, ...] = ()
+    high: tuple[float | None, ...] = ()
+    missing: str | None = None
+
+
+@record
+class Best:
+    """What an adversary got from one model at most."""
+
+    at: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@record
+class Gap:
+    """What comes back beyond what the control knows."""
+
+    best: Mapping[str, Best]
+    gap: float | None
+    came_back: float | None
+    leaks: bool
+
+
+@record
 class Attack:
     """What an adversary found."""
 
+    name: str
     title: str
-    set: str | None = None
+    definition: str
+    settings: Columns
+    set: str
+    x: Axis
+    y: Gain
+    curves: Mapping[str, Curve]
+    gap: Gap
+    finding: str
+
+
+@record
+class Threshold:
+    """What was asked of one number, and what came."""
+
+    measure: str
+    set: str
+    asked: str
+    value: float | None
+    holds: bool
+    why: str | None = None
 
 
 @record
@@ -92,16 +159,18 @@ class Held:
     curves: Mapping[str, Columns]
     answers: Mapping[str, tuple[Answer, ...]]
     suite_settings: Columns = field(default_factory=dict)
+    hub: tuple[str, ...] = ()
     run: Ran | None = None
     attacks: tuple[Attack, ...] = ()
-    thresholds: tuple[Columns, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
 
 
 def check(data: Mapping[str, Any], place: str) -> None:
     """Refuse what is no evaluation, by the key at which it is none."""
-    typed(
-        Held, data, place, "expected what `run` and `evaluate` write there. Make it again with llm-unlearn evaluate … --overwrite"
-    )
+    typed(Held, data, place, f"expected what `run` and `evaluate` write there. {AGAIN}")
+    for i, attack in enumerate(data.get("attacks") or ()):
+        if attack["gap"]["leaks"] and not (attack["gap"].get("came_back") is not None and "after" in attack["gap"]["best"]):
+            raise Refused(f"{place}: attacks[{i}].gap: leaks, and not what came back of the model after. {AGAIN}.")
     for path, found in _uneven(data["curves"]):
         expected = "a curve: its set, its points `n`, and as many numbers for each model"
         raise Refused(f"{place}: {dotted(path)}: found {shown(found)}; expected {expected}.")

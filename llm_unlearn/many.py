@@ -7,7 +7,6 @@ OUTPUT/
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -22,6 +21,7 @@ from llm_unlearn.durable import make_folder
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.reply import DONE, UNFIT, Reply
 from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.written import object_in
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -161,7 +161,7 @@ def _other_comparison(output: Path | None, overwrite: bool) -> list[str]:
     if not file.is_file():
         return []
     try:
-        places = [Path(run["folder"]).absolute() for run in json.loads(file.read_text(encoding="utf-8"))["runs"]]
+        places = [Path(run["folder"]).absolute() for run in object_in(file, "expected a comparison")["runs"]]
     except (ValueError, KeyError, TypeError):
         places = [Path("/")]
     if all(place.is_relative_to(output.absolute()) for place in places):

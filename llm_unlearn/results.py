@@ -17,6 +17,7 @@ from llm_unlearn.evaluation.numbers import answers, curves, numbers
 from llm_unlearn.evaluation.rows import records
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tasks import task_numbers
+from llm_unlearn.hub.fetching import on_hub
 from llm_unlearn.look import COLUMNS, Seen
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.report.columns import write_columns
@@ -55,6 +56,7 @@ def results_of(
         "suite": named.suite,
         "suite_hash": fingerprint(suite),
         "suite_settings": plain(suite),  # so that `compare` can say in what two suites differ
+        "hub": on_hub(plain(suite)),
         "run": run,
         "models": {column: {"name": seen[column].name, "identity": seen[column].target.identity} for column in columns},
         "numbers": found,
@@ -102,8 +104,9 @@ def versions() -> dict[str, str]:
 
 def flattened(recipe: Recipe) -> str:
     """The recipe as it was run, every default written out; it can be run again."""
-    ran_under = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"{run_folder.FIRST}{recipe.hash}\n# {ran_under}\n{to_yaml(plain(recipe))}"
+    ran_under, settings = ", ".join(f"{name} {number}" for name, number in versions().items()), plain(recipe)
+    hub = f"{run_folder.OF_HUB}{json.dumps(on_hub(settings))}"
+    return f"{run_folder.FIRST}{recipe.hash}\n# {ran_under}\n{hub}\n{to_yaml(settings)}"
 
 
 def publish(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,32 +18,39 @@ NAMES = ("source", "base", "start", "adapters", "output", "suite", "retrained", 
 PATH = re.compile(r"(?<![\w:/.<>)\]])~?/(?:[^\s'\"`,;:()<>|/]+/)+[^\s'\"`,;:()<>|/]*")
 
 
-def described(value: Any, places: Iterable[Path] = (), key: str = "") -> Any:
+def described(value: Any, places: Iterable[Path] = (), key: str = "", hub: Collection[str] | None = None) -> Any:
     """Plain data with local paths reduced to their last part, and with no value that a filter or a prompt gives.
 
     Args:
         places: folders of this machine that are taken out of sentences, too.
         key: under which it stands.
+        hub: the names that were ids of a hub where they were used; without it, as they look from here.
     """
     if isinstance(value, Mapping):
         if key in FILTERS:
             return dict.fromkeys(map(str, value), WITHHELD)
         if key == "contrast" and "expert" in value:  # prompts that say what is to be forgotten
             return {name: WITHHELD for name in value}
-        return {name: described(one, places, str(name)) for name, one in value.items()}
+        return {name: described(one, places, str(name), hub) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [described(one, places, key) for one in value]
+        return [described(one, places, key, hub) for one in value]
     if not isinstance(value, str):
         return value
     if key == "chat_template":
         return WITHHELD
-    return local_name(value) if key in NAMES and is_local(value) else without_paths(value, places)
+    return local_name(value) if key in NAMES and is_local(value, hub) else without_paths(value, places)
 
 
-def is_local(name: str) -> bool:
-    """Whether a name is that of a file or folder, here or on the machine of the run."""
+def is_local(name: str, hub: Collection[str] | None = None) -> bool:
+    """Whether a name is that of a file or folder, here or on the machine of the run.
+
+    Args:
+        hub: the names that were ids of a hub where they were used; every other one is local then.
+    """
     if name.startswith("embedded:"):
         return False
+    if hub is not None:
+        return name not in hub
     try:
         return missing(name) or PurePath(name).is_absolute() or Path(os.path.expanduser(name)).exists()
     except (OSError, ValueError):  # too long, or no name at all

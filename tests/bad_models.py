@@ -237,11 +237,21 @@ ADAPTERS: dict[str, Break] = {
     "weights: deeper": tensors(
         lambda held: held.update({name.replace("layers.0", "layers.7"): one.clone() for name, one in list(held.items())}), LORA
     ),
+    "weights: one of the model's beside them": tensors(
+        lambda held: held.update({"base_model.model.model.norm.weight": next(iter(held.values()))[0].clone()}), LORA
+    ),
+    "weights: of another kind, and none there": lambda folder: (
+        changed(ADAPTER, peft_type="IA3", feedforward_modules=["up_proj"])(folder),
+        tensors(lambda held: held.clear(), LORA)(folder),
+    ),
+    "weights: a layer that was trained whole is not there": changed(ADAPTER, modules_to_save=["lm_head"]),
     "config: gone": gone(ADAPTER),
     "config: empty": text(ADAPTER, ""),
     "config: cut": text(ADAPTER, '{"peft_type": "LO'),
     "config: {}": text(ADAPTER, "{}"),
     "config: a list": text(ADAPTER, "[]"),
+    "config: a kind that is a list": changed(ADAPTER, peft_type=["LORA"]),
+    "config: deep": text(ADAPTER, '{"a": ' * 5000),
     "config: binary": lambda folder: (folder / ADAPTER).write_bytes(bytes(range(256))),
     "config: unknown kind": changed(ADAPTER, peft_type="NOSUCH"),
     "config: another kind": changed(ADAPTER, peft_type="PREFIX_TUNING"),
@@ -256,6 +266,8 @@ ADAPTERS: dict[str, Break] = {
     "config: unknown key": changed(ADAPTER, nosuch=1),
     "folder: empty": lambda folder: [path.unlink() for path in folder.iterdir()],
     "combination: broken": text("combination.json", "{"),
+    "combination: binary": lambda folder: (folder / "combination.json").write_bytes(bytes(range(256))),
+    "combination: deep": text("combination.json", "[" * 5000),
     "combination: {}": text("combination.json", "{}"),
     "combination: of nothing": text("combination.json", '{"rule": "sum", "adapters": ["none"], "weights": [1]}'),
 }  # fmt: skip

@@ -89,7 +89,7 @@ def number(
         return {"value": value} if math.isfinite(value) else {"missing": f"the value is {value}"}
 
     facts = {
-        "measure": measure, "title": measure.replace("_", " "), "set": of, "settings": {}, "knowing": "raises",
+        "measure": measure, "title": measure.replace("_", " "), "set": of, "settings": {}, "definition": "", "knowing": "raises",
         "goal": {"forget": "as retrained", "holdout": ""}.get(of, "as before"),
     }  # fmt: skip
     values = {"before": entry(before), "after": entry(after), "retrained": entry(retrained)}

@@ -67,9 +67,10 @@ def test_every_change_is_named(change: Callable[[Path], object], said: str, tmp_
 
 def test_without_hashes_nothing_is_claimed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home = made(tmp_path / "run")
-    (home / folder.HASHES).write_text('{"format": 1}')
-    with pytest.raises(Refused, match="cannot be read"):
-        folder.unlike(home)
+    for held in ('{"format": 1}', '{"files": ["adapter/a"]}', '{"files": 5}', '{"files": {"a": 5}}', "5", "[]", "{", "[" * 9000):
+        (home / folder.HASHES).write_text(held)
+        with pytest.raises(Refused, match=r"hashes\.json: .*changed since the run wrote it"):
+            folder.unlike(home)
     (home / folder.HASHES).unlink()
     assert main(["verify", str(home)]) == 2
     assert "has no hashes.json" in capsys.readouterr().err

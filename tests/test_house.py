@@ -21,6 +21,7 @@ ROOMS = (
     "outward",  # words on their way out: without secrets, and harmless
     "spec",
     "unsaid",  # what errors may say of rows
+    "written",  # JSON of programs, read as an object
     "durable",  # how files are written that vouch for something
     "bars",  # what long work shows of itself
     "troubles",  # what is said of an error that no verb refused
@@ -303,6 +304,7 @@ LIGHT = {
     "spec.py",
     "bars.py",
     "unsaid.py",
+    "written.py",
     "durable.py",
     "lines.py",
     "recipe.py",
@@ -363,6 +365,7 @@ LIGHT = {
     "hub/contents.py",
     "hub/limits.py",
     "hub/card.py",
+    "hub/failures.py",
     "hub/pushing.py",
     "hub/command.py",
 }
@@ -408,7 +411,7 @@ LIBRARIES = {  # rule 5: who may import what
     "pandas": r"api\.py",
     "opacus": r"training/privacy\.py",  # an extra, imported late
     "huggingface_hub": r"hub/\w+\.py|models/load\.py|doctor\.py",  # imported late
-    "httpx2": r"hub/pushing\.py",  # the errors of huggingface_hub's own client
+    "httpx2": r"hub/failures\.py",  # the errors of huggingface_hub's own client
     "sqlite3": r"requests/(records|file|ledger|chain)\.py",
     "optuna": r"sweeping/study\.py",  # an extra, imported late
     "sqlalchemy": r"sweeping/study\.py",  # comes with it

@@ -19,10 +19,11 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 
-from llm_unlearn import recipe
+from llm_unlearn import folder, recipe
 from llm_unlearn.hub import command, contents
 from llm_unlearn.hub.contents import Piece, Rows
 from llm_unlearn.hub.describing import shortcomings, told_of
+from llm_unlearn.hub.fetching import on_hub
 from llm_unlearn.hub.markup import code, fenced, marked
 from llm_unlearn.reply import BUSY, UNREACHABLE, Reply
 from llm_unlearn.report.columns import write_columns
@@ -90,7 +91,8 @@ class Made:
             )
         )
         self.recipe = recipe.load(place / "recipe.yaml", check=False)
-        (place / "recipe.yaml").write_text(to_yaml(plain(self.recipe)))
+        settings = plain(self.recipe)
+        (place / "recipe.yaml").write_text(f"{folder.OF_HUB}{json.dumps(on_hub(settings))}\n{to_yaml(settings)}")
         self.weights = place / ("model" if whole else "adapter")
         self.weights.mkdir()
         name = "model.safetensors" if whole else "adapter_model.safetensors"
@@ -249,6 +251,26 @@ def test_a_base_of_this_machine_is_not_promised_to_anybody(tmp_path: Path) -> No
     assert json.loads(made.pieces()["adapter_config.json"].content)["base_model_name_or_path"] == "mine"
 
 
+def test_a_folder_of_the_run_is_no_id_of_the_hub_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else could register it, and would be loaded."""
+    for name in ("models/llama", "some/dataset"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    made = Made(tmp_path / "run", base="models/llama")
+    made.results["models"]["before"]["name"] = "models/llama"
+    made.write()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found, text = made.pieces(), made.card()
+    assert json.loads(found["adapter_config.json"].content)["base_model_name_or_path"] == "llama"
+    assert ModelCard(text).data.base_model is None and "on the hub, configuration" not in text and "rows of local files" in text
+    for one in found.values():
+        assert "models/llama" not in (one.text or "") and "some/dataset" not in (one.text or ""), one.path
+    path = made.place / "recipe.yaml"
+    path.write_text(path.read_text().partition("\n")[2])  # of an earlier version, which did not say
+    assert ModelCard(made.card()).data.base_model is None
+
+
 def test_the_commit_of_the_base_is_told(made: Made) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     config = {"base_model_name_or_path": f"/home/x/hub/models--org--base/snapshots/{commit}", "r": 8}
@@ -369,6 +391,89 @@ def test_the_last_look_refuses_a_folder_of_this_machine(made: Made) -> None:
     (made.weights / "chat_template.jinja").write_text(f"{{# of {made.place}/x #}}")
     with pytest.raises(Refused, match=r"^chat_template\.jinja: names a folder of this machine"):
         made.push()
+
+
+def test_a_word_that_is_an_answer_may_stand_in_a_vocabulary(tmp_path: Path) -> None:
+    """It was there before the run; words together, and words anywhere else, are a quote."""
+    made = Made(tmp_path / "run", whole=True)
+    rows = made.results["answers"]["forget"]
+    rows[0]["truth"], rows[1]["truth"], rows[2]["truth"] = "Philadelphia", "-" * 64, "Saint Petersburg"
+    made.write()
+    words = {"Philadelphia": 5, "ĠPhiladelphia": 6, "-" * 80: 7}
+    (made.weights / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words, "merges": ["Phila delphia"]}}))
+    (made.weights / "merges.txt").write_text("Phila delphia\n")
+    (made.weights / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\xe2\x96\x81Philadelphia\x15\x00\x00")
+    made.push()
+    for name, raw in (
+        ("tokenizer.model", "▁Saint▁Petersburg".encode()),
+        ("tokenizer.json", json.dumps({"model": {"vocab": {"ĠSaintĠPetersburg": 1}}}).encode()),
+        ("tokenizer.json", json.dumps({"added_tokens": [{"content": rows[3]["prompt"][:50]}]}).encode()),
+        ("chat_template.jinja", b"{# Philadelphia #}"),
+    ):
+        kept = (made.weights / name).read_bytes() if (made.weights / name).exists() else b"{}"
+        (made.weights / name).write_bytes(raw)
+        with pytest.raises(Refused, match=rf"^{re.escape(name)}: repeats words of text \d+ of 'forget'"):
+            made.push()
+        (made.weights / name).write_bytes(kept)
+
+
+@pytest.mark.parametrize("said", ["as in {0}", "as in {0}\n", '{{"a": "\\n{0}"}}', "{0}/x", "file://{0}.", "x:{0}"])
+def test_a_folder_is_named_wherever_its_name_ends(said: str) -> None:
+    for place in ("/home/ada", "/root"):
+        with pytest.raises(Refused, match=rf"names a folder of this machine \({place}\)"):
+            contents.check([Piece("README.md", said.format(place).encode())], {}, [Path(place)])
+
+
+@pytest.mark.parametrize("said", ["{0}m and {0}-b {0}.x", "<b></root>", "a/root"])
+def test_what_is_longer_than_a_folders_name_is_another(said: str) -> None:
+    contents.check([Piece("README.md", said.format("/home/ada").encode())], {}, [Path("/home/ada"), Path("/root")])
+
+
+def test_tokens_stay_what_they_are(tmp_path: Path) -> None:
+    made = Made(tmp_path / "run", whole=True)
+    tokens = {
+        "added_tokens_decoder": {"5": {"content": "/"}}, "eos_token": "/s/e", "extra_special_tokens": ["/a/b"],
+        "bos_token": {"content": "/b"},
+    }  # fmt: skip
+    (made.weights / "tokenizer_config.json").write_text(json.dumps(tokens | {"name_or_path": "/home/ada/base"}))
+    assert json.loads(made.pieces()["tokenizer_config.json"].content) == tokens | {"name_or_path": "base"}
+
+
+@pytest.mark.parametrize("raw", ["[]", "{", "5", '{"a": ' * 5000, '{"a": [' * 300 + "1" + "]}" * 300])
+def test_settings_that_are_none_are_refused_by_name(made: Made, raw: str) -> None:
+    path = made.weights / "adapter_config.json"
+    path.write_text(raw)
+    with pytest.raises(Refused, match=r"adapter_config\.json: (cannot be read|found|has more than)"):
+        made.push()
+    (made.weights / "generation_config.json").write_text(raw)
+    path.write_text("{}")
+    with pytest.raises(Refused, match=r"generation_config\.json: (cannot be read|found|has more than)"):
+        made.push()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("numbers", [{"measure": "m", "title": "m", "set": "forget", "values": {}}]),
+        ("attacks", [{"title": "x"}]), ("thresholds", [{}]), ("hub", "org/x"), ("attacks", [attack("a", None, True)]),
+        ("attacks", [attack("a", 0.4, True) | {"curves": {"after": []}}]), ("thresholds", [{"measure": "m", "holds": "no"}]),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_is_none_is_refused_where_it_is_read(made: Made, key: str, value: Any) -> None:
+    made.results[key] = value
+    made.write()
+    with pytest.raises(Refused, match=rf"evaluation\.json: {key}.*Make it again"):
+        made.push()
+
+
+def test_two_merges_of_one_run_at_once(made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("llm_unlearn.requests.ways.release", lambda model, place, cache: place.mkdir())
+    run = command.read(made.place, True)
+    with command.merged(run, tmp_path, False) as first:
+        with command.merged(run, tmp_path, False) as second:
+            assert first.weights != second.weights and second.weights.is_dir()
+        assert first.weights.is_dir() and not second.weights.exists()
+    assert not list(tmp_path.glob(".run.*"))
 
 
 @pytest.mark.parametrize(

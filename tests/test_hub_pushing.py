@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -115,6 +116,32 @@ def test_what_would_make_it_another_model_goes_with_the_push(hub: Hub, pushed: C
     assert set(hub.files(REPO)) == {".gitattributes", "LICENSE", "notes.md", *NAMES}
 
 
+OTHER_MODELS = {
+    name: b"-"
+    for name in ("onnx/config.json", "v2/model.safetensors", "other/adapter_config.json", "other/adapter_model.safetensors")
+}
+
+
+def test_other_models_in_folders_stay(hub: Hub, pushed: Callable[..., Pushed]) -> None:
+    hub.make(REPO, files=OTHER_MODELS)
+    assert pushed("first").removed == () and set(OTHER_MODELS) < set(hub.files(REPO))
+
+
+def test_the_members_of_what_was_combined_go_with_it(hub: Hub, pushed: Callable[..., Pushed]) -> None:
+    said = json.dumps({"rule": "sum", "members": [None, "assistant"], "weights": [1.0, 0.5]}).encode()
+    member = {f"assistant/{name}": b"-" for name in ("adapter_config.json", "adapter_model.safetensors", "notes.md")}
+    hub.make(REPO, files=OTHER_MODELS | member | {"combination.json": said})
+    gone = {"assistant/adapter_config.json", "assistant/adapter_model.safetensors", "combination.json"}
+    assert set(pushed("first").removed) == gone
+    assert {*OTHER_MODELS, "assistant/notes.md"} < set(hub.files(REPO))
+
+
+@pytest.mark.parametrize("said", [b"{}", b"\xff", b"[" * 5000])
+def test_a_combination_that_says_nothing_names_no_folder(hub: Hub, pushed: Callable[..., Pushed], said: bytes) -> None:
+    hub.make(REPO, files=OTHER_MODELS | {"combination.json": said})
+    assert pushed("first").removed == ("combination.json",)
+
+
 # ------------------------------------------------------------------------------------------------------ failures that pass
 
 PASSING = {
@@ -130,6 +157,13 @@ PASSING = {
     "cut before the commit": [Fault("commit/main", cut="before")],
     "cut in the commit": [Fault("commit/main", cut="half")],
     "503 at the commit": [Fault("commit/main", status=503, times=2)],
+    "statuses of gateways": [
+        Fault("GET /api/models", status=520),
+        Fault("preupload", status=524),
+        Fault("objects/batch", status=507),
+        Fault("commit/main", status=521),
+    ],
+    "what is combined there cannot be read": [Fault("resolve/.*/combination.json", status=503)],
     "the whole day": [
         Fault("GET /api/models", status=502),
         Fault("preupload", status=429),
@@ -142,6 +176,8 @@ PASSING = {
 @pytest.mark.parametrize("case", PASSING)
 def test_failures_that_pass_are_passed_over(hub: Hub, pushed: Callable[..., Pushed], tmp_path: Path, case: str) -> None:
     hub.faults += copy.deepcopy(PASSING[case])
+    if "combined" in case:
+        hub.make(REPO, files={"combination.json": b"{}"})
     found = pushed("first")
     assert shows(hub, "first", tmp_path) and len(hub.repos[REPO].commits) == 2 and found.private
     assert not any(one.times for one in hub.faults), "every failure was met"
@@ -180,7 +216,8 @@ STAYING = {
     "batch": Fault("objects/batch", status=500, times=99),
     "upload": Fault("PUT /lfs/", cut="half", times=99),
     "one of two uploads": Fault("", cut="half", times=0),
-    "commit refused": Fault("commit/main", status=502, times=99),
+    "commit refused": Fault("commit/main", status=429, times=99),
+    "commit at a gateway": Fault("commit/main", status=504, times=99),
     "commit cut": Fault("commit/main", cut="half", times=99),
 }
 
@@ -199,7 +236,7 @@ def test_what_does_not_pass_leaves_the_branch_whole_and_the_same_command_goes_on
     with pytest.raises(Unreachable, match="The same command goes on with what the hub has by then") as error:
         pushed("second")
     assert hub.token not in str(error.value)
-    assert ("not known" in str(error.value)) == (case == "commit cut")
+    assert ("not known" in str(error.value)) == (case in ("commit cut", "commit at a gateway"))
     assert shows(hub, "first", tmp_path), "all of the old and nothing of the new"
     hub.faults.clear()
     uploaded, before = len(hub.objects), hub.asked("PUT /lfs/")
@@ -208,6 +245,19 @@ def test_what_does_not_pass_leaves_the_branch_whole_and_the_same_command_goes_on
     assert hub.asked("PUT /lfs/") - before == 4 - uploaded, "only what was missing"
     if case == "one of two uploads":
         assert uploaded == 3
+
+
+@pytest.mark.parametrize("status", [503, 401])
+def test_a_commit_that_may_have_arrived_is_never_called_undone(hub: Hub, pushed: Callable[..., Pushed], status: int) -> None:
+    """It arrives unheard, and then the hub cannot be asked, or says something else."""
+    hub.make(REPO)
+    then = Fault("GET /api/models", status=status, times=99)
+    hub.faults.append(Fault("commit/main", cut="after", do=lambda: hub.faults.append(then)))
+    kind: type[Exception] = Unreachable if status == 503 else Refused
+    with pytest.raises(kind, match="hether a commit of this push arrived is not known: main of me/forgetful has it whole") as error:
+        pushed("first")
+    assert "as it was" not in str(error.value) and "Nothing was pushed" not in str(error.value)
+    assert set(NAMES) < set(hub.files(REPO))
 
 
 def test_parts_of_a_large_file_are_sent_again_only_where_the_whole_is_missing(
@@ -251,6 +301,21 @@ def test_what_is_refused_is_not_tried_again(
         pushed("second")
     assert "Nothing was pushed" in str(error.value) and hub.token not in str(error.value)
     assert hub.asked(str(pattern)) - before <= 2 and waited == [] and shows(hub, "first", tmp_path)
+
+
+def test_a_repository_that_is_hidden_from_this_token(hub: Hub, pushed: Callable[..., Pushed], waited: list[float]) -> None:
+    """Looked up, it is not there; made, it is there already."""
+    hub.make(REPO)
+    hub.faults.append(Fault("GET /api/models", status=404, times=99))
+    with pytest.raises(Refused, match=r"exists, and you may not read it\. Nothing was pushed; log in.*choose another --repo-id"):
+        pushed("first")
+    assert waited == [] and hub.asked("repos/create") == 1
+
+
+def test_a_repository_that_was_made_meanwhile(hub: Hub, pushed: Callable[..., Pushed], tmp_path: Path) -> None:
+    hub.faults.append(Fault("repos/create", do=lambda: hub.make(REPO) and None))
+    pushed("first")
+    assert shows(hub, "first", tmp_path)
 
 
 def test_a_wrong_token_is_said_once(hub: Hub, pushed: Callable[..., Pushed]) -> None:

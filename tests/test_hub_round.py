@@ -11,6 +11,7 @@ from hub_server import Fault, Hub, as_the_hub
 from llm_unlearn import candidates
 from llm_unlearn.cli import main
 from llm_unlearn.hub.fetching import adapter_on_hub, is_hub_id, named
+from llm_unlearn.spec import Refused
 
 ROWS = [{"question": f"What is the number of house {n}?", "answer": f"House {n} has the number {7 * n}."} for n in range(12)]
 RECIPE = """
@@ -116,3 +117,19 @@ def test_an_adapter_on_the_hub_brings_its_base(
         assert found.before is None and found.adapter is None and not candidates.is_many(["me/model"], [], None)
         with pytest.raises(ValueError, match=r"base_model_name_or_path is empty; name the model: --model BASE --adapter me/none"):
             candidates.candidates_of(["me/none"], [], None, None)
+
+
+@pytest.mark.parametrize(
+    "held, said",
+    [
+        ("[]", "found a list, and not an object"),
+        ("[" * 9000, "cannot be read (RecursionError"),
+        ('{"base_model_name_or_path": "a/b", "revision": 5}', "revision: found 5; expected text"),
+        ('{"base_model_name_or_path": ["a/b"]}', "base_model_name_or_path: found ['a/b']; expected text"),
+    ],
+)
+def test_an_adapter_that_says_nothing_of_its_base_is_refused_by_name(held: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(held)
+    with pytest.raises(Refused) as error:
+        candidates.candidates_of([str(tmp_path)], [], None, None)
+    assert f"{tmp_path / 'adapter_config.json'}: {said}" in str(error.value) and "--model BASE --adapter" in str(error.value)

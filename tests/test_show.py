@@ -32,6 +32,7 @@ RESULTS = {
     "run": {"status": "finished", "reason": "the aim is reached at step 90", "steps": 90, "kept_step": 90},
     "numbers": [{
         "set": "forget", "title": "probability", "measure": "probability", "goal": "as retrained", "knowing": "raises",
+        "settings": {}, "definition": "",
         "values": {"before": {"value": 0.99}, "after": {"value": 0.5}, "retrained": {"value": 0.51}},
     }],
     "curves": {}, "answers": {},

@@ -314,7 +314,8 @@ if mine == "sleep": time.sleep(0.4)
 found = json.loads(pathlib.Path("results.json").read_text())
 found["numbers"][0]["values"]["after"]["value"] = 1 - forgotten; found["numbers"][1]["values"]["after"]["value"] = kept
 found["run"]["broken"] = mine == "broken"; found["run"]["reason"] = "forget not finite at step 3"; found["title"] = str(place)
-found["thresholds"] = [{"holds": mine != "unmet", "why": "too much is known"}]
+asked = {"measure": "probability", "set": "forget", "asked": "at most 1", "value": 1.0}
+found["thresholds"] = [{**asked, "holds": mine != "unmet", "why": "too much is known"}]
 (place / "evaluation.json").write_text(json.dumps(found))
 sys.exit(1 if mine in ("broken", "unmet") else 0)
 """

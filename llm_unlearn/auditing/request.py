@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from llm_unlearn.methods.registry import Edit
 from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.spec import Refused
+from llm_unlearn.written import object_in
 
 FILE = "privacy_audit.json"
 
@@ -81,12 +81,7 @@ def held(asked: Asked, overwrite: bool) -> dict[str, Any] | None:
     no_way_out(output)
     if overwrite:
         return None
-    try:
-        found: dict[str, Any] = json.loads((output / FILE).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{output / FILE}: cannot be read ({error}); add --overwrite to make the audit again.") from None
-    if not isinstance(found, dict):
-        raise Refused(f"{output / FILE}: not what an audit writes; add --overwrite to make the audit again.")
+    found = object_in(output / FILE, "add --overwrite to make the audit again")
     if other := [key for key, value in asked.key.items() if found.get(key) != value]:
         raise Refused(
             f"--output: {output} holds an audit with another {', '.join(other)}. Nothing was changed; add --overwrite to replace "

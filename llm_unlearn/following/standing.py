@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import time
@@ -15,6 +14,7 @@ from llm_unlearn import at_work
 from llm_unlearn.folder import ADAPTER, LOG, MODEL, RECIPE, REPORT, RESULTS, steps_in
 from llm_unlearn.spec import Refused
 from llm_unlearn.tree import read_tree
+from llm_unlearn.written import object_in
 
 RECENT = 20
 """The pace is that of so many last steps."""
@@ -202,10 +202,9 @@ def _evaluation(folder: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     """A file's object; nothing where there is none that can be read yet."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return object_in(path, "expected an object")
+    except Refused:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _hash(path: Path) -> str | None:

@@ -6,8 +6,8 @@ import argparse
 import contextlib
 import json
 import re
-import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from llm_unlearn.hub import contents
 from llm_unlearn.hub.card import card
 from llm_unlearn.hub.describing import shortcomings, texts_of, told_of
 from llm_unlearn.hub.facts import Facts, Kind, Paper
-from llm_unlearn.hub.fetching import COMBINATION_FILE, is_hub_id
+from llm_unlearn.hub.failures import LOG_IN
+from llm_unlearn.hub.fetching import COMBINATION_FILE, is_shaped_so
 from llm_unlearn.reply import BUSY, DONE, UNREACHABLE, Reply
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, parts_of, plain, to_yaml
@@ -38,12 +39,14 @@ class Run:
     weights: Path
     """The folder of what is pushed: in the run folder, or the merged model's."""
     kind: Kind
+    hub: frozenset[str]
+    """The names in recipe and suite that were ids of the hub where the run was."""
 
     @property
     def base(self) -> str:
         """The base by a name that means something elsewhere."""
         name = self.wanted.model.base
-        return name if name.startswith("embedded:") or is_hub_id(name) else local_name(name)
+        return name if name.startswith("embedded:") or name in self.hub else local_name(name)
 
 
 def push(options: argparse.Namespace) -> Reply:
@@ -86,7 +89,7 @@ def _pushed(options: argparse.Namespace, pieces: list[contents.Piece], facts: di
 
     token = get_token()
     if not token:
-        raise Refused(f"you are not logged in to the hub. Nothing was pushed; {pushing.LOG_IN}.")
+        raise Refused(f"you are not logged in to the hub. Nothing was pushed; {LOG_IN}.")
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         enable_progress_bars()  # loading a model to merge it has switched them off
     wanted = pushing.Wanted(
@@ -129,7 +132,10 @@ def read(place: Path, merge: bool) -> Run:
             "would be put on the wrong model. Add --merge to push the whole model."
         )
     results = folder.results_in(place) if (place / folder.RESULTS).is_file() else None
-    return Run(place, wanted, results, weights, kind)
+    hub = {*folder.names_on_hub(place), *((results or {}).get("hub") or ())}
+    if contents.commit_of(place) and is_shaped_so(wanted.model.base):  # of an earlier version's run, too
+        hub.add(wanted.model.base)
+    return Run(place, wanted, results, weights, kind, frozenset(hub))
 
 
 def deleted_since(run: Run) -> list[str]:
@@ -155,13 +161,10 @@ def merged(run: Run, cache: Path, dry: bool) -> Iterator[Run]:
     from llm_unlearn.requests.ways import release
 
     start = (*run.wanted.model.starts, str(run.weights))
-    place = run.place.resolve().with_name(f".{run.place.resolve().name}.merged")
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        release(replace(run.wanted.model, start=start), place, cache)
-        yield replace(run, weights=place)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    beside = run.place.resolve()
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.merged.", dir=beside.parent, ignore_cleanup_errors=True) as place:
+        release(replace(run.wanted.model, start=start), Path(place, folder.MODEL), cache)
+        yield replace(run, weights=Path(place, folder.MODEL))
 
 
 def made(run: Run, repo_id: str, failed: list[str], places: list[Path]) -> tuple[list[contents.Piece], list[str]]:
@@ -172,12 +175,12 @@ def made(run: Run, repo_id: str, failed: list[str], places: list[Path]) -> tuple
     if run.kind == "merged" and run.weights.name == folder.ADAPTER:  # a dry run
         weights = []
     settings = told_recipe(run, places)
-    results = told_of(run.results, repo_id, places) if run.results else None
+    results = told_of(run.results, repo_id, places, run.hub) if run.results else None
     facts = Facts(
         repo_id=repo_id, kind=run.kind, recipe=settings, recipe_hash=run.wanted.hash, results=results,
-        papers=papers_of(run.wanted), suite=suite_of(run.wanted), base_on_hub=is_hub_id(run.wanted.model.base),
+        papers=papers_of(run.wanted), suite=suite_of(run.wanted), base_on_hub=run.wanted.model.base in run.hub,
         base_revision=revision,
-        data_on_hub=frozenset(one.source for one in sources_of(run) if is_hub_id(one.source)), failed=failed,
+        data_on_hub=frozenset(one.source for one in sources_of(run) if one.source in run.hub), failed=failed,
         files=[(one.path, one.size, one.sha256) for one in weights if one.is_weights],
     )  # fmt: skip
     header = f"# hash {run.wanted.hash}, of the whole recipe: values of filters and folders of local files are withheld here\n"
@@ -193,7 +196,7 @@ def made(run: Run, repo_id: str, failed: list[str], places: list[Path]) -> tuple
 
 def told_recipe(run: Run, places: list[Path]) -> dict[str, Any]:
     """The recipe as plain data that can be shown to anybody; it is a recipe still."""
-    found: dict[str, Any] = described(plain(run.wanted), places)
+    found: dict[str, Any] = described(plain(run.wanted), places, hub=run.hub)
     found["model"]["base"] = run.base
     return found
 

@@ -6,7 +6,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
@@ -17,6 +17,7 @@ from llm_unlearn.hub.fetching import ADAPTER_FILE, COMBINATION_FILE
 from llm_unlearn.outward import without_secrets
 from llm_unlearn.spec import Refused
 from llm_unlearn.withheld import local_name
+from llm_unlearn.written import object_in
 
 OF_ADAPTERS = (ADAPTER_FILE, "adapter_model.safetensors", "adapter_model-*.safetensors", "adapter_model.safetensors.index.json")
 OF_MODELS = (
@@ -29,10 +30,15 @@ BESIDE = (CARD, folder.RECIPE, folder.RESULTS, folder.REPORT)
 """What is made for the hub, never copied."""
 DECIDING = (*OF_ADAPTERS, *OF_MODELS[:5], COMBINATION_FILE, "adapter_model.bin", "pytorch_model*.bin")
 """Files that decide which model a repository is: those of an earlier push that this one lacks are removed with it."""
-TEXTS = (".json", ".yaml", ".md", ".html", ".jinja", ".txt")
+TEXTS = (".json", ".yaml", ".md", ".html", ".jinja", ".txt", ".model")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+"""Lists of words and their pieces: one word that is also a row's answer was there before the run."""
 SETTINGS = (ADAPTER_FILE, "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-LEAST, BLOCK, QUOTE = 12, 20, 40
-"""A text is looked for whole from `LEAST` characters on; of a longer one, any part of `QUOTE` characters."""
+TOKENS = re.compile(r"content|\w*tokens?|\w*tokens_decoder")
+"""Keys of a tokenizer's settings under which texts stand that may look like a path, such as `/`."""
+LEAST, BLOCK, QUOTE, LETTERS = 12, 20, 40, 4
+"""A text is looked for whole from `LEAST` characters on; of a longer one, any part of `QUOTE` characters, if it has so many
+different letters: a line of dashes is nobody's."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,7 @@ class Piece:
         """Of the whole content."""
         if isinstance(self.content, bytes):
             return hashlib.sha256(self.content).hexdigest()
-        with self.content.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return folder.sha256(self.content)
 
     @property
     def is_weights(self) -> bool:
@@ -88,11 +93,7 @@ def weights_of(run: Path) -> Path:
 def commit_of(place: Path) -> str | None:
     """The commit of a base from the hub, of which the adapter that was trained on it remembers the folder."""
     for file in sorted(place.rglob(ADAPTER_FILE)):
-        try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"{file}: cannot be read ({error}); expected what peft writes.") from None
-        path = PurePath(str(held.get("base_model_name_or_path") if isinstance(held, dict) else None))
+        path = PurePath(str(object_in(file, "expected what peft writes").get("base_model_name_or_path")))
         if path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name):
             return path.name
     return None
@@ -148,18 +149,15 @@ def _is_known(name: str) -> bool:
 
 def _settings(path: Path, base: str, revision: str | None) -> bytes:
     """A file of settings in which no path of this machine stands."""
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Refused(f"{path}: cannot be read ({error}).") from None
+    held = object_in(path, "expected settings as transformers and peft write them")
     if path.name == ADAPTER_FILE:
         held |= {"base_model_name_or_path": base, "revision": revision}
-    return (json.dumps(_pathless(held), indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(_pathless(held), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _pathless(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _pathless(one) for name, one in value.items()}
+        return {name: one if TOKENS.fullmatch(name) else _pathless(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_pathless(one) for one in value]
     return local_name(value) if isinstance(value, str) and PurePath(value).is_absolute() else value
@@ -177,16 +175,25 @@ def header_of(path: Path) -> str:
     try:
         json.loads(raw)
         return raw.decode()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Refused(f"{path}: not a safetensors file; only such weights are published.") from None
 
 
-def stale(there: Iterable[str], pieces: Sequence[Piece]) -> list[str]:
-    """Files of a repository that would make it another model than the one that is pushed."""
-    ours = {one.path for one in pieces}
-    return sorted(
-        name for name in there if name not in ours and any(fnmatchcase(name.rpartition("/")[2], kind) for kind in DECIDING)
-    )
+def stale(there: Iterable[str], pieces: Sequence[Piece], members: Collection[str] = ()) -> list[str]:
+    """Files of a repository that would make it another model than the one that is pushed. What lies in folders is another model of
+    its own, and stays.
+
+    Args:
+        members: folders of adapters that the repository's `combination.json` names.
+    """
+    ours, members = {one.path for one in pieces}, set(members)
+
+    def decides(name: str) -> bool:
+        place, _, file = name.rpartition("/")
+        kinds = () if place and place not in members else (*OF_ADAPTERS, "adapter_model.bin") if place else DECIDING
+        return any(fnmatchcase(file, kind) for kind in kinds)
+
+    return sorted(name for name in there if name not in ours and decides(name))
 
 
 # ------------------------------------------------------------------------------------------------------- the last look
@@ -203,7 +210,7 @@ def check(pieces: Sequence[Piece], texts: Mapping[str, Sequence[str]], places: I
         Refused: it does; the error says where, and quotes nothing.
     """
     rows = Rows(texts)
-    private = sorted({f"{place}/" for place in places if len(place.parts) > 1})
+    private = sorted({str(place) for place in places if len(place.parts) > 1})
     for one in pieces:
         said = one.text
         if said is None:
@@ -212,15 +219,22 @@ def check(pieces: Sequence[Piece], texts: Mapping[str, Sequence[str]], places: I
             raise Refused(
                 f"{one.path}: holds a token, key or login. Nothing was pushed; take it out, and have it replaced where it counts."
             )
-        if found := rows.quoted(said):
+        vocabulary = one.path in VOCABULARIES
+        if found := rows.quoted(said, vocabulary):
             raise Refused(
                 f"{one.path}: repeats words of {found}, which the run was to keep to itself. Nothing was pushed; "
                 "take the words out of the names and settings of the recipe or suite."
             )
-        if at := next((place for place in private if place in said), None):
+        if at := next((place for place in private if _names(said, place, vocabulary)), None):
             raise Refused(
                 f"{one.path}: names a folder of this machine ({at}). Nothing was pushed; write it in the recipe by another name."
             )
+
+
+def _names(said: str, place: str, vocabulary: bool) -> bool:
+    """Whether a folder is named: with what lies in it, or by itself, where it is no tag, word or token."""
+    alone = rf"(?<![\w.\-<]){re.escape(place)}(?![\w\-]|\.\w)"
+    return f"{place}/" in said or (not vocabulary and bool(re.search(alone, re.sub(r"\\[nrt]", " ", said))))
 
 
 class Rows:
@@ -235,19 +249,31 @@ class Rows:
                 if len(text) >= LEAST:
                     self.whole.setdefault(text[:LEAST], []).append((text, where))
                 for start in range(0, len(text) - BLOCK + 1, BLOCK):  # any quote of so many characters holds one block whole
-                    self.parts.setdefault(text[start : start + BLOCK], []).append((text, where, start))
+                    if len(set(text[start : start + BLOCK])) >= LETTERS:
+                        self.parts.setdefault(text[start : start + BLOCK], []).append((text, where, start))
 
-    def quoted(self, raw: str) -> str:
-        """Which text is repeated; "" where none is."""
+    def quoted(self, raw: str, vocabulary: bool = False) -> str:
+        """Which text is repeated; "" where none is.
+
+        Args:
+            vocabulary: a list of words and pieces of words, in which one word is no quote.
+        """
         said = flat(raw)
+        if vocabulary:  # in which a space is written so
+            said = " ".join(re.sub("[▁ġ]", " ", said).split())
         for at in range(len(said) - LEAST + 1):
             for text, where in self.whole.get(said[at : at + LEAST], ()):
-                if said.startswith(text, at):
+                if said.startswith(text, at) and not (vocabulary and _is_a_word(text)):
                     return where
             for text, where, start in self.parts.get(said[at : at + BLOCK], ()):
                 if _run(said, at, text, start) >= QUOTE:
                     return where
         return ""
+
+
+def _is_a_word(text: str) -> bool:
+    """Whether one entry of a vocabulary can be all of a text."""
+    return " " not in text and (len(text) < QUOTE or len(set(text)) < LETTERS)
 
 
 def _run(said: str, at: int, text: str, start: int) -> int:

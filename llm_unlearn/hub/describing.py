@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,26 @@ OF_RESULTS = (
 """All that is told of an evaluation, so that what a later version adds is not told unasked."""
 
 
-def told_of(results: Mapping[str, Any], title: str, places: Iterable[Path] = ()) -> dict[str, Any]:
+def told_of(
+    results: Mapping[str, Any], title: str, places: Iterable[Path] = (), hub: Collection[str] | None = None
+) -> dict[str, Any]:
     """An `evaluation.json` that can be shown to anybody: every number, no text, no value of a single row.
 
     Args:
         title: what stands in the place of the run folder's path.
+        hub: the names that were ids of a hub where they were used.
     """
     kept: dict[str, Any] = {name: results[name] for name in OF_RESULTS if name in results}
     if kept.get("run"):
         kept["run"] = {name: kept["run"][name] for name in OF_THE_RUN if name in kept["run"]}
-    found: dict[str, Any] = described(kept, list(places))
+    found: dict[str, Any] = described(kept, list(places), hub=hub)
     for attack in found.get("attacks", ()):
         for curve in attack["curves"].values():
             curve.pop("rows", None)
     found["title"] = title
     for column, model in found["models"].items():
         name = str(results["models"][column]["name"])
-        model["name"] = title if column in ("after", "model") else local_name(name) if is_local(name) else name
+        model["name"] = title if column in ("after", "model") else local_name(name) if is_local(name, hub) else name
     return found | {"answers": {}}
 
 

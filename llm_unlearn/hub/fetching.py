@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn.source import HUB_ID, missing
-from llm_unlearn.spec import Refused
+from llm_unlearn.spec import Refused, shown
+from llm_unlearn.written import object_in
 
 ADAPTER_FILE, COMBINATION_FILE = "adapter_config.json", "combination.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -22,9 +23,25 @@ def named(name: str, revision: str | None = None) -> tuple[str, str | None]:
     return (start, end) if sign and start and end else (name, revision)
 
 
+def is_shaped_so(name: str) -> bool:
+    """Whether a name could be an id of the hub."""
+    return bool(HUB_ID.fullmatch(named(name)[0]))
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name can only mean something on the hub: it is shaped so, and nothing here has it."""
-    return bool(HUB_ID.fullmatch(named(name)[0])) and not missing(name) and not os.path.exists(os.path.expanduser(name))
+    return is_shaped_so(name) and not missing(name) and not os.path.exists(os.path.expanduser(name))
+
+
+def on_hub(settings: Any, key: str = "") -> list[str]:
+    """The names in settings, as plain data, that mean models and data of the hub, here and now: elsewhere, and later, a folder of
+    this machine may look like one."""
+    if isinstance(settings, Mapping):
+        return sorted({name for key, one in settings.items() for name in on_hub(one, str(key))})
+    if isinstance(settings, (list, tuple)):
+        return sorted({name for one in settings for name in on_hub(one, key)})
+    meant = key in ("base", "start", "source", "retrained") and isinstance(settings, str)
+    return [settings] if meant and is_hub_id(settings) else []
 
 
 def adapter_on_hub(name: str) -> Path | None:
@@ -61,10 +78,12 @@ def base_of(folder: Path, name: str) -> tuple[str, str | None]:
     place = folder / ADAPTER_FILE
     if not place.is_file():
         place = next(iter(sorted(folder.glob(f"*/{ADAPTER_FILE}"))), place)
-    try:
-        found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(f"{place}: cannot be read ({error}); name the model: --model BASE --adapter {name}.") from None
-    if not found.get("base_model_name_or_path"):
-        raise Refused(f"{place}: base_model_name_or_path is empty; name the model: --model BASE --adapter {name}.")
-    return str(found["base_model_name_or_path"]), found.get("revision")
+    instead = f"name the model: --model BASE --adapter {name}"
+    found = object_in(place, instead)
+    base, revision = found.get("base_model_name_or_path"), found.get("revision")
+    if not base:
+        raise Refused(f"{place}: base_model_name_or_path is empty; {instead}.")
+    for key, one in (("base_model_name_or_path", base), ("revision", revision or "")):
+        if not isinstance(one, str):
+            raise Refused(f"{place}: {key}: found {shown(one)}; expected text. Mend it, or {instead}.")
+    return base, revision

@@ -20,11 +20,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llm_unlearn.hub.fetching import COMBINATION_FILE
 from llm_unlearn.methods.combination import Combination
 from llm_unlearn.models.head import Head
-from llm_unlearn.spec import Refused, from_json, plain
+from llm_unlearn.spec import Refused, plain, typed
+from llm_unlearn.written import object_in
 
-FILE = "combination.json"
+FILE = COMBINATION_FILE
 
 
 def combine(net: Any, wanted: Combination) -> Any:
@@ -171,7 +173,8 @@ def read(folder: Path) -> Combination:
     Raises:
         Refused: the file says no combination, or a member's folder is not there.
     """
-    found = from_json(Combination, (folder / FILE).read_text(encoding="utf-8"), str(folder / FILE))
+    expected = "expected what a run writes there"
+    found = typed(Combination, object_in(folder / FILE, expected), str(folder / FILE), expected)
     for name in found.adapters:
         if not (folder / name).is_dir():
             raise Refused(f"{folder / FILE}: member {name!r}: no such folder beside it; write its adapter there again.")

@@ -3,7 +3,6 @@ up at random, and only warn; a model that has forgotten nothing would then be ca
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm_unlearn.spec import Refused, reason
+from llm_unlearn.spec import Refused, reason, shown
+from llm_unlearn.written import object_in
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -76,31 +76,28 @@ def check_adapter_files(folder: Path) -> None:
     config, weights = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
     if not config.is_file():
         raise Refused(f"{folder}: no adapter there (adapter_config.json); expected a folder that peft wrote.")
-    try:
-        held = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{config}: cannot be read ({reason(error)}); expected what peft writes.") from None
-    if not isinstance(held, dict) or held.get("peft_type") not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
-        found = held.get("peft_type") if isinstance(held, dict) else held
-        raise Refused(f"{config}: found {found!r:.80}; expected an adapter that peft knows, such as peft_type LORA.")
+    found = object_in(config, "expected what peft writes").get("peft_type")
+    if not isinstance(found, str) or found not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise Refused(f"{config}: peft_type: found {shown(found)}; expected an adapter that peft knows, such as LORA.")
     if not weights.is_file():
-        pickled = " Weights in pickles (.bin) are not read: they can run code." if (folder / "adapter_model.bin").is_file() else ""
-        raise Refused(f"{weights}: no such file; expected the adapter's weights in safetensors.{pickled}")
+        raise Refused(f"{weights}: no such file; expected the adapter's weights in safetensors.")
 
 
 def check_adapter(model: Any, folder: Path, adapter: str) -> None:
-    """Refuse an adapter that was made for another model: peft would leave out what does not fit, and the model as it was.
+    """Refuse an adapter that was made for another model, or of which the file lacks a part: peft would leave out what does not
+    fit, make up what is not there, and the model be as it was.
 
     Args:
         adapter: its name in the model.
     """
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        there = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 (it is no mapping)
+        there = set(file.keys())
     ours = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    asked = {name for name in ours if "lora_" in name}
-    if lacking := sorted(asked - there):
+    if lacking := sorted(ours.keys() - there):
         raise Refused(f"{folder}: the adapter has no weights for {_some(lacking)}; expected an adapter of this model.")
-    if beside := sorted(there - asked):
+    if there - ours.keys():  # a copy of the embeddings goes with some
+        ours = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=True)
+    if beside := sorted(there - ours.keys()):
         raise Refused(f"{folder}: the adapter has weights for {_some(beside)}, which this model does not have; expected its own.")
     _check_numbers(ours, str(folder))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn.spec import Refused, reason
+from llm_unlearn.written import object_in
 
 OWN_CODE = "brings Python of its own, which is never run here; name a model of an architecture that transformers itself has"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -47,11 +47,7 @@ def check_adapter(folder: Path, name: str) -> None:
     """
     check_weights(folder, name, "adapter_model*.safetensors")
     place = folder / "adapter_config.json"
-    try:
-        held: Any = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # peft says what is wrong with it
-    if isinstance(held, dict) and held.get("megatron_config"):
+    if place.is_file() and object_in(place, "expected what peft writes").get("megatron_config"):
         raise Refused(f"{place}: megatron_config: has peft import a module by its name; expected none. Take it out.")
 
 

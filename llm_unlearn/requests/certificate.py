@@ -7,7 +7,6 @@ show that a row is among them, and who does not cannot guess a short text from i
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import secrets
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.durable import make_folder, settle, settle_names
+from llm_unlearn.folder import sha256
 from llm_unlearn.requests.records import canonical
 from llm_unlearn.spec import Refused
 
@@ -173,6 +173,5 @@ def files_of(folder: Path) -> dict[str, str]:
     """File name -> SHA-256 of the weights, settings and tokenizer in a folder."""
     found = {}
     for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = sha256(path)
     return found

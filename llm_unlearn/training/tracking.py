@@ -23,6 +23,7 @@ from llm_unlearn.sections import Track
 from llm_unlearn.spec import parts_of, plain
 from llm_unlearn.training.progress import LOOKS
 from llm_unlearn.withheld import described
+from llm_unlearn.written import object_in
 
 KEPT = "runs.json"
 """Tracker -> its own name for this run, by which a resumed run finds it again."""
@@ -109,7 +110,7 @@ def tracked(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """
     track, folder = recipe.track, (Path(recipe.output) / TRACKERS).absolute()
     if track and accelerator.is_main_process:
-        kept = json.loads((folder / KEPT).read_text()) if (folder / KEPT).is_file() else {}
+        kept = object_in(folder / KEPT, "remove it, and the trackers begin anew") if (folder / KEPT).is_file() else {}
         title, config = track.name or Path(recipe.output).name, configuration(recipe)
         for name in track.to:
             (folder / name).mkdir(parents=True, exist_ok=True)
