@@ -4,6 +4,7 @@ runs/bench/
     NAME/seed-0/       a run folder like any other, see folder.py
     logs/NAME-0.txt    what that run printed
     leaderboard.json   every number of every run;  leaderboard.md, leaderboard.svg: the same for people
+    process.json       who is at work here, or how it ended before the bench's end
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_unlearn import folder, recipe
+from llm_unlearn.at_work import at_work
 from llm_unlearn.catalogue import Method
 from llm_unlearn.children import Child, carry_out
+from llm_unlearn.durable import make_folder
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import same_data
@@ -88,17 +91,23 @@ def bench(asked: Asked, environment: Mapping[str, str]) -> Reply:
         Refused: anything that can be known beforehand is wrong; nothing was started.
     """
     asked, left_out = fitting(asked)
+    if not asked.methods:
+        names = ", ".join(left_out)
+        raise Refused(f"{asked.suite_path}: every recipe forgets other rows than it asks about ({names}). Nothing was changed.")
     if left_out:
         print(f"left out, as the recipe forgets other rows than {asked.suite_name} asks about: {', '.join(left_out)}")
     runs = runs_of(asked)
     print(_summary(asked, runs), flush=True)
     waiting = [Child(run.name, command_of(run), run.log) for run in runs if run.state != "finished"]
-    failures = carry_out(waiting, asked.jobs, environment, done=len(runs) - len(waiting))
-    if failures is None:
-        there = sum(run.state == "finished" for run in runs_of(asked))
-        print(f"interrupted with {there} of {len(runs)} runs finished; the same command goes on from there.", file=sys.stderr)
-        return Reply(INTERRUPTED, {"finished": there, "runs": len(runs)})
-    return _write_board(asked, runs, failures, left_out)
+    make_folder(asked.output)
+    with at_work(asked.output, len(runs), active=True) as ended:
+        failures = carry_out(waiting, asked.jobs, environment, done=len(runs) - len(waiting))
+        if failures is None:
+            ended.append("interrupted")
+            there = sum(run.state == "finished" for run in runs_of(asked))
+            print(f"interrupted with {there} of {len(runs)} runs finished; the same command goes on from there.", file=sys.stderr)
+            return Reply(INTERRUPTED, {"finished": there, "runs": len(runs)})
+        return _write_board(asked, runs, failures, left_out)
 
 
 def fitting(asked: Asked) -> tuple[Asked, list[str]]:
@@ -195,10 +204,11 @@ def state_of(wanted: recipe.Recipe, suite_hash: str) -> State:
     if not (path / folder.RESULTS).is_file():
         return "begun" if earlier.hash == wanted.hash else "changed"
     try:
-        same = folder.results_in(path)["suite_hash"] == suite_hash and _unplaced(earlier) == _unplaced(wanted)
+        results = folder.results_in(path)
     except Refused:
         return "changed"
-    return "finished" if same else "changed"
+    same = results["suite_hash"] == suite_hash and _unplaced(earlier) == _unplaced(wanted)
+    return "finished" if same and results.get("run") else "changed"  # `evaluate --overwrite` says nothing of the run
 
 
 def _unplaced(one: recipe.Recipe) -> str:
@@ -258,5 +268,6 @@ def outcome_of(run: Run, failures: Mapping[str, str]) -> dict[str, Any] | str:
         results = folder.results_in(run.output)
     except Refused:
         return f"ended without {folder.RESULTS}"
-    facts = results["run"]
+    if not (facts := results.get("run")):
+        return f"ended with an {folder.RESULTS} that is not a run's"
     return f"stopped: {facts['reason']}" if facts.get("broken") else results

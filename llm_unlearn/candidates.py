@@ -96,6 +96,19 @@ def candidates_of(models: Sequence[str], adapters: Sequence[str], before: str | 
     return [one if one.before or not start else replace(one, before=start) for one in found.values()]
 
 
+def as_it_is_now(one: Candidate) -> Candidate:
+    """A run under way goes on while others are measured: its newest checkpoint, or what it made in the end.
+
+    Raises:
+        Refused: there is nothing of it any more.
+    """
+    if not one.under_way:
+        return one
+    if not (found := _in(one.run, one.model.quantize) if (one.run / folder.RECIPE).is_file() else []):
+        raise Refused(f"{one.place}: is gone, and {one.run} has no other checkpoint.")
+    return found[0]
+
+
 def _is_glob(word: str) -> bool:
     return bool(compare.WILD.search(word)) and not Path(os.path.expanduser(word)).exists()
 
@@ -137,8 +150,8 @@ def _in(path: Path, quantize: Bits) -> list[Candidate]:
         if (path / folder.MODEL).is_dir():
             after = sections.another(base, str(path / folder.MODEL))
             return [Candidate(str(path), after, None, base)]
-        steps = sorted(str(one) for one in (path / folder.CHECKPOINTS).glob("step-*") if not one.suffix)
-        return [Candidate(steps[-1], base, steps[-1], base, under_way=wanted)] if steps else []
+        newest = folder.newest_checkpoint(path / folder.CHECKPOINTS)
+        return [Candidate(str(newest), base, str(newest), base, under_way=wanted)] if newest else []
     if (path / ADAPTER_FILE).is_file() or (path / COMBINATION_FILE).is_file():
         return [_adapted(str(path), path, quantize)]
     return [Candidate(str(path), _model(str(path), quantize))] if (path / MODEL_FILE).is_file() else []

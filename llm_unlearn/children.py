@@ -108,7 +108,7 @@ def keep_busy(orders: Orders, jobs: int, environment: Mapping[str, str], bar: Ba
                     child = running.pop(process)
                     if said := orders.ended(child, process.returncode):
                         print(said, file=sys.stderr)
-                    bar.update(orders.done - bar.n)
+                    bar.update(orders.done - bar.n, {"running": ", ".join(one.name for one in running.values())})
                     made = made or not process.returncode
                 for child in list(orders.unwanted(running.values())):
                     next(process for process, one in running.items() if one is child).terminate()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_unlearn.reply import DONE, UNFIT, Reply
+from llm_unlearn.spec import reason
 
 GIB = 1 << 30
 LITTLE = 5
@@ -73,18 +74,24 @@ def _packages() -> Iterator[Finding]:
 
 
 EXTRAS: Mapping[str, tuple[str, str]] = {
-    "quantize": ("bitsandbytes", "4- and 8-bit bases, 8-bit optimizers"),
-    "harness": ("lm_eval", "tasks of lm-evaluation-harness in suites"),
-    "influence": ("kronfluence", "influence functions with EK-FAC"),
-    "privacy": ("opacus", "accounts of ε"),
-    "requests": ("cryptography", "signed certificates of deletion requests"),
-    "liger": ("liger_kernel", "fused kernels on CUDA"),
+    "bitsandbytes": ("quantize", "4- and 8-bit bases, 8-bit optimizers"),
+    "lm_eval": ("harness", "tasks of lm-evaluation-harness in suites"),
+    "kronfluence": ("influence", "influence functions with EK-FAC"),
+    "opacus": ("privacy", "accounts of ε"),
+    "optuna": ("sweep", "sweeps"),
+    "cryptography": ("requests", "signed certificates of deletion requests"),
+    "rapidfuzz": ("requests", "deletion requests by a text"),
+    "liger_kernel": ("liger", "fused kernels on CUDA"),
+    "tensorboard": ("tensorboard", "track: tensorboard"),
+    "wandb": ("wandb", "track: wandb"),
+    "mlflow-skinny": ("mlflow", "track: mlflow"),
+    "trackio": ("trackio", "track: trackio"),
 }
-"""Extra -> the package that it brings, and what needs it."""
+"""Package -> the extra that brings it, and what needs it."""
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, (package, use) in EXTRAS.items():
+    for package, (extra, use) in EXTRAS.items():
         try:
             yield Finding(package, "ok", f"{version(package)} (for {use})")
         except PackageNotFoundError:
@@ -113,9 +120,13 @@ def _devices() -> Iterator[Finding]:
             yield Finding("accelerator", "note", "none; runs compute on the CPU")
         return
     for i in range(torch.cuda.device_count()):
-        free, whole = torch.cuda.mem_get_info(i)
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: fp32"
-        name = torch.cuda.get_device_name(i)
+        try:
+            free, whole = torch.cuda.mem_get_info(i)
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: fp32"
+            name = torch.cuda.get_device_name(i)
+        except Exception as error:  # whatever a driver says of a device that another process has for itself, or that is broken
+            yield Finding(f"cuda:{i}", "problem", f"cannot be used ({reason(error)}); nvidia-smi says who has it")
+            continue
         yield Finding(f"cuda:{i}", "ok", f"{name}, {free / GIB:.1f} of {whole / GIB:.1f} GiB free, {precision}")
 
 
@@ -133,7 +144,7 @@ def _kernels() -> Iterator[Finding]:
     except ImportError:
         yield Finding("nf4", "note", "not tried without bitsandbytes")
     except Exception as error:  # whatever its libraries raise on this machine is what is to be said
-        yield Finding("nf4", "problem", f"bitsandbytes fails on {device.type}: {str(error).splitlines()[0]}")
+        yield Finding("nf4", "problem", f"bitsandbytes fails on {device.type}: {reason(error)}")
     try:
         yield Finding("flash attention", "ok", version("flash_attn"))
     except PackageNotFoundError:
@@ -155,7 +166,7 @@ def _hub(environment: Mapping[str, str], online: bool) -> Iterator[Finding]:
         try:
             yield Finding("hub login", "ok", f"as {whoami()['name']}")
         except Exception as error:  # no network, a refused token: in the words of the client
-            yield Finding("hub login", "problem", f"the hub does not take it: {str(error).splitlines()[0]}")
+            yield Finding("hub login", "problem", f"the hub does not take it: {reason(error)}")
 
 
 def _disk(cache: Path) -> Iterator[Finding]:

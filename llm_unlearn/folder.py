@@ -82,7 +82,7 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
         if recipe.load(folder / RECIPE, check=False).hash != wanted.hash:
             raise Refused(
                 f"output: {folder} was begun with another recipe ({folder / RECIPE}), and cannot be resumed with this one. "
-                "Choose another output, or add --overwrite."
+                "Choose another output, or give --overwrite instead of --resume."
             )
         return finished
     if not overwrite:
@@ -270,6 +270,11 @@ def steps_in(file: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint below a run's `checkpoints`; None where there is none."""
+    return max((path for path in checkpoints.glob("step-*") if not path.suffix), default=None)
 
 
 def wordless(results: Mapping[str, Any]) -> dict[str, Any]:

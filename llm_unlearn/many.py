@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn import compare, folder, sections
-from llm_unlearn.candidates import Candidate
+from llm_unlearn.candidates import Candidate, as_it_is_now
 from llm_unlearn.durable import make_folder
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.reply import DONE, UNFIT, Reply
-from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.spec import Refused, fingerprint, reason
+from llm_unlearn.troubles import is_out_of_memory
 from llm_unlearn.written import object_in
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def evaluate(asked: Asked, cache: Path) -> Reply:
     """Measure what is not measured yet, one model after the other, and compare all.
 
     Returns:
-        DONE, all are there · UNFIT, some could not be loaded, and were named; with the comparison.
+        DONE, all are there · UNFIT, some could not be loaded or measured, and were named; with the comparison.
 
     Raises:
         Refused: the output folder holds other evaluations, or the models cannot be measured alike; nothing was changed.
@@ -65,20 +66,27 @@ def evaluate(asked: Asked, cache: Path) -> Reply:
     look = Looks(asked.suite, accelerator, cache)
     runs: list[Run] = []
     failed: list[str] = []
-    for place, (name, one) in enumerate(zip(names, asked.candidates, strict=True), 1):
-        if main:
-            print(f"[{place}/{len(names)}] {name}{': measured before' if name in known else ''}", flush=True)
+    for place, (name, one) in enumerate(zip(names, asked.candidates, strict=True)):
+        home = folders[name]
+        if failed:
+            accelerator.free_memory()
         try:
             results = known.get(name)
+            if results is None and (now := as_it_is_now(one)).place != one.place:
+                one, (name, home) = now, _renamed(asked, now, place)
+            if main:
+                print(f"[{place + 1}/{len(names)}] {name}{': measured before' if results else ''}", flush=True)
             if new := results is None:
                 results, looks = _measure(asked, one, look)
-        except Refused as error:
-            failed.append(f"{name}: {error}")
+        except Exception as error:
+            if not (why := _why_not(error, accelerator)):
+                raise
+            failed.append(f"{name}: {why}")
             continue
         if main:
             if new:
-                _keep(results, asked.suite, looks, one, folders[name])
-            runs.append(Run(name, str(folders[name] or one.place), results, folder.steps_in(one.run / folder.LOG)))
+                _keep(results, asked.suite, looks, one, home)
+            runs.append(Run(name, str(home or one.place), results, folder.steps_in(one.run / folder.LOG)))
     comparison = compare.publish(runs, asked.output) if main and runs else None
     if main and failed:
         print("\n".join(f"not measured: {line}" for line in failed), file=sys.stderr)
@@ -98,6 +106,24 @@ def _folders(output: Path | None, names: Sequence[str]) -> Iterator[Path | None]
             unique = f"{start}-{count}"
         taken.add(unique)
         yield output / unique if output else None
+
+
+def _renamed(asked: Asked, one: Candidate, place: int) -> tuple[str, Path | None]:
+    """Name and folder of a run that has gone on since it was named."""
+    places = [one.place if i == place else other.place for i, other in enumerate(asked.candidates)]
+    names = compare.names_of(places)
+    return names[place], list(_folders(asked.output, names))[place]
+
+
+def _why_not(error: Exception, accelerator: Accelerator) -> str:
+    """Why one model could not be measured, where the next may be all the same; "" where none can. Of many processes each would have
+    to know of the error of one."""
+    if isinstance(error, Refused):
+        return str(error)
+    if accelerator.num_processes > 1:
+        return ""
+    lacking = isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno is None)
+    return f"out of memory ({reason(error)})" if is_out_of_memory(error) else reason(error) if lacking else ""
 
 
 def _asked_of(asked: Asked, one: Candidate) -> dict[str, tuple[sections.Model, str | None]]:

@@ -90,7 +90,9 @@ def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
 
 def _show(verb: Verb) -> None:
     one = verb("show", "following.command:show", "say what a run is and where it stands, finished or under way")
-    one.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run, a store, an audit, a bench or an evaluation")
+    one.add_argument(
+        "folder", type=Path, metavar="RUN", help="the folder of a run, store, audit, bench, sweep, comparison or evaluation"
+    )
     one.add_argument("--follow", action="store_true", help="show it again and again until the run ends; Ctrl-C leaves it alone")
 
 

@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from llm_unlearn import bench, catalogue, recipe
-from llm_unlearn.children import Child, carry_out, environment_of_a_child, last_words
+from llm_unlearn.children import Child, InOrder, carry_out, environment_of_a_child, keep_busy, last_words
 from llm_unlearn.cli import main
 from llm_unlearn.report import ranking
 from llm_unlearn.report.frontier import frontier_svg
@@ -469,6 +470,30 @@ def test_a_recipe_that_forgets_other_rows_is_left_out_and_named(play: Play, here
     assert not (here / "out" / "ascent").exists()
 
 
+def test_where_every_recipe_forgets_other_rows_nothing_is_replaced(
+    play: Play, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "leaderboard.json").write_text("{}")
+    (here / "few" / "npo.yaml").write_text(
+        NPO.replace(f"forget: {FORGET}", f"forget: {FORGET[:-1]}, where: {{person: Dorami Caldorn}}}}")
+    )
+    assert play("--seeds", "1", status=2) == []
+    assert "s.yaml: every recipe forgets other rows than it asks about (ascent, npo)." in capsys.readouterr().err
+    assert (here / "out" / "leaderboard.json").read_text() == "{}" and len(list((here / "out").iterdir())) == 1
+
+
+def test_a_run_that_was_evaluated_again_is_made_again(play: Play, here: Path) -> None:
+    """`evaluate --output RUN --overwrite` leaves numbers that say nothing of the run."""
+    play("--seeds", "1")
+    file = here / "out" / "npo" / "seed-0" / "evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"run": None}))
+    assert play("--seeds", "1") == ["npo/0 --overwrite"]
+    run = bench.Run(catalogue.Method(Path("npo.yaml"), "", ""), 0, (), file.parent, here / "log", "finished")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"run": None}))
+    assert bench.outcome_of(run, {}) == "ended with an evaluation.json that is not a run's"
+
+
 def test_a_run_that_fails_does_not_end_the_others(play: Play, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = {"ascent__0": "refuse", "ascent__1": "crash", "npo__0": "broken"}
     assert len(play("--seeds", "2", status=1, **plan)) == 4
@@ -541,6 +566,13 @@ def test_a_second_ctrl_c_ends_children_that_do_not_listen(here: Path) -> None:
         carry_out([Child("a/0", [sys.executable, "-c", stubborn], here / "log.txt")], 1, os.environ)
     thread.join()
     assert time.monotonic() - began < 30
+
+
+def test_the_bar_names_who_runs_now(here: Path) -> None:
+    waiting, seen = [Child(name, [sys.executable, "-S", "-c", ""], here / name) for name in ("a", "b")], list[str]()
+    bar: Any = SimpleNamespace(n=0, update=lambda n, facts: seen.append(facts["running"]))
+    assert keep_busy(InOrder(waiting), 1, os.environ, bar, made=True)
+    assert seen == ["a", "", "b", ""]
 
 
 def test_threads_are_shared_out() -> None:

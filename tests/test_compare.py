@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -453,6 +454,33 @@ def test_words_stand_for_models_with_the_base_that_they_name(tmp_path: Path) -> 
     assert with_base.before and with_base.before.base == str(full / "model") and with_base.model.quantize == "nf4"
     several = candidates.candidates_of(["org/base"], [str(lora), str(loose)], None, None)
     assert [(one.model.base, one.adapter) for one in several] == [("org/base", str(lora / "adapter")), ("org/base", str(loose))]
+
+
+def test_a_run_under_way_goes_on_while_others_are_measured(tmp_path: Path) -> None:
+    first = a_run(tmp_path / "begun", f"{folder.CHECKPOINTS}/step-000007")
+    (one,) = candidates.candidates_of([str(first)], [], None, "nf4")
+    assert candidates.as_it_is_now(one) == one
+    (first / folder.CHECKPOINTS / "step-000007").rename(first / folder.CHECKPOINTS / "step-000009")
+    now = candidates.as_it_is_now(one)
+    assert now.place.endswith("begun/checkpoints/step-000009") and now.under_way and now.model.quantize == "nf4"
+    asked: Any = SimpleNamespace(candidates=[one, candidates.Candidate("org/other", one.model)], output=tmp_path / "out")
+    assert many._renamed(asked, now, 0) == ("begun/checkpoints/step-000009", tmp_path / "out" / "begun/checkpoints/step-000009")
+    (first / folder.CHECKPOINTS / "step-000009").rename(first / folder.ADAPTER)
+    done = candidates.as_it_is_now(one)
+    assert (done.place, done.adapter, done.under_way) == (str(first), str(first / folder.ADAPTER), None)
+    (first / folder.ADAPTER).rmdir()
+    with pytest.raises(Refused, match=r"step-000007: is gone, and .*begun has no other checkpoint"):
+        candidates.as_it_is_now(one)
+
+
+def test_what_one_model_lacks_does_not_end_the_others() -> None:
+    alone: Any = SimpleNamespace(num_processes=1)
+    cuda = type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.")
+    assert many._why_not(cuda, alone) == "out of memory (OutOfMemoryError: CUDA out of memory.)"
+    assert many._why_not(FileNotFoundError(2, "No such file", "x"), alone).endswith("'x'")
+    assert many._why_not(OSError("no such weights"), alone) == "no such weights" and many._why_not(Refused("a: b"), alone) == "a: b"
+    assert not many._why_not(OSError(28, "No space left on device"), alone) and not many._why_not(KeyError("x"), alone)
+    assert not many._why_not(cuda, SimpleNamespace(num_processes=2))  # type: ignore[arg-type]
 
 
 def test_words_that_stand_for_nothing_are_refused_at_once(tmp_path: Path) -> None:

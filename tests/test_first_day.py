@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llm_unlearn import doctor
 from llm_unlearn.cli import main
@@ -45,7 +47,7 @@ def test_what_is_not_installed_and_a_full_disk_are_said_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def version(name: str) -> str:
-        if name in ("peft", "opacus"):
+        if name in ("peft", "opacus", "optuna"):
             raise doctor.PackageNotFoundError(name)
         return "99.0"
 
@@ -55,7 +57,32 @@ def test_what_is_not_installed_and_a_full_disk_are_said_with_what_to_do(
     found = findings(capsys, 1)
     assert found["peft"]["state"] == "problem" and "pip install 'peft>=" in found["peft"]["said"]
     assert found["opacus"]["state"] == "note" and "pip install 'llm-unlearn[privacy]'" in found["opacus"]["said"]
+    assert found["optuna"]["said"] == "not installed; for sweeps: pip install 'llm-unlearn[sweep]'"
     assert found["disk here"]["state"] == "problem" and "1.0 GiB free" in found["disk here"]["said"]
+
+
+def test_a_device_that_cannot_be_used_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another process has it for itself. An error may have no words."""
+    for error, said in (
+        (RuntimeError("CUDA error: device busy\nmore"), "RuntimeError: CUDA error: device busy more"),
+        (KeyError(), "KeyError"),
+    ):
+
+        def busy(device: int, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+        (found,) = doctor._devices()
+        assert found.state == "problem" and found.said == f"cannot be used ({said}); nvidia-smi says who has it"
+
+
+def test_every_extra_is_looked_for() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {extra for extra, _ in doctor.EXTRAS.values()} == set(extras) - {"dev", "docs"}
+    for package, (extra, _) in doctor.EXTRAS.items():
+        assert any(one.startswith(package.replace("_", "-")) for one in extras[extra]), package
 
 
 def test_every_key_of_a_recipe_can_be_completed() -> None:
@@ -74,6 +101,10 @@ def test_every_key_of_a_recipe_can_be_completed() -> None:
         ("llm-unlearn run --over", ["--overwrite"]),
         ("llm-unlearn run r.yaml train.lr", ["train.lr="]),
         ("llm-unlearn run my_rec", ["my_recipe.yaml"]),
+        ("llm-unlearn evaluate my_recipe.yaml max_new", ["max_new_tokens="]),
+        ("llm-unlearn evaluate my_recipe.yaml train.l", []),
+        ("llm-unlearn requests add --key my_rec", []),
+        ("llm-unlearn requests verify --key my_rec", ["my_recipe.yaml"]),
     ],
 )
 def test_bash_completes(line: str, found: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

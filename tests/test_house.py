@@ -358,6 +358,8 @@ LIGHT = {
     "exact/command.py",
     "following/command.py",
     "following/standing.py",
+    "following/series.py",
+    "following/state.py",
     "auditing/request.py",
     "hub/fetching.py",
     "withheld.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -175,6 +176,15 @@ def test_other_folders_say_what_they_are(tmp_path: Path) -> None:
             (folder / "adapter").mkdir()
     facts = standing(bench)
     assert (facts["kind"], facts["state"], facts["runs"]) == ("bench", "unfinished", {"finished": 1, "killed": 1})
+    shutil.rmtree(bench / "npo" / "seed-1")
+    assert standing(bench)["state"] == "unfinished", "without a leaderboard there are more to come"
+    process(bench, steps=60)
+    facts = standing(bench)
+    assert facts["state"] == "running" and "1 finished; 60 are wanted" in shown(facts) and facts["next"][0].endswith("--follow")
+    process(bench, steps=60, how="interrupted")
+    assert standing(bench)["state"] == "interrupted"
+    (bench / "process.json").unlink()
+    process(run_folder(bench / "npo" / "seed-1"), began=1.0)
     board = {"suite": "eval/quick.yaml", "command": "llm-unlearn bench recipes/methods"}
     (bench / "leaderboard.json").write_text(json.dumps(board), encoding="utf-8")
     assert "llm-unlearn bench recipes/methods" in standing(bench)["next"] and "1 finished, 1 killed" in shown(standing(bench))
@@ -197,6 +207,93 @@ def test_anything_else_is_refused(there: bool, tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["show", str(tmp_path / ("letters" if there else "nowhere"))]) == 2
     said = capsys.readouterr().err
     assert ("found no recipe.yaml" if there else "no such folder") in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def trial(sweep: Path, number: int, after: float | None) -> Path:
+    """A trial of a sweep, as its run left it; with numbers, if it has any."""
+    folder = run_folder(sweep / f"trial-{number:04d}", more="evaluation: {suite: eval/quick.yaml}\n")
+    if after is not None:
+        one = {**RESULTS["numbers"][0], "values": {**RESULTS["numbers"][0]["values"], "after": {"value": after}}}
+        kept = {"set": "retain", "title": "probability", "measure": "probability", "goal": "as before", "knowing": "raises"}
+        kept["values"] = {name: {"value": 0.9} for name in ("before", "after", "retrained")}
+        (folder / "evaluation.json").write_text(json.dumps(RESULTS | {"numbers": [one, kept]}), encoding="utf-8")
+    return folder
+
+
+def test_a_sweep_begun_and_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep"
+    (sweep / "locks" / "here-1").mkdir(parents=True)
+    (sweep / "locks" / "study").touch()
+    facts = standing(sweep)
+    assert (facts["kind"], facts["state"], facts["best"]) == ("sweep", "unfinished", None) and shown(facts)
+    process(sweep / "locks" / "here-1", steps=20)
+    for number, after in ((0, 0.6), (1, 0.52), (2, None)):
+        under_way = trial(sweep, number, after)
+    assert standing(sweep)["state"] == "running", "a trial is begun, and says nothing yet"
+    process(under_way)
+    facts = standing(sweep)
+    assert facts["state"] == "running" and facts["trials"] == {"complete": 2, "running": 1} and facts["wanted"] == 20
+    assert facts["best"]["folder"] == "trial-0001" and facts["next"] == [f"llm-unlearn show {sweep} --follow"]
+    text = shown(facts)
+    assert "2 with numbers, 1 under way; 20 are wanted" in text and "trial-0001: forgotten 0.979, kept 1.000" in text
+    process(sweep / "locks" / "here-1", began=1.0)
+    process(under_way, how="interrupted")
+    assert standing(sweep)["state"] == "killed"
+    shutil.rmtree(sweep / "locks" / "here-1")
+    scores = {"forgotten": 0.9, "kept": 1.0, "score": 0.95, "collapsed": False, "forget_quality": None, "steps": 4, "seconds": 2.0}
+    rows = [{"folder": f"trial-000{i}", "number": i, "state": state} for i, state in enumerate(("complete", "collapsed", "pruned"))]
+    rows[0] |= scores
+    data = {"suite": "eval/quick.yaml", "command": "llm-unlearn sweep r.yaml", "wanted": 3, "chosen": 0, "trials": rows}
+    for name in ("sweep.json", "comparison.json"):
+        (sweep / name).write_text(json.dumps(data), encoding="utf-8")
+    (sweep / "chosen.yaml").touch()
+    facts = standing(sweep)
+    assert (facts["kind"], facts["state"], facts["chosen"]) == ("sweep", "finished", "trial-0000"), "no comparison"
+    assert facts["trials"] == {"complete": 1, "collapsed": 1, "pruned": 1} and facts["best"]["folder"] == "trial-0000"
+    assert facts["next"] == [f"llm-unlearn plan {sweep}/chosen.yaml"] and "1 ended early" in shown(facts)
+    assert cli.main(["show", str(sweep), "--follow"]) == 0 and "trial-0000" in capsys.readouterr().out
+    trial(sweep, 3, None)
+    assert standing(sweep)["state"] == "unfinished" and "llm-unlearn sweep r.yaml" in standing(sweep)["next"]
+
+
+def test_a_folder_may_change_as_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run removes the checkpoint before its newest."""
+    folder = run_folder(tmp_path / "a")
+    (folder / "checkpoints" / "step-000005").mkdir(parents=True)
+    (folder / "checkpoints" / "step-000005" / "progress.pt").write_bytes(b"12345")
+    assert {"name": "checkpoints/", "bytes": 5} in standing(folder)["files"]
+    listed = os.scandir
+
+    def gone(path: Any) -> Any:
+        if not isinstance(path, int) and Path(path).name == "checkpoints":
+            found = list(listed(path))
+            shutil.rmtree(folder / "checkpoints" / "step-000005")
+            return contextlib.nullcontext(iter(found))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert {"name": "checkpoints/", "bytes": 0} in standing(folder)["files"]
+
+
+def test_a_recipe_that_somebody_wrote_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("extends: base.yaml\nobjective: {retain: null}\n")
+    with pytest.raises(Refused, match=r"found a recipe\.yaml that no run wrote \(theirs begin with `# hash …`\), and no priv"):
+        standing(tmp_path)
+
+
+def test_what_a_killed_run_left_says_nothing_of_the_next(tmp_path: Path) -> None:
+    """It was killed as it measured, and trains again from its checkpoint."""
+    folder = run_folder(tmp_path / "a")
+    (folder / "adapter").mkdir()
+    now = psutil.Process().create_time()
+    for name in ("adapter", "log.jsonl"):
+        os.utime(folder / name, (now - 100, now - 100))
+    process(folder)
+    assert standing(folder)["state"] == "beginning"
+    os.utime(folder / "log.jsonl")
+    assert standing(folder)["state"] == "training"
+    os.utime(folder / "adapter")
+    assert standing(folder)["state"] == "measuring"
 
 
 def test_who_is_at_work_says_so_and_how_it_ended(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from test_bench import number, results
 from llm_unlearn import recipe
 from llm_unlearn.cli import main
 from llm_unlearn.evaluation import suite as suites
+from llm_unlearn.following.standing import standing
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.sweeping import choosing, pruning, running, space, study
 from llm_unlearn.sweeping.held import Held
@@ -427,11 +428,14 @@ def test_what_is_chosen_is_what_ran(play: Play, here: Path, monkeypatch: pytest.
 
     def ended(trials: running.Trials, child: Any, status: int) -> str:
         (here / "r.yaml").write_text(RECIPE.replace("steps: 4", "steps: 5"))
+        assert standing(here / "out")["state"] == "running" and standing(here / "out")["wanted"] == 1
         return tell(trials, child, status)
 
     monkeypatch.setattr(running.Trials, "ended", ended)
     play("train.lr=1e-5,1e-4", "--jobs", "2", "--trials", "1")
     assert recipe.load(here / "out" / "chosen.yaml").train.steps == 4
+    facts = standing(here / "out")
+    assert (facts["state"], facts["trials"], facts["chosen"]) == ("finished", {"complete": 1}, "trial-0000")
 
 
 def test_no_choice_leaves_no_recipe(play: Play, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,13 +17,13 @@ from accelerate.state import AcceleratorState
 from jobs import adapted, job, log, moved_by, rows, weights
 
 from llm_unlearn.data.schedule import build
+from llm_unlearn.folder import newest_checkpoint
 from llm_unlearn.models.load import add_adapter, load
 from llm_unlearn.objectives.likelihood import NLL, Ascent
 from llm_unlearn.objectives.terms import Term
 from llm_unlearn.sections import Adapter, Model, Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import loop
-from llm_unlearn.training.checkpoint import latest
 from llm_unlearn.training.dose import Harm, Stop
 from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import train
@@ -80,7 +80,7 @@ def test_resume_gives_the_same_bits(make_model: Callable[..., Any], tmp_path: Pa
 
     with pytest.raises(PowerCut):
         train(wanted, make(), Accelerator(cpu=True), tmp_path / "cut", look=cut)
-    assert latest(tmp_path / "cut" / "checkpoints") == tmp_path / "cut" / "checkpoints" / "step-000004"
+    assert newest_checkpoint(tmp_path / "cut" / "checkpoints") == tmp_path / "cut" / "checkpoints" / "step-000004"
     resumed = make()
     looks: list[int] = []
     outcome = train(wanted, resumed, Accelerator(cpu=True), tmp_path / "cut", resume=True, look=looks.append)
@@ -101,7 +101,7 @@ def test_resume_without_a_checkpoint_begins_anew(make_model: Callable[..., Any],
 
 def test_an_unfinished_checkpoint_is_not_used(make_model: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000004.unfinished").mkdir(parents=True)
-    assert latest(tmp_path / "checkpoints") is None
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_ctrl_c_keeps_a_checkpoint(make_model: Callable[..., Any], tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_ctrl_c_keeps_a_checkpoint(make_model: Callable[..., Any], tmp_path: Pat
 
     outcome = train(wanted, adapted(make_model), Accelerator(cpu=True), tmp_path, look=press)
     assert (outcome.status, outcome.step) == ("interrupted", 4)  # the step that was under way is finished first
-    assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-000004"
+    assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-000004"
     assert signal.getsignal(signal.SIGINT) is handler
     straight, resumed = adapted(make_model), adapted(make_model)
     train(wanted, straight, Accelerator(cpu=True), tmp_path / "straight")

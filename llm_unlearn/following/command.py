@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.folder import RESULTS, results_in
-from llm_unlearn.following.standing import UNDER_WAY, age, standing
+from llm_unlearn.following.standing import age, standing
+from llm_unlearn.following.state import UNDER_WAY
 from llm_unlearn.outward import canvas
 from llm_unlearn.reply import Reply
 
@@ -69,6 +70,9 @@ def _wait(folder: Path, facts: Mapping[str, Any], longest: float) -> dict[str, A
 
 
 def _line(facts: Mapping[str, Any]) -> str:
+    counted = facts.get("runs") or facts.get("trials") or {}
+    if facts["kind"] in ("bench", "sweep"):
+        return ", ".join([f"{facts['folder']}: {facts['state']}", *(f"{count} {state}" for state, count in counted.items())])
     last = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in (facts.get("last") or {}).items()]
     step = f"step {facts.get('step', 0)}" + (f" of {facts['steps']}" if facts.get("steps") else "")
     return ", ".join([f"{facts['folder']}: {facts['state']}", step, *last])

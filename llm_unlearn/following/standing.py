@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import at_work
-from llm_unlearn.folder import ADAPTER, LOG, MODEL, RECIPE, REPORT, RESULTS, steps_in
+from llm_unlearn.folder import ADAPTER, FIRST, LOG, RECIPE, REPORT, RESULTS, steps_in
+from llm_unlearn.following.series import BOARD, bench, is_sweep, runs_in, sweep
+from llm_unlearn.following.state import MANIFEST, PIECES, UNDER_WAY, WORK, held, state_of
 from llm_unlearn.spec import Refused
 from llm_unlearn.tree import read_tree
-from llm_unlearn.written import object_in
 
 RECENT = 20
 """The pace is that of so many last steps."""
@@ -22,9 +24,7 @@ POINTS = 40
 """A curve has at most so many values: means of as many parts of the run."""
 NO_TERM = ("step", "lr", "tokens", "seconds")
 """Columns of the log that are no curve."""
-UNDER_WAY = ("beginning", "training", "measuring")
-MANIFEST, PIECES, WORK = "manifest.json", "pieces", "work"
-AUDIT, BOARD, COMPARISON = "privacy_audit.json", "leaderboard.json", "comparison.json"
+AUDIT, COMPARISON = "privacy_audit.json", "comparison.json"
 
 
 def standing(folder: Path) -> dict[str, Any]:
@@ -35,16 +35,20 @@ def standing(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise Refused(f"{folder}: no such folder (looked from {Path.cwd()}); expected a run folder, such as runs/forget_lora.")
-    for name, kind in (
-        (AUDIT, _audit), (BOARD, _bench), (RECIPE, _run), (COMPARISON, _comparison), (RESULTS, _evaluation),
+    there = (folder / RECIPE).is_file() and _hash(folder / RECIPE) is not None
+    for found, kind in (
+        ((folder / AUDIT).is_file(), _audit), ((folder / BOARD).is_file(), bench), (is_sweep(folder), sweep), (there, _run),
+        ((folder / COMPARISON).is_file(), _comparison), ((folder / RESULTS).is_file(), _evaluation),
+        (bool(runs_in(folder)), bench),
     ):  # fmt: skip
-        if (folder / name).is_file():
+        if found:
             return {"folder": str(folder), **kind(folder), "files": _files(folder)}
-    if runs := sorted(folder.glob(f"*/seed-*/{RECIPE}")):
-        return {"folder": str(folder), **_begun_bench(folder, runs), "files": _files(folder)}
+    recipe = f"no {RECIPE},"
+    if (folder / RECIPE).is_file():
+        recipe = f"a {RECIPE} that no run wrote (theirs begin with `{FIRST}…`), and no"
     raise Refused(
-        f"{folder}: found no {RECIPE}, {AUDIT}, {BOARD}, {COMPARISON} or {RESULTS}; expected the folder of a run, a store, an "
-        "audit, a bench, a comparison or an evaluation."
+        f"{folder}: found {recipe} {AUDIT}, {BOARD}, {COMPARISON} or {RESULTS}; expected the folder of a run, a store, an audit, "
+        "a bench, a sweep, a comparison or an evaluation."
     )
 
 
@@ -53,16 +57,16 @@ def standing(folder: Path) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     recipe, rows, work = read_tree(folder / RECIPE).data, steps_in(folder / LOG), at_work.read(folder)
-    results = _json(folder / RESULTS)
+    results = held(folder / RESULTS)
     method = recipe.get("method") or {}
     facts: dict[str, Any] = {
         "kind": "store" if (folder / MANIFEST).is_file() else "run",
-        "state": _state(folder, recipe, work),
+        "state": state_of(folder, recipe, work),
         "reason": work.reason if work else "",
         "hash": _hash(folder / RECIPE),
         "base": recipe["model"]["base"],
         "method": method.get("name"),
-        "objective": {name: term["loss"]["name"] for name, term in (recipe.get("objective") or {}).items()},
+        "objective": {name: term["loss"]["name"] for name, term in (recipe.get("objective") or {}).items() if term},
         "run": results.get("run"),
     }
     if facts["kind"] == "store":
@@ -71,19 +75,6 @@ def _run(folder: Path) -> dict[str, Any]:
         facts["host"] = work.host
     facts |= _course(rows, _steps(recipe, work, results), facts["state"])
     return facts | {"headline": _headline(results), "next": _next(folder, facts, recipe, bool(results))}
-
-
-def _state(folder: Path, recipe: Mapping[str, Any], work: at_work.AtWork | None) -> str:
-    """beginning, training, measuring · finished · interrupted, failed, killed · unfinished, where nobody says how it ended."""
-    weights = (folder / ADAPTER).is_dir() or (folder / MODEL).is_dir()
-    if work and work.alive:
-        training = (folder / LOG).is_file() or (folder / WORK).is_dir()
-        return "measuring" if weights else "training" if training else "beginning"
-    if work:
-        return "killed" if work.how == "running" else work.how
-    if _json(folder / MANIFEST).get("state", "complete") != "complete":
-        return "unfinished"
-    return "finished" if (folder / RESULTS).is_file() or (weights and not recipe.get("evaluation")) else "unfinished"
 
 
 def _steps(recipe: Mapping[str, Any], work: at_work.AtWork | None, results: Mapping[str, Any]) -> int | None:
@@ -119,7 +110,7 @@ def _next(folder: Path, facts: Mapping[str, Any], recipe: Mapping[str, Any], mea
     if state in UNDER_WAY:
         return [f"llm-unlearn show {run} --follow"]
     if state != "finished":
-        if _json(folder / MANIFEST).get("state") == "deleting" and facts["state"] == "unfinished":
+        if held(folder / MANIFEST).get("state") == "deleting" and facts["state"] == "unfinished":
             return [f"llm-unlearn forget {run}"]
         moved = "" if Path(str(recipe.get("output", ""))).absolute() == folder.absolute() else f" output={run}"
         return [f"llm-unlearn run {shlex.quote(str(folder / RECIPE))}{moved} --resume"]
@@ -135,7 +126,7 @@ def _next(folder: Path, facts: Mapping[str, Any], recipe: Mapping[str, Any], mea
 def _pieces(folder: Path, method: Mapping[str, Any]) -> dict[str, Any]:
     """How many weights of an exact run are there, and which training is under way."""
     there = [path for path in (folder / PIECES).glob("*/weights.safetensors") if not path.parent.name.startswith(".")]
-    manifest = _json(folder / MANIFEST)
+    manifest = held(folder / MANIFEST)
     lines = {piece["line"] for piece in manifest.get("pieces", ())}
     asked = method.get("shards", method.get("slices")) if method.get("name") in ("sisa", "s3t") else None
     under_way = [rows[-1]["step"] for path in sorted((folder / WORK).glob(f"*/{LOG}")) if (rows := steps_in(path))]
@@ -153,7 +144,7 @@ def _pieces(folder: Path, method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _audit(folder: Path) -> dict[str, Any]:
-    found = _json(folder / AUDIT)
+    found = held(folder / AUDIT)
     rows, done = steps_in(folder / LOG), "verdict" in found
     state = "finished" if done else "unfinished"
     facts = {"kind": "audit", "state": state, "hash": found.get("recipe")}
@@ -162,34 +153,14 @@ def _audit(folder: Path) -> dict[str, Any]:
     return facts | _course(rows, None, state) | {"next": [] if done else [words]}
 
 
-def _bench(folder: Path) -> dict[str, Any]:
-    board = _json(folder / BOARD)
-    page = next((str(path) for path in sorted(folder.glob("*.md"))), str(folder / BOARD))
-    runs = sorted(folder.glob(f"*/seed-*/{RECIPE}"))
-    return _counted(runs) | {"kind": "bench", "suite": board.get("suite"), "next": [f"open {page}", str(board.get("command", ""))]}
-
-
-def _begun_bench(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
-    return _counted(runs) | {"kind": "bench", "suite": None, "next": ["the llm-unlearn bench command that began it goes on"]}
-
-
-def _counted(runs: Sequence[Path]) -> dict[str, Any]:
-    """The runs of a bench by their states; a bench that has begun every run may have more to begin."""
-    states = [_state(path.parent, read_tree(path).data, at_work.read(path.parent)) for path in runs]
-    count = {state: states.count(state) for state in dict.fromkeys(states)}
-    whole = bool(states) and set(states) == {"finished"}
-    now = "running" if set(states) & set(UNDER_WAY) else "finished" if whole else "unfinished"
-    return {"state": now, "runs": count}
-
-
 def _comparison(folder: Path) -> dict[str, Any]:
-    found = _json(folder / COMPARISON)
+    found = held(folder / COMPARISON)
     page = folder / "comparison.html"
     return {"kind": "comparison", "state": "finished", "models": len(found.get("runs", ())), "next": [f"open {page}"]}
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
-    results = _json(folder / RESULTS)
+    results = held(folder / RESULTS)
     state = "finished" if (folder / REPORT).is_file() else "unfinished"
     run = shlex.quote(str(folder))
     following = [f"open {folder / REPORT}", f"llm-unlearn compare {run} OTHER"]
@@ -199,18 +170,10 @@ def _evaluation(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A file's object; nothing where there is none that can be read yet."""
-    try:
-        return object_in(path, "expected an object")
-    except Refused:
-        return {}
-
-
 def _hash(path: Path) -> str | None:
     """The recipe's hash, which stands in the first line of a flattened recipe."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("# hash ") if first.startswith("# hash ") else None
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return first.removeprefix(FIRST) if first.startswith(FIRST) else None
 
 
 def _headline(results: Mapping[str, Any]) -> str | None:
@@ -235,8 +198,9 @@ def _files(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.iterdir()):
         if not path.name.startswith("."):
-            parts = path.rglob("*") if path.is_dir() else [path]
-            found.append({"name": path.name + "/" * path.is_dir(), "bytes": sum(_size(one) for one in parts)})
+            inner = path.is_dir()  # of which a part may go as it is walked: a run keeps its newest checkpoint only
+            parts = (Path(place, name) for place, _, names in os.walk(path) for name in names) if inner else [path]
+            found.append({"name": path.name + "/" * inner, "bytes": sum(_size(one) for one in parts)})
     return found
 
 

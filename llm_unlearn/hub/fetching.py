@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.source import HUB_ID, missing
-from llm_unlearn.spec import Refused, shown
+from llm_unlearn.spec import Refused, reason, shown
 from llm_unlearn.written import object_in
 
 ADAPTER_FILE, COMBINATION_FILE = "adapter_config.json", "combination.json"
@@ -65,7 +65,7 @@ def adapter_on_hub(name: str) -> Path | None:
         try:
             return Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
         except Exception as error:
-            raise Refused(f"{name}: an adapter on the hub, and its files cannot be read ({str(error).splitlines()[0]}).") from error
+            raise Refused(f"{name}: an adapter on the hub, and its files cannot be read ({reason(error)}).") from error
     return None
 
 

@@ -16,7 +16,7 @@ from llm_unlearn.models.load import causal
 from llm_unlearn.models.packing import offer, withdraw
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.objectives.views import TOP
-from llm_unlearn.spec import Refused
+from llm_unlearn.spec import Refused, reason
 
 
 def check_head(model: Any) -> None:
@@ -131,7 +131,7 @@ def check_same(model: Any, change: Callable[[], AbstractContextManager[object]],
         with change():
             others = _states_and_slopes(model, packed)
     except (RuntimeError, TypeError, ValueError, ImportError) as error:
-        raise Refused(refusal.format(f"fails on this model or machine ({str(error).strip().splitlines()[0]})")) from error
+        raise Refused(refusal.format(f"fails on this model or machine ({reason(error)})")) from error
     half = any(one.dtype in (torch.bfloat16, torch.float16) for one in model.parameters())
     for one, other in zip(own, others, strict=True):
         apart = float((one - other).norm() / one.norm().clamp(min=1e-12))

@@ -74,11 +74,29 @@ def _lines(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, words in (
         ("recipe", facts.get("hash")), ("model", facts.get("base")), ("method", facts.get("method")), ("objective", losses),
         ("suite", facts.get("suite")), ("verdict", facts.get("verdict")), ("steps", _course(facts)), ("pieces", _pieces(facts)),
-        ("runs", ", ".join(f"{count} {state}" for state, count in facts.get("runs", {}).items())),
+        ("runs", _counted(facts, "runs")), ("trials", _counted(facts, "trials")), ("best so far", _best(facts)),
+        ("chosen", facts.get("chosen")),
     ):  # fmt: skip
         if words:
             lines.append((name, str(words), ""))
     return lines
+
+
+TRIALS = {"complete": "with numbers", "pruned": "ended early", "running": "under way"}
+"""States of trials as people say them."""
+
+
+def _counted(facts: Mapping[str, Any], name: str) -> str:
+    """How many runs or trials are in which state, and how many there are to be."""
+    count = facts.get(name, {})
+    total = f"; {facts['wanted']:,} are wanted" if facts.get("wanted") else ""
+    return ", ".join(f"{number:,} {TRIALS.get(state, state)}" for state, number in count.items()) + total if count else ""
+
+
+def _best(facts: Mapping[str, Any]) -> str:
+    if not (best := facts.get("best")):
+        return ""
+    return f"{best['folder']}: forgotten {best['forgotten']:.3f}, kept {best['kept']:.3f}, score {best['score']:.3f}"
 
 
 def _course(facts: Mapping[str, Any]) -> str:

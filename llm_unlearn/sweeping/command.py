@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from llm_unlearn import recipe, thresholds
+from llm_unlearn import at_work, recipe, thresholds
 from llm_unlearn.bars import Bar
 from llm_unlearn.bench import unjudged
 from llm_unlearn.children import keep_busy
+from llm_unlearn.durable import make_folder
 from llm_unlearn.evaluation import suite as suites
-from llm_unlearn.folder import RECIPE
+from llm_unlearn.folder import PROCESS, RECIPE
 from llm_unlearn.outward import without_secrets
 from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.report.ranking import FLOOR
@@ -24,7 +30,7 @@ from llm_unlearn.sweeping import choosing, saying
 from llm_unlearn.sweeping.pruning import readable
 from llm_unlearn.sweeping.running import LOGS, Job, Trials, basis_of
 from llm_unlearn.sweeping.space import Space, checked, space_of
-from llm_unlearn.sweeping.study import Sampler, Study, check_folder, name_of, open_study
+from llm_unlearn.sweeping.study import LOCKS, Sampler, Study, check_folder, name_of, open_study
 from llm_unlearn.tree import locate
 
 TRIALS = 20
@@ -61,15 +67,32 @@ def sweep(options: argparse.Namespace) -> Reply:
     if not job.watched and not options.no_prune:
         print("no trial can be ended early: that takes train.stop.until and a retain set, or evaluation.every")
     trials = Trials(study, job)
+    with _said(job.output, asked.trials):
+        try:
+            finished = _carry_out(trials, asked, options.environment)
+        finally:
+            trials.release()
+        if not finished:
+            there = saying.count_of(study.trials())
+            print(f"interrupted; trials: {saying.counted(there)}. The same command goes on from there.", file=sys.stderr)
+            return Reply(INTERRUPTED, {"output": str(job.output), "trials": there})
+        return _publish(asked, study, trials.hopeless)
+
+
+@contextmanager
+def _said(output: Path, trials: int) -> Iterator[None]:
+    """Inside, the folder says that this process is at work, for `show`: one of several, each with a place of its own."""
+    for path in output.glob(f"{LOCKS}/*/{PROCESS}"):
+        earlier = at_work.read(path.parent)
+        if earlier and earlier.here and not earlier.alive:  # it was killed
+            shutil.rmtree(path.parent, ignore_errors=True)
+    home = output / LOCKS / f"{platform.node()}-{os.getpid()}"
+    make_folder(home)
     try:
-        finished = _carry_out(trials, asked, options.environment)
+        with at_work.at_work(home, trials, active=True):
+            yield
     finally:
-        trials.release()
-    if not finished:
-        there = saying.count_of(study.trials())
-        print(f"interrupted; trials: {saying.counted(there)}. The same command goes on from there.", file=sys.stderr)
-        return Reply(INTERRUPTED, {"output": str(job.output), "trials": there})
-    return _publish(asked, study, trials.hopeless)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _asked(options: argparse.Namespace) -> Asked:

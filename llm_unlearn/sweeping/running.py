@@ -187,7 +187,9 @@ def _told(results: Results | None) -> dict[str, Any] | str:
     """What a study is told of a run, or how it failed: a run that a loss broke has numbers, but not those of its recipe."""
     if results is None:
         return f"ended without {folder.RESULTS}"
-    run: Mapping[str, Any] = results["run"]
+    run: Mapping[str, Any] | None = results.get("run")
+    if not run:
+        return f"has an {folder.RESULTS} that is not its run's, as `evaluate --overwrite` writes it"
     if run.get("broken"):
         return f"stopped: {run['reason']}"
     scores = scores_of(results)

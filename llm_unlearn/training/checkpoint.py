@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm_unlearn.durable import about, make_folder, put
+from llm_unlearn.folder import newest_checkpoint
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import fill, is_sharded, whole
 from llm_unlearn.models.sound import weights_in
@@ -135,7 +136,7 @@ class Checkpoints:
 
     def load(self) -> bool:
         """Go back to the newest checkpoint; False where there is none."""
-        newest = latest(self.folder)
+        newest = newest_checkpoint(self.folder)
         if newest is None:
             return False
         if any(newest.glob("custom_checkpoint_*")):  # Accelerate would read it as a pickle that may run anything
@@ -150,12 +151,6 @@ class Checkpoints:
         device, memory = self.accelerator.device, self.progress.memory
         memory.update({name: [one.to(device) for one in kept] for name, kept in memory.items()})
         return True
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint."""
-    whole = sorted(path for path in folder.glob("step-*") if not path.suffix) if folder.is_dir() else []
-    return whole[-1] if whole else None
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
