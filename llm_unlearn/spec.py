@@ -144,7 +144,9 @@ def typed(kind: type[T], data: object, place: str, expected: str) -> T:
             raise Refused(f"{place}: {reason(error)}; {expected}.") from None
         first = error.errors()[0]
         key = dotted(part for part in first["loc"] if part != "function-after")
-        raise Refused(f"{place}: {key or 'found'}: {first['msg']}, found {shown(first['input'])}; {expected}.") from None
+        whole = isinstance(first["input"], (dict, list))  # which may hold words of rows
+        found = "" if whole else f", found {shown(first['input'])}"
+        raise Refused(f"{place}: {key or 'found'}: {first['msg']}{found}; {expected}.") from None
 
 
 def parts_of(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:

@@ -237,7 +237,19 @@ def test_a_finished_run_is_not_resumed_but_said_to_be_finished(
     [
         ({"run": {"steps": 7, "broken": True}}, ""),
         (
-            {"thresholds": [{"holds": False, "why": "rouge on forget is 0.9"}]},
+            {
+                "thresholds": [
+                    {
+                        "measure": "rouge",
+                        "set": "forget",
+                        "asked": "at most 0.5",
+                        "value": 0.9,
+                        "bound": 0.5,
+                        "holds": False,
+                        "why": "rouge on forget is 0.9",
+                    }
+                ]
+            },
             "thresholds do not hold: rouge on forget is 0.9.",
         ),
     ],

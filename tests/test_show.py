@@ -215,6 +215,7 @@ def trial(sweep: Path, number: int, after: float | None) -> Path:
     if after is not None:
         one = {**RESULTS["numbers"][0], "values": {**RESULTS["numbers"][0]["values"], "after": {"value": after}}}
         kept = {"set": "retain", "title": "probability", "measure": "probability", "goal": "as before", "knowing": "raises"}
+        kept |= {"settings": {}, "definition": "what it is"}
         kept["values"] = {name: {"value": 0.9} for name in ("before", "after", "retrained")}
         (folder / "evaluation.json").write_text(json.dumps(RESULTS | {"numbers": [one, kept]}), encoding="utf-8")
     return folder
