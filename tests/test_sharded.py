@@ -140,12 +140,12 @@ sets: {forget: {source: embedded:forget, prompt: question, answer: answer, limit
 measures: [{name: perplexity, set: forget}]
 attacks: [{name: relearning, set: forget, steps: 2, lr: 1.0e-3}]
 """
-RUNS = {"lora": ("base", "{rank: 4}"), "whole": ("base", "null"), "tied": ("tied", "null")}
+RUNS = {"lora": ("base", "{rank: 4}"), "whole": ("base", "null"), "tied": ("tied_base", "null")}
 
 
 def write_base(folder: Path, make: Make) -> None:
     """Two models, a suite and the recipes; by one process, as another might read a file while it is written."""
-    for base, tied in (("base", False), ("tied", True)):
+    for base, tied in (("base", False), ("tied_base", True)):
         make(hidden_size=64, tie_word_embeddings=tied).save_pretrained(folder / base)
         make_tokenizer().save_pretrained(folder / base)
     (folder / "suite.yaml").write_text(SUITE)
