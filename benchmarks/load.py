@@ -1,9 +1,9 @@
 """How much it bears: many requests, many rows, many evaluations, many runs; each with its time and its memory.
 
-    python benchmarks/load.py ledger  [--small]   # 100,000 requests of 100 rows, put in by 8 processes at once
-    python benchmarks/load.py rows    [--small]   # 1,000,000 rows to forget and 1,000,000 to keep: plan, and a run of 5 steps
-    python benchmarks/load.py compare [--small]   # 10,000 evaluations on one page
-    python benchmarks/load.py soak    [--small]   # short runs, one after the other in one process: what stays behind
+    python -m benchmarks.load ledger  [--small]   # 100,000 requests of 100 rows, put in by 8 processes at once
+    python -m benchmarks.load rows    [--small]   # 1,000,000 rows to forget and 1,000,000 to keep: plan, and a run of 5 steps
+    python -m benchmarks.load compare [--small]   # 10,000 evaluations on one page
+    python -m benchmarks.load soak    [--small]   # short runs, one after the other in one process: what stays behind
 
 Each prints one line of JSON. `docs/reliability.md` has the figures of the whole ones, `tests/test_load.py` runs the small ones.
 """
@@ -15,181 +15,24 @@ import contextlib
 import gc
 import io
 import json
-import multiprocessing
 import os
 import random
-import re
-import resource
 import shutil
-import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-PROCESSES = 8
+from benchmarks import ledger
+from benchmarks.apart import command, tiny_model
+
 MIB = 1 << 20
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came of it."""
-    began = time.perf_counter()
-    found = work()
-    return round(time.perf_counter() - began, 3), found
-
-
-def peak() -> int:
-    """MiB that this process had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-def command(words: Sequence[str], here: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Carry out `llm-unlearn` as a user does, in a process of its own: its exit status, seconds, words, and its memory at the peak,
-    with what of it are files that the system maps, and can take back, and without."""
-    began, whole = time.perf_counter(), os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
-    with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "llm_unlearn", *words], cwd=here, env=whole, stdout=said, stderr=subprocess.STDOUT
-        )
-        most = dict.fromkeys(MEMORY, 0)
-        while (ended := os.wait4(child.pid, os.WNOHANG))[0] == 0:
-            most = {key: max(value, _memory(child.pid, key)) for key, value in most.items()}
-            time.sleep(0.02)
-        status = ended[1]
-        child.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        text = said.read()
-    seconds = round(time.perf_counter() - began, 1)
-    return {"status": child.returncode, "seconds": seconds, "said": text} | {name: most[key] for key, name in MEMORY.items()}
-
-
-MEMORY = {"VmHWM": "peak_mib", "RssAnon": "own_mib"}
-"""What the system calls it; the second is without files that are mapped. `ru_maxrss` would count the parent's before a child's."""
-
-
-def _memory(process: int, key: str) -> int:
-    """MiB of a process; 0 where the system does not say."""
-    try:
-        found = re.search(rf"{key}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
-    except OSError:
-        return 0
-    return int(found[1]) >> 10 if found else 0
-
-
-# --------------------------------------------------------------------------------------------------------------- requests
-
-
-def putting_in(path: str, mine: Sequence[int], rows: int, told: Any) -> None:
-    """One process of many: each of its requests twice, as a caller does who got no answer."""
-    from llm_unlearn.requests.ledger import Ledger
-    from llm_unlearn.requests.records import Row
-
-    ledger = Ledger(Path(path), "load")
-    locked, slowest, twice = 0, 0.0, 0
-    for number in mine:
-        found = [Row(f"{number}-{i}", ledger.digest(number, i), 100.0) for i in range(rows)]
-        asked = {"key": f"case-{number}", "kind": "ids", "selector": ledger.digest(number), "model": "m", "due": None}
-        began = time.perf_counter()
-        try:
-            first, _ = ledger.add(rows=found, **asked)
-            slowest = max(slowest, time.perf_counter() - began)
-            if number % 10 == 0:
-                again, new = ledger.add(rows=found, **asked)
-                twice += new or again.id != first.id
-        except sqlite3.OperationalError:
-            locked += 1
-    told.put({"locked": locked, "slowest": slowest, "twice": twice, "peak_mib": peak()})
-
-
-def ledger(home: Path, small: bool) -> dict[str, Any]:
-    """Requests put in by eight processes at once, then all that is asked of a ledger."""
-    from llm_unlearn.requests import chain
-    from llm_unlearn.requests.ledger import Ledger
-    from llm_unlearn.requests.records import FULFILLED, PENDING, WITHDRAWN, Verdict, canonical
-
-    count, rows = (800, 10) if small else (100_000, 100)
-    path, spawn = home / "requests.db", multiprocessing.get_context("spawn")
-    Ledger(path, "load")
-    told = spawn.Queue()
-    # neighbours ask for the same requests: an eighth of them is put in by two processes
-    shares = [[*range(i, count, PROCESSES), *range((i + 1) % PROCESSES, count, 8 * PROCESSES)] for i in range(PROCESSES)]
-    children = [spawn.Process(target=putting_in, args=(str(path), share, rows, told)) for share in shares]
-    began = time.perf_counter()
-    for child in children:
-        child.start()
-    said = [told.get() for _ in children]
-    seconds = time.perf_counter() - began
-    for child in children:
-        child.join()
-    one = Ledger(path, "load")
-    every = one.requests()
-    found: dict[str, Any] = {
-        "requests": count, "rows_each": rows, "found": len(every), "keys": len({request.key for request in every}),
-        "adds_per_second": round(sum(map(len, shares)) / seconds), "locked": sum(each["locked"] for each in said),
-        "twice": sum(each["twice"] for each in said), "slowest_add": round(max(each["slowest"] for each in said), 2),
-        "peak_mib_of_a_process": max(each["peak_mib"] for each in said), "file_mib": path.stat().st_size // MIB,
-    }  # fmt: skip
-    found["request_seconds"], _ = timed(lambda: one.request(count // 2))
-    found["withdraw_seconds"], _ = timed(lambda: one.move(count, [PENDING], WITHDRAWN, WITHDRAWN))
-    found["row_counts_seconds"], counts = timed(one.row_counts)
-    found["all_rows"] = sum(counts.values()) == count * rows
-    found["claim_seconds"], run = timed(lambda: one.claim("m", "s"))
-    found["served_by_seconds"], mine = timed(lambda: one.served_by(run.id))
-    verdicts = [Verdict(each.id, FULFILLED, "", {"numbers": []}, lambda place: canonical(dict(place))) for each in mine]
-    found["finish_seconds"], _ = timed(lambda: one.finish(run.id, "accepted", verdicts, []))
-    found["fulfilled"] = len(one.requests(FULFILLED))
-    found["certificates"] = sum(1 for _ in one.each_certificate())
-    found["verify_seconds"], found["problems"] = timed(lambda: len(chain.problems(one)))
-    return found | {"peak_mib": peak()} | (_by_command(home, path) if not small else {})
-
-
-def _by_command(home: Path, path: Path) -> dict[str, Any]:
-    """The verbs on the same ledger: a listing, and some requests put in beside each other."""
-    service = "recipe: recipes/forget_lora.yaml\nsuite: eval/quick.yaml\nledger: {}\ndata: {{source: embedded:forget, id: id}}\nthresholds: [{{measure: perplexity, set: forget, at_least: 1.5}}]\n"  # noqa: E501
-    (home / "requests.yaml").write_text(service.format(path.name))
-    listing = command(["requests", "list"], home)
-    whole = command(["requests", "list", "--all"], home)
-    from llm_unlearn.embedded import population
-
-    ids = [str(row["id"]) for row in population.rows("forget")][:16]
-    words = [sys.executable, "-m", "llm_unlearn", "requests", "add", "--ids"]
-    began = time.perf_counter()
-    for start in range(0, len(ids), PROCESSES):
-        children = [
-            subprocess.Popen([*words, one], cwd=home, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-            for one in ids[start : start + PROCESSES]
-        ]
-        assert [child.wait() for child in children] == [0] * len(children)
-    return {
-        "list_seconds": listing["seconds"], "list_lines": len(listing["said"].splitlines()), "list_peak_mib": listing["peak_mib"],
-        "list_all_seconds": whole["seconds"], "list_all_lines": len(whole["said"].splitlines()),
-        "list_all_peak_mib": whole["peak_mib"],
-        "added_by_command": len(ids), "by_command_seconds": round(time.perf_counter() - began, 1),
-    }  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------------------------------- rows
-
-
-def tiny_model(home: Path) -> Path:
-    """A random model that a step takes milliseconds of, with the embedded tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from llm_unlearn.embedded.target import make_tokenizer
-
-    place, tokenizer = home / "tiny", make_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **sizes, **ends)).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
 
 
 def write_rows(path: Path, kind: str, count: int) -> None:
@@ -245,7 +88,7 @@ def rows(home: Path, small: bool) -> dict[str, Any]:
 
 
 def _other_shapes(home: Path, count: int) -> dict[str, str]:
-    """The same rows as a parquet file, and as a folder with several of them, as a data set lies on a hub."""
+    """The same rows as a sheet, as a parquet file, and as a folder with several of them, as a data set lies on a hub."""
     import datasets
 
     for kind in ("forget", "retain"):
@@ -253,12 +96,13 @@ def _other_shapes(home: Path, count: int) -> dict[str, str]:
             "json", data_files=str(home / f"{kind}-{count}.jsonl"), split="train", cache_dir=str(home / "made")
         )
         loaded.to_parquet(str(home / f"{kind}-{count}.parquet"))
+        loaded.to_csv(str(home / f"{kind}-{count}.csv"))
         folder = home / f"{kind}-folder" / "data"
         folder.mkdir(parents=True)
         for i in range(4):
             loaded.shard(4, i, contiguous=True).to_parquet(str(folder / f"train-0000{i}-of-00004.parquet"))
     shutil.rmtree(home / "made")
-    return {"parquet": f"{count}.parquet", "folder": "folder"}
+    return {"csv": f"{count}.csv", "parquet": f"{count}.parquet", "folder": "folder"}
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluations
@@ -381,7 +225,7 @@ def soak(home: Path, small: bool, runs: int = SOAK) -> dict[str, Any]:
     return found | {f"{key}_grown": seen[-1][key] - seen[warm - 1][key] for key in seen[0] if key != "rss_kib"}
 
 
-WORK: dict[str, Callable[[Path, bool], dict[str, Any]]] = {"ledger": ledger, "rows": rows, "compare": compare, "soak": soak}
+WORK: dict[str, Callable[[Path, bool], dict[str, Any]]] = {"ledger": ledger.many, "rows": rows, "compare": compare, "soak": soak}
 
 
 def main() -> None:

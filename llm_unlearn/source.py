@@ -168,6 +168,11 @@ def _split(one: Read) -> str:
     return re.split(r"[\[+]", one.split or "train")[0]
 
 
+def is_forgotten(name: str) -> bool:
+    """Whether a set of a suite is one that is to be forgotten: `forget`, or a part of it, such as `forget_bio`."""
+    return name.partition("_")[0] == "forget"
+
+
 def is_recipe(name: str) -> bool:
     """Whether the name of a model is that of a recipe file, which makes one."""
     return Path(name).suffix in (".yaml", ".yml")

@@ -9,6 +9,7 @@ from llm_unlearn.evaluation.numbers import titles
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.report.verdict import Number, current, judge, shown, value_of
 from llm_unlearn.sections import Threshold
+from llm_unlearn.source import is_forgotten
 from llm_unlearn.spec import nearest
 
 Finding = dict[str, Any]
@@ -40,7 +41,7 @@ def problems(
             yield (i, "of"), "goes with at_most or at_least."
         if (one.judged or one.of == "retrained") and not control:
             yield (i,), f"compares with the retrained model, and {name} names none."
-        if one.judged and one.set.partition("_")[0] != "forget":
+        if one.judged and not is_forgotten(one.set):
             yield (i, "judged"), "is said of sets that are to be forgotten only; give at_least and of: before."
 
 

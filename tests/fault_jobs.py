@@ -50,6 +50,22 @@ method: {name: sisa, shards: 2, slices: 2, id: id}
 train: {epochs: 1, lr: 1.0e-2, window: {retain: 2}, checkpoint_every: 1}
 evaluation: suite.yaml
 """
+PRIVATE = """\
+output: run
+model: {base: BASE, adapter: {rank: 2, alpha: 4}}
+data:
+  forget: {source: embedded:forget, prompt: question, answer: answer, limit: 4}
+  retain: {source: embedded:retain, prompt: question, answer: answer, limit: 6}
+objective:
+  forget: {loss: {name: nll}}
+  retain: {loss: {name: nll}}
+train:
+  steps: 5
+  lr: 1.0e-2
+  window: {forget: 2, retain: 2}
+  checkpoint_every: 2
+  privacy: {noise: 1.0, delta: 1.0e-2, clip: 1.0, reproducible: true}
+"""
 SUITE = """\
 sets:
   forget: {source: embedded:forget, prompt: question, answer: answer, limit: 2}
@@ -146,14 +162,30 @@ def facts_of_requests(home: Path) -> Facts:
     }
 
 
+def facts_of_private(home: Path) -> Facts:
+    """A run's, what was spent, and that the key is gone."""
+    keys = [str(path) for path in home.rglob("secret.key")]
+    return facts_of_run(home) | {"spent": json.loads((home / "run" / run_folder.PRIVACY).read_text()), "keys": keys}
+
+
+def facts_of_audit(home: Path) -> Facts:
+    return {
+        "files": files(home, "run_audit", "cache"),
+        "found": json.loads((home / "run_audit" / "privacy_audit.json").read_text()),
+    }
+
+
 def facts_of_many(home: Path) -> Facts:
     made = sorted(path.parent for path in (home / "out").rglob(run_folder.RESULTS))
     return {"files": files(home, "out", "cache"), "numbers": {path.name: _numbers(path) for path in made}}
 
 
+AUDIT = ("audit", "private.yaml", "train.privacy=null", "--canaries", "6")
 JOBS = {
     "run": Job(["run", "recipe.yaml"], ["run", "recipe.yaml", "--resume"], facts_of_run),
     "plain": Job(["run", "plain.yaml"], ["run", "plain.yaml", "--resume"], facts_of_run),
+    "private": Job(["run", "private.yaml"], ["run", "private.yaml", "--resume"], facts_of_private),
+    "audit": Job([*AUDIT], [*AUDIT], facts_of_audit),
     "exact": Job(["run", "exact.yaml"], ["run", "exact.yaml", "--resume"], facts_of_pieces),
     "forget": Job(["forget", "run", "--ids", "DELETED"], ["forget", "run", "--ids", "DELETED"], facts_of_pieces),
     "requests": Job(["requests", "run"], ["requests", "run"], facts_of_requests),
@@ -194,7 +226,7 @@ class Bank:
         before.mkdir()
         for file, text in (
             ("recipe.yaml", RECIPE if name == "requests" else RECIPE + EVALUATION), ("plain.yaml", RECIPE), ("exact.yaml", EXACT),
-            ("suite.yaml", SUITE), ("requests.yaml", SERVICE),
+            ("suite.yaml", SUITE), ("private.yaml", PRIVATE), ("requests.yaml", SERVICE),
         ):  # fmt: skip
             (before / file).write_text(text.replace("BASE", str(self.base)))
         for words in self._first(name):

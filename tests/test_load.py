@@ -1,4 +1,4 @@
-"""Much of everything: many requests, rows, evaluations and runs; the whole measurements are `benchmarks/load.py`."""
+"""Much of everything: many requests, rows, evaluations and runs; the whole measurements are `python -m benchmarks.load`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_compare import results_of, saved
 
-from benchmarks import load
+from benchmarks import ledger
 from llm_unlearn import compare
 from llm_unlearn.cli import main
 from llm_unlearn.data import reading, sources
@@ -42,7 +42,7 @@ COLUMNS = {"prompt": "question", "answer": "answer"}
 
 @pytest.mark.slow
 def test_eight_processes_put_requests_in_and_none_is_lost_or_there_twice(tmp_path: Path) -> None:
-    found = load.ledger(tmp_path, small=True)
+    found = ledger.many(tmp_path, small=True)
     assert (found["found"], found["keys"], found["locked"], found["twice"], found["problems"]) == (800, 800, 0, 0, 0)
     assert found["all_rows"] and found["fulfilled"] == found["certificates"] == 799
 

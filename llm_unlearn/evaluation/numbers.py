@@ -16,6 +16,7 @@ from llm_unlearn.evaluation.memorization import ForgetQuality, Probability
 from llm_unlearn.evaluation.suite import AnyMeasure, Suite, sets_of
 from llm_unlearn.evaluation.tables import Sample, Tables, Unavailable
 from llm_unlearn.evaluation.text import Fluency
+from llm_unlearn.source import is_forgotten
 from llm_unlearn.spec import plain
 
 
@@ -59,11 +60,10 @@ def _number(measure: AnyMeasure, title: str, models: Mapping[str, Tables]) -> di
 
 def goal_of(measure: AnyMeasure) -> str:
     """What the value is to be like: as in the retrained model, as before, or nothing that could be said."""
-    kind = measure.set.partition("_")[0]
-    if kind == "forget":
+    if is_forgotten(measure.set):
         return "as retrained"
     says_nothing_of_loss = isinstance(measure, (KnowledgeGap, Entropy, PrivLeak, Membership))
-    return "" if kind == "holdout" or says_nothing_of_loss else "as before"
+    return "" if measure.set.partition("_")[0] == "holdout" or says_nothing_of_loss else "as before"
 
 
 def compares(measure: AnyMeasure) -> bool:

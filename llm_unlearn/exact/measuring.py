@@ -26,7 +26,7 @@ from llm_unlearn.report.terminal import print_table
 from llm_unlearn.results import keep_numbers, results_of, run_facts
 from llm_unlearn.run import start
 from llm_unlearn.sections import Evaluation, Model, another
-from llm_unlearn.source import left_out, same_data
+from llm_unlearn.source import is_forgotten, left_out, same_data
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.thresholds import findings
 from llm_unlearn.training.guard import Outcome
@@ -200,7 +200,7 @@ def _again(folder: Path, manifest: Manifest, known: Mapping[str, Known], asked: 
     column = method_of(recipe).id
     narrowed = {
         name: left_out(source, column, dict.fromkeys(row[column] for row in rows))
-        if column and name.partition("_")[0] != "forget" and any(same_data(source, one) for one in recipe.sources.values())
+        if column and not is_forgotten(name) and any(same_data(source, one) for one in recipe.sources.values())
         else source
         for name, source in suite.sets.items()
     }

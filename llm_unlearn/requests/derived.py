@@ -16,7 +16,7 @@ from llm_unlearn.recipe import Recipe
 from llm_unlearn.requests.matching import RowId
 from llm_unlearn.requests.service import Office
 from llm_unlearn.sections import Data, Evaluation, Model
-from llm_unlearn.source import Source, left_out
+from llm_unlearn.source import Source, is_forgotten, left_out
 from llm_unlearn.training.gradients import Orthogonal
 
 Ids = Sequence[RowId]
@@ -71,7 +71,7 @@ def suite_of(office: Office, measured: Mapping[int, Ids], out: Ids) -> Suite:
         out: ids of all rows that other sets must not have.
     """
     suite, sets = office.suite, dict[str, Source]()
-    mine = [name for name, source in suite.sets.items() if _is_forget(name) and office.is_training(source)]
+    mine = [name for name, source in suite.sets.items() if is_forgotten(name) and office.is_training(source)]
     every = tuple(one for ids in measured.values() for one in ids)
     whole = {
         value for attack in suite.attacks for value in vars(attack).values() if isinstance(value, str)
@@ -91,11 +91,7 @@ def suite_of(office: Office, measured: Mapping[int, Ids], out: Ids) -> Suite:
 
 def set_of(name: str, request: int) -> str:
     """What a set of the suite that is to be forgotten is called for one request."""
-    return f"{name}_{request}" if _is_forget(name) else name
-
-
-def _is_forget(name: str) -> bool:
-    return name.partition("_")[0] == "forget"
+    return f"{name}_{request}" if is_forgotten(name) else name
 
 
 def _narrowed(source: Source, office: Office, ids: Ids) -> Source:

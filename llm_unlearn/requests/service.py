@@ -12,7 +12,7 @@ from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.sections import Threshold
-from llm_unlearn.source import Source, same_data, source_problems
+from llm_unlearn.source import Source, is_forgotten, same_data, source_problems
 from llm_unlearn.spec import NonNegativeFloat, Portion, Refused, dotted, fingerprint, readable, spec
 from llm_unlearn.thresholds import problems
 from llm_unlearn.tree import Tree, build, is_file, locate, no_such_file, read_tree
@@ -160,7 +160,7 @@ def _threshold_problems(office: Office, say: Callable[..., str]) -> Iterable[str
     service, suite = office.service, office.suite
     if not service.thresholds:
         yield say("found none; expected at least one, or every request would be fulfilled.", "thresholds")
-    elif all(one.set.partition("_")[0] != "forget" for one in service.thresholds):
+    elif not any(is_forgotten(one.set) for one in service.thresholds):
         yield say("none reads the set `forget`; a request would be fulfilled without anything forgotten.", "thresholds")
     control = (office.recipe.evaluation and office.recipe.evaluation.retrained) or suite.retrained
     for keys, text in problems(service.thresholds, suite, office.suite_name, control):

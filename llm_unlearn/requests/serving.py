@@ -20,6 +20,7 @@ from llm_unlearn.requests.matching import RowId, read_training
 from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, RUNNING, WITHDRAWN, Request, Row, Run, Verdict, now
 from llm_unlearn.requests.service import Office
 from llm_unlearn.requests.ways import Served, Way, Work, tidy, withheld
+from llm_unlearn.source import is_forgotten
 from llm_unlearn.spec import Busy, Refused, plain
 from llm_unlearn.thresholds import Finding, reason_of
 
@@ -175,14 +176,14 @@ class Desk:
         # a rejected run, too, began with the model before; from a store it may have deleted rows
         measured = (one.numbers for one in self.ledger.runs("accepted", "rejected", model=run.model))
         baseline = next(filter(None, measured), None) or served.numbers
-        kept = [one for one in baseline if not str(one["set"]).startswith("forget")]
+        kept = [one for one in baseline if _kept(one)]
         every = {one.id: one for one in self.ledger.requests(model=run.model)}
         thresholds = self.office.service.thresholds
         found: dict[int, list[Finding]] = {}
         for number in (*work.requests, *work.earlier):
             own = every[number].numbers
             first = own["numbers"] if own else of_request(served.numbers, number)
-            asked = thresholds if number in work.requests else [one for one in thresholds if one.set.startswith("forget")]
+            asked = thresholds if number in work.requests else [one for one in thresholds if is_forgotten(one.set)]
             found[number] = findings(asked, served.numbers, number, [*first, *kept])
         reasons = {number: served.broken or reason_of(one) for number, one in found.items()}
         accepted = any(not reasons[one.id] for one in mine) or (served.lasting and not served.broken)
@@ -254,7 +255,7 @@ class Desk:
 
 
 def _kept(number: Mapping[str, Any]) -> bool:
-    return str(number["set"]).partition("_")[0] != "forget"
+    return not is_forgotten(str(number["set"]))
 
 
 def row_seal(ledger: Ledger, row: Row) -> str:
