@@ -169,10 +169,8 @@ def facts_of_private(home: Path) -> Facts:
 
 
 def facts_of_audit(home: Path) -> Facts:
-    return {
-        "files": files(home, "run_audit", "cache"),
-        "found": json.loads((home / "run_audit" / "privacy_audit.json").read_text()),
-    }
+    found = json.loads((home / "run_audit" / "privacy_audit.json").read_text())
+    return {"files": files(home, "run_audit", "cache"), "found": found}
 
 
 def facts_of_many(home: Path) -> Facts:
