@@ -116,8 +116,8 @@ class Desk:
 
     def _left(self, model: str) -> list[int]:
         """The requests whose rows have left the data, all of them."""
-        rows = {one.id: self.ledger.rows_of(one.id) for one in self.ledger.requests(model=model)}
-        return [number for number, found in rows.items() if not any(row.id in self.data for row in found)]
+        known = self.ledger.requests(model=model)
+        return [one.id for one in known if not any(row.id in self.data for row in self.ledger.rows_of(one.id))]
 
     def _carry_out(self, run: Run, resumed: bool) -> int:
         """One run: from its requests to their states."""
