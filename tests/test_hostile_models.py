@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from jobs import adapted, job
 
-from llm_unlearn.data import sources
+from llm_unlearn.data import examples, sources
 from llm_unlearn.data.examples import encode
 from llm_unlearn.evaluation.kept import read_part
 from llm_unlearn.models.load import load, read_config, read_tokenizer
@@ -155,15 +156,20 @@ def test_an_adapter_imports_no_module(tiny_base: Path, adapter: Path, mark: Path
         "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}",
         "{{ messages.append.__self__.__class__.__base__.__subclasses__() }}",
         "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% if %}",
     ],
 )
-def test_a_chat_template_sees_nothing_but_the_turns(stranger: Path, template: str, mark: Path) -> None:
+def test_a_chat_template_sees_nothing_but_the_turns_and_comes_to_an_end(
+    stranger: Path, template: str, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples, "LONGEST", 0.3)
     (stranger / "chat_template.jinja").write_text(template.replace("MARK", str(mark)))
     tokenizer = read_tokenizer(Model(base=str(stranger)))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(Refused, match=r"chat template .*model\.chat_template"):
         encode([turns], tokenizer, "forget", 64)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0) and signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
 
 
 # ------------------------------------------------------------------------------------------------------------- data sets

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn.data.files import Row
+from llm_unlearn.data.patience import at_most
 from llm_unlearn.data.sources import row_at
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, fingerprint, shown
@@ -24,7 +25,8 @@ PLAIN_TEMPLATE = (
     "{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
 )
 """The layout of turns for a tokenizer that has none of its own (a base model's)."""
-
+LONGEST = 20.0
+"""Seconds of the processor's time that a chat template may take for one conversation: thousands of times what any takes."""
 
 Turn = dict[str, str]
 """One turn of a chat: role and content."""
@@ -133,7 +135,8 @@ def _laid_out(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], stream: str
         Refused: it has no place for such turns, or is no template.
     """
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+        with at_most(LONGEST):
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
     except Exception as error:  # a template is a program, and may raise what it likes
         roles = ", ".join(column_name(turn["role"]) for turn in turns)
         why = without_quotes(" ".join(str(error).split()))
