@@ -185,17 +185,27 @@ def write(path: Path, text: str) -> None:
         file.write(without_known(text).encode())
 
 
-def seal(folder: Path, to_come: Mapping[str, str] = MappingProxyType({})) -> None:
+def seal(folder: Path, to_come: Mapping[str, str] = MappingProxyType({}), broken: bool = False) -> None:
     """Write down what every file of a run holds, so that a later change can be seen.
 
     Args:
         to_come: texts of files that are written next, by name: what says that a run is finished comes last of all.
+        broken: the run came to nothing good, and has no numbers that say so.
     """
     for name in (names := _sealed(folder)):
         settle(folder / name)  # a hash on the disk without what it is of would call the file changed
     found = {name: sha256(folder / name) for name in names}
     found |= {name: hashlib.sha256(without_known(text).encode()).hexdigest() for name, text in to_come.items()}
-    write(folder / HASHES, json.dumps({"format": 1, "files": dict(sorted(found.items()))}, indent=1))
+    write(
+        folder / HASHES,
+        json.dumps({"format": 1, "files": dict(sorted(found.items())), **({"broken": True} if broken else {})}, indent=1),
+    )
+
+
+def is_broken(folder: Path) -> bool:
+    """Whether a finished run without numbers came to nothing good."""
+    there = (folder / HASHES).is_file()
+    return there and object_in(folder / HASHES, "it was changed since the run wrote it").get("broken") is True
 
 
 def unlike(folder: Path) -> list[str]:

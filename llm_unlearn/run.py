@@ -109,7 +109,7 @@ def run(
             seen["after"] = look.seen(after, "the model after", str(folder), *again)
             del after  # an attack needs the memory
             _conclude(suite, seen, accelerator, cache, folder, str(folder), recipe.evaluation, facts)
-        _end(folder, accelerator)
+        _end(folder, accelerator, outcome.broken)
         return outcome
 
 
@@ -133,11 +133,11 @@ def _begin(recipe: Recipe, job: Job, examples: Examples, accelerator: Accelerato
     accelerator.wait_for_everyone()
 
 
-def _end(folder: Path, accelerator: Accelerator) -> None:
+def _end(folder: Path, accelerator: Accelerator, broken: bool) -> None:
     """Nothing is left of what was under way. An unmeasured run vouches for its files now; others did with their numbers."""
     if accelerator.is_main_process:
         if not (folder / run_folder.HASHES).is_file():
-            run_folder.seal(folder)
+            run_folder.seal(folder, broken=broken)
         run_folder.tidy(folder)
     accelerator.wait_for_everyone()
 

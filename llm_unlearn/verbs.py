@@ -78,7 +78,7 @@ def is_first(environment: Mapping[str, str]) -> bool:
 
 
 def _ended(wanted: recipe.Recipe, options: argparse.Namespace, first: bool) -> Reply:
-    """What a run's folder says of how it ended, the same whenever it is asked; a run without numbers says nothing there."""
+    """What a run's folder says of how it ended, the same whenever it is asked."""
     home = Path(wanted.output)
     results = folder.results_in(home) if (home / folder.RESULTS).is_file() else {}
     asked, ran = bool(wanted.evaluation and wanted.evaluation.thresholds), results.get("run") or {}
@@ -86,7 +86,8 @@ def _ended(wanted: recipe.Recipe, options: argparse.Namespace, first: bool) -> R
     if failed and first:
         print(f"thresholds do not hold: {failed}.", file=sys.stderr)
     facts = {"evaluation": folder.wordless(results)} if options.json and results else {}
-    return Reply(UNFIT if ran.get("broken") or failed else DONE, {"output": wanted.output, **facts})
+    broken = ran.get("broken") if results else folder.is_broken(home)
+    return Reply(UNFIT if broken or failed else DONE, {"output": wanted.output, **facts})
 
 
 def suite_of(wanted: recipe.Recipe, path: Path) -> tuple[suites.Suite | None, str | None]:

@@ -232,6 +232,14 @@ def test_a_finished_run_is_not_resumed_but_said_to_be_finished(
     assert not asked.runs
 
 
+def test_a_run_without_numbers_that_broke_says_so_too(path: Path, asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    path.write_text(RECIPE.replace("evaluation: eval/quick.yaml", "evaluation: null"))
+    home = Path(begun(path, finished=True).output)
+    for broken in (True, False):
+        folder.seal(home, broken=broken)
+        assert main(["run", "r.yaml", "--resume"]) == broken and "this run is finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("found", "said"),
     [
