@@ -529,7 +529,7 @@ def test_ctrl_c_ends_the_children_and_says_how_to_go_on(
         deadline = time.monotonic() + 30
         while not (here / "hanging.txt").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        signal.raise_signal(sent)
+        os.kill(os.getpid(), sent)
 
     before = signal.getsignal(sent)
     thread = threading.Thread(target=interrupt)
@@ -555,9 +555,9 @@ def test_a_second_ctrl_c_ends_children_that_do_not_listen(here: Path) -> None:
         deadline = time.monotonic() + 30
         while not (here / "on").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()

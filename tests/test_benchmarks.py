@@ -108,6 +108,7 @@ def test_rows_are_as_long_as_they_were_measured(tmp_path: Path) -> None:
     assert len(asked) == shapes.TEMPLATE_TOKENS + len(tokenizer(rows[0]["question"])["input_ids"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_all_of_it_at_the_smallest_size(tmp_path: Path) -> None:
     """Both ways compute the same gradients and numbers, or the command would fail; every row is in the table and in the file."""

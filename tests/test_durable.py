@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,30 @@ def test_other_errors_stay_what_they_are() -> None:
         assert found.value is error
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_not_lost_where_python_drops_what_is_raised() -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with leaving() as came:
+        one = Dropped()
+        del one
+        assert came == [], "it is asked again in a moment"
+        with pytest.raises(Left):
+            time.sleep(30)
+        assert came == [signal.SIGTERM]
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
-def test_a_second_signal_ends_at_once_after_a_while(sent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_ends_at_once_after_a_while(sent: int, monkeypatch: pytest.MonkeyPatch, heard: None) -> None:
     monkeypatch.setattr(room, "ONCE", 0.05)
     with leaving() as came, signals() as asked:
         signal.raise_signal(sent)

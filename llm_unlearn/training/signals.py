@@ -15,6 +15,8 @@ LEAVE = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr
 """A node is to be free, or a terminal was closed."""
 ONCE = 3.0
 """Seconds within which a second signal says the same again: schedulers and launchers both pass on what one of them was told."""
+SOON = 0.05
+"""Seconds after which a signal is asked again that came at a moment at which nothing can be ended."""
 
 
 class Left(KeyboardInterrupt):
@@ -52,6 +54,11 @@ def leaving() -> Iterator[list[int]]:
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
+        if _finalizes(frame):
+            later = threading.Timer(SOON, os.kill, (os.getpid(), number))
+            later.daemon = True
+            later.start()
+            return
         first = not _came
         if _again(number, first):
             signal.signal(number, signal.SIG_DFL)
@@ -61,6 +68,15 @@ def leaving() -> Iterator[list[int]]:
 
     with _instead(LEAVE, leave):
         yield _came
+
+
+def _finalizes(frame: FrameType | None) -> bool:
+    """Whether this is a moment at which an object is done away with: Python drops what is raised there, and goes on."""
+    while frame:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 _came: list[int] = []
