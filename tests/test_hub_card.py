@@ -330,6 +330,7 @@ def test_no_text_no_value_and_no_path_leaves_the_machine(made: Made) -> None:
 
 def test_the_published_recipe_is_one_and_keeps_its_hash(made: Made, tmp_path: Path) -> None:
     text = made.pieces()["recipe.yaml"].content.decode()
+    assert "suite: eval/quick.yaml" in text, "which is found wherever llm-unlearn is"
     (tmp_path / "again.yaml").write_text(text)
     again = recipe.load(tmp_path / "again.yaml", check=False)
     assert made.recipe.hash in text.splitlines()[0] and again.train == made.recipe.train and again.model == made.recipe.model

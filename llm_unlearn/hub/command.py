@@ -198,6 +198,8 @@ def told_recipe(run: Run, places: list[Path]) -> dict[str, Any]:
     """The recipe as plain data that can be shown to anybody; it is a recipe still."""
     found: dict[str, Any] = described(plain(run.wanted), places, hub=run.hub)
     found["model"]["base"] = run.base
+    if suite := suite_of(run.wanted):
+        found["evaluation"]["suite"] = suite
     return found
 
 
