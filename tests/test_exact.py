@@ -20,7 +20,7 @@ from llm_unlearn import recipe
 from llm_unlearn import retrained as control
 from llm_unlearn.cli import main
 from llm_unlearn.data.schedule import by_key
-from llm_unlearn.exact import pieces
+from llm_unlearn.exact import measuring, pieces
 from llm_unlearn.exact.forgetting import Session, forget, run
 from llm_unlearn.exact.manifest import adapter_files, read, save
 from llm_unlearn.exact.verify import problems, retrained
@@ -514,3 +514,14 @@ def test_two_processes_make_the_same_bits(method: str, make: Make, tmp_path: Pat
     on_processes(2, "processes.py", str(tmp_path), "exact")
     assert same(adapter(Path(alone.output)), adapter(Path(shared.output)))
     assert problems(Path(shared.output)) == []
+
+
+def test_two_evaluations_are_joined_by_what_their_numbers_are_of() -> None:
+    def of(column: str, *sets: str) -> dict[str, Any]:
+        numbers = [{"set": name, "title": "rouge", "values": {column: {"value": len(name)}}} for name in sets]
+        return {"models": {column: {}}, "numbers": numbers, "curves": {}}
+
+    found = measuring.beside(of("before", "forget_1", "forget_2", "retain"), of("after", "forget_2", "retain", "new"))
+    assert [(one["set"], list(one["values"])) for one in found["numbers"]] == [
+        ("forget_2", ["before", "after"]), ("retain", ["before", "after"]), ("new", ["after"]),
+    ]  # fmt: skip

@@ -133,14 +133,16 @@ def pending(home: Path) -> dict[str, Any]:
 
 
 def beside(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Two evaluations by one suite as one. A column's values follow from its model and the retrained one alone, which both have."""
+    """Two evaluations by one suite as one. A column's values follow from its model and the retrained one alone, which both have.
+    Where rows left the data in between, a set may be there no more."""
 
     def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         return {**one, **other}
 
+    known = {(one["set"], one["title"]): one["values"] for one in before["numbers"]}
     numbers = [
-        {**number, "values": joined(first["values"], number["values"])}
-        for first, number in zip(before["numbers"], after["numbers"], strict=True)
+        {**number, "values": joined(known.get((number["set"], number["title"]), {}), number["values"])}
+        for number in after["numbers"]
     ]
     curves = {name: joined(before["curves"].get(name, {}), curve) for name, curve in after["curves"].items()}
     return {**after, "models": joined(before["models"], after["models"]), "numbers": numbers, "curves": curves}
