@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,50 +119,69 @@ def _row(line: str, number: int, name: str) -> Row:
 
 
 @dataclass(frozen=True)
-class Lines:
-    """A file of JSON lines. It is checked once, line by line; then rows are read from it as they are asked for."""
+class InFile:
+    """Rows of a file that was checked once, row by row, and is read again as they are asked for."""
 
     path: Path
     starts: NDArray[np.int64]
     """(n,) the byte at which each row begins."""
     sizes: NDArray[np.int64]
     """(n,) its bytes."""
-    columns: dict[str, None]
-    """Every column of any row: what a row does not say is none."""
-
-    @staticmethod
-    def of(path: Path, name: str) -> Lines:
-        """Find the rows of a file.
-
-        Raises:
-            Refused: as `read_file`; of several wrong lines the first is named.
-        """
-        starts, sizes, columns, at = array("q"), array("q"), dict[str, None](), 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                text = _checked(line, at, number, path, name)
-                if text.strip():
-                    columns |= dict.fromkeys(_row(text, number, name))
-                    starts.append(at)
-                    sizes.append(len(line))
-                at += len(line)
-        return Lines(path, np.frombuffer(starts, np.int64), np.frombuffer(sizes, np.int64), columns)
+    row: Callable[[str], Row]
+    """How the text of one is read."""
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def at(self, places: NDArray[np.int64]) -> list[Row]:
+        """The rows at these places."""
         rows = []
         with self.path.open("rb") as file:
             for place in places.tolist():
                 if file.tell() != self.starts[place]:
                     file.seek(self.starts[place])
-                row = json.loads(file.read(self.sizes[place]).decode("utf-8-sig"))
-                rows.append(row if len(row) == len(self.columns) else {**self.columns, **row})
+                rows.append(self.row(file.read(self.sizes[place]).decode("utf-8-sig")))
         return rows
 
     def values(self, column: str, places: NDArray[np.int64]) -> list[Any]:
+        """What one column says at these places."""
         return [row[column] for row in self.at(places)]
+
+
+class Finder:
+    """Notes where rows are found."""
+
+    def __init__(self) -> None:
+        self.starts, self.sizes = array("q"), array("q")
+
+    def meet(self, start: int, end: int) -> None:
+        self.starts.append(start)
+        self.sizes.append(end - start)
+
+    def found(self, path: Path, row: Callable[[str], Row]) -> InFile:
+        return InFile(path, np.frombuffer(self.starts, np.int64), np.frombuffer(self.sizes, np.int64), row)
+
+
+def lines_of(path: Path, name: str) -> InFile:
+    """The rows of a file of JSON lines. What a row does not say is none.
+
+    Raises:
+        Refused: it is not what its ending says; of several wrong lines the first is named.
+    """
+    finder, columns, at = Finder(), dict[str, None](), 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = _checked(line, at, number, path, name)
+            if text.strip():
+                columns |= dict.fromkeys(_row(text, number, name))
+                finder.meet(at, at + len(line))
+            at += len(line)
+
+    def row(text: str) -> Row:
+        found: Row = json.loads(text)
+        return found if len(found) == len(columns) else {**columns, **found}
+
+    return finder.found(path, row)
 
 
 def _checked(line: bytes, at: int, number: int, path: Path, name: str) -> str:

@@ -5,16 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from llm_unlearn.data.files import Row, no_other_kind, text_of
+from llm_unlearn.data.files import Finder, InFile, Row, no_other_kind, text_of
 from llm_unlearn.spec import Refused
 from llm_unlearn.unsaid import column_name
 
@@ -29,69 +24,41 @@ KINDS: dict[re.Pattern[str], Kind] = {
 """What all values of a column of CSV look like -> how they are read, narrower ones first."""
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A CSV file: rows under a header. It is checked once, row by row; then rows are read from it as they are asked for.
+def sheet_of(path: Path, name: str) -> InFile:
+    """The rows of a CSV file under its header. A column of which every value is a number, or true or false, is read so; an empty
+    value is none.
 
-    A column of which every value is a number, or true or false, is read so; an empty value is none.
+    Raises:
+        Refused: it is not what its ending says; of several wrong rows the first is named.
     """
+    lines, finder = _Counted(path, name), Finder()
+    csv.field_size_limit(max(path.stat().st_size, csv.field_size_limit()))  # one for the process
+    reader = csv.reader(lines, strict=True)
+    columns: dict[str, _Column] = {}
+    at = 0
+    try:
+        for values in reader:
+            begin, at = at, lines.at
+            if not values:
+                continue
+            if not columns:
+                columns = _header(values, f"{name}:{reader.line_num}")
+                continue
+            if len(values) != len(columns):
+                row = f"row {len(finder.starts) + 1} has {len(values)} values, and the header {len(columns)}"
+                raise Refused(f"{name}:{reader.line_num}: {row}; put text with commas or line breaks in double quotes.")
+            for column, value in zip(columns.values(), values, strict=True):
+                column.meet(value)
+            finder.meet(begin, at)
+    except csv.Error as error:
+        raise Refused(f"{name}:{reader.line_num}: not CSV ({error}); double quotes inside quoted text are doubled.") from None
+    kinds = {title: column.kind for title, column in columns.items()}
 
-    path: Path
-    starts: NDArray[np.int64]
-    """(n,) the byte at which each row begins."""
-    sizes: NDArray[np.int64]
-    """(n,) its bytes."""
-    kinds: dict[str, Kind]
-    """Column -> how its values are read."""
+    def row_in(text: str) -> Row:
+        values = next(csv.reader(io.StringIO(text, newline=""), strict=True))
+        return {title: kind(value) for (title, kind), value in zip(kinds.items(), values, strict=True)}
 
-    @staticmethod
-    def of(path: Path, name: str) -> Sheet:
-        """Find the rows of a file.
-
-        Raises:
-            Refused: it is not what its ending says; of several wrong rows the first is named.
-        """
-        lines = _Counted(path, name)
-        csv.field_size_limit(max(path.stat().st_size, csv.field_size_limit()))  # one for the process
-        reader = csv.reader(lines, strict=True)
-        header: list[str] = []
-        starts, sizes, columns, at = array("q"), array("q"), list[_Column](), 0
-        try:
-            for values in reader:
-                begin, at = at, lines.at
-                if not values:
-                    continue
-                if not header:
-                    header = _header(values, f"{name}:{reader.line_num}")
-                    columns = [_Column() for _ in header]
-                    continue
-                if len(values) != len(header):
-                    row = f"row {len(starts) + 1} has {len(values)} values, and the header {len(header)}"
-                    raise Refused(f"{name}:{reader.line_num}: {row}; put text with commas or line breaks in double quotes.")
-                for column, value in zip(columns, values, strict=True):
-                    column.meet(value)
-                starts.append(begin)
-                sizes.append(at - begin)
-        except csv.Error as error:
-            raise Refused(f"{name}:{reader.line_num}: not CSV ({error}); double quotes inside quoted text are doubled.") from None
-        kinds = {title: column.kind for title, column in zip(header, columns, strict=True)}
-        return Sheet(path, np.frombuffer(starts, np.int64), np.frombuffer(sizes, np.int64), kinds)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def at(self, places: NDArray[np.int64]) -> list[Row]:
-        rows = []
-        with self.path.open("rb") as file:
-            for place in places.tolist():
-                file.seek(self.starts[place])
-                text = file.read(self.sizes[place]).decode()
-                values = next(csv.reader(io.StringIO(text, newline=""), strict=True))
-                rows.append({title: kind(value) for (title, kind), value in zip(self.kinds.items(), values, strict=True)})
-        return rows
-
-    def values(self, column: str, places: NDArray[np.int64]) -> list[Any]:
-        return [row[column] for row in self.at(places)]
+    return finder.found(path, row_in)
 
 
 class _Counted:
@@ -115,11 +82,11 @@ class _Counted:
                 raise
 
 
-def _header(names: list[str], place: str) -> list[str]:
+def _header(names: list[str], place: str) -> dict[str, _Column]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise Refused(f"{place}: the header names column {column_name(twice)} twice; give each a name of its own.")
-    return names
+    return {name: _Column() for name in names}
 
 
 class _Column:

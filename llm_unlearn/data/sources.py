@@ -15,8 +15,8 @@ from typing import Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_unlearn.data.files import Lines, Row, read_file
-from llm_unlearn.data.sheets import Sheet
+from llm_unlearn.data.files import Row, lines_of, read_file
+from llm_unlearn.data.sheets import sheet_of
 from llm_unlearn.embedded import population
 from llm_unlearn.folder import sha256
 from llm_unlearn.source import EMBEDDED, FILES, Source
@@ -192,7 +192,7 @@ def read(name: str, config: str | None = None, split: str | None = None) -> Sequ
         if path.suffix not in FILES:
             raise Refused(f"{name}: cannot read a {path.suffix or 'nameless'} file; expected one of {', '.join(FILES)}.")
         if path.suffix in (".jsonl", ".csv"):
-            held = Rows(Lines.of(path, name) if path.suffix == ".jsonl" else Sheet.of(path, name))
+            held = Rows(lines_of(path, name) if path.suffix == ".jsonl" else sheet_of(path, name))
             return held if path.stat().st_size > LARGE else list(held)
         if (found := read_file(path, name)) is not None:
             return found
