@@ -141,7 +141,8 @@ def without_texts(folder: Path) -> None:
         Refused: the run left no numbers.
     """
     results = run_folder.results_in(folder)
-    if not results["answers"] and not (folder / run_folder.ROWS).exists():
+    gone = not results["answers"] and not (folder / run_folder.ROWS).exists()
+    if gone and not ((folder / run_folder.HASHES).exists() and run_folder.unlike(folder)):  # or it was killed before they fitted
         return
     keep_numbers(results | {"answers": {}}, folder)
 

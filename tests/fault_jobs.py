@@ -158,6 +158,7 @@ def facts_of_requests(home: Path) -> Facts:
         "files": files(home, "runs", "cache"),
         "weights": _weights(runs),
         "numbers": {path.name: _numbers(path) for path in sorted(runs.iterdir())},
+        "unlike": {path.name: run_folder.unlike(path) for path in sorted(runs.iterdir())},
         "rows": {one.id: [row.id for row in ledger.rows_of(one.id)] for one in ledger.requests()},
     }
 

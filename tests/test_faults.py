@@ -4,6 +4,7 @@ bits of an undisturbed run."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -19,8 +20,10 @@ from typing import Any
 
 import psutil
 import pytest
-from fault_jobs import JOBS, Bank, Ended, difference, facts_of_run, half_written
+from fault_jobs import JOBS, RECIPE, SUITE, Bank, Ended, difference, facts_of_run, half_written
 from faults import ROOT, forks
+
+from llm_unlearn.folder import RESULTS, sha256
 
 pytestmark = pytest.mark.slow
 ASKED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 143}
@@ -355,3 +358,63 @@ def test_a_process_of_two_that_dies_takes_no_work_along(bank: Bank, made_once: A
     again = launched(home, *words, "--resume")
     assert again.wait(300) == 0, (home / "said.txt").read_text()
     assert facts_of_run(home)["weights"] == facts_of_run(straight)["weights"]
+
+
+# ------------------------------------------------------------------------------------------------------------ many runs at once
+
+
+MANY = {
+    "bench": ["bench", "recipes", "--suite", "suite.yaml", "--seeds", "2", "--output", "out", "--write", "board.md"],
+    "sweep": ["sweep", "recipes/plain.yaml", "train.lr=1e-3,1e-2", "train.steps=3,5", "evaluation=suite.yaml", "--output", "out"],
+}
+
+
+def facts_of_series(home: Path) -> dict[str, Any]:
+    """Every run's weights and numbers, and what was said of them together."""
+    runs = {path.parent.parent.relative_to(home).as_posix(): path for path in (home / "out").rglob("adapter_model.safetensors")}
+    numbers = {name: json.loads((home / name / RESULTS).read_text())["numbers"] for name in runs}
+    together = home / "out" / ("sweep.json" if (home / "out" / "sweep.json").is_file() else "leaderboard.json")
+    said = json.loads(together.read_text())
+    best = [(one["folder"], one["state"], one.get("score"), one.get("why")) for one in said.get("trials", ())]
+    best += [(one["name"], one["state"], one["score"]["mean"]) for one in said.get("methods", ())]
+    return {"weights": {name: sha256(path) for name, path in runs.items()}, "numbers": numbers, "best": best}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("verb", MANY)
+def test_many_runs_that_are_killed_again_and_again(verb: str, bank: Bank, tmp_path: Path) -> None:
+    """With all that they started, at random times; in the end all is as if nobody had disturbed them."""
+    draw, env = random.Random(verb), {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def started(home: Path) -> psutil.Popen:
+        with (home / "said.txt").open("ab") as said:
+            words = [sys.executable, "-m", "llm_unlearn", *MANY[verb]]
+            one = env | {"LLM_UNLEARN_CACHE": str(home / "cache")}
+            return psutil.Popen(words, cwd=home, env=one, stdout=said, stderr=said, start_new_session=True)
+
+    for name in ("straight", "cut"):
+        (tmp_path / name / "recipes").mkdir(parents=True)
+        for loss in ("npo", "ascent") if verb == "bench" else ("npo",):
+            text = RECIPE.replace("BASE", str(bank.base)).replace("{name: npo}", f"{{name: {loss}}}")
+            file = "plain" if verb == "sweep" else loss
+            (tmp_path / name / "recipes" / f"{file}.yaml").write_text(f"# {loss}\n{text}")
+        (tmp_path / name / "suite.yaml").write_text(f"{SUITE}retrained: {bank.base}\n")
+    straight = started(tmp_path / "straight")
+    begun = time.monotonic()
+    assert straight.wait(600) in (0, 1), (tmp_path / "straight" / "said.txt").read_text()[-2000:]
+    took = time.monotonic() - begun
+    kills = 0
+    for _ in range(8):
+        running = started(tmp_path / "cut")
+        try:
+            running.wait(draw.uniform(0.1, 0.5) * took)
+            break
+        except psutil.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+            kills += 1
+            assert half_written(tmp_path / "cut") == []
+    last = started(tmp_path / "cut")
+    assert last.wait(600) == straight.returncode, (tmp_path / "cut" / "said.txt").read_text()[-2000:]
+    assert kills >= 2 and facts_of_series(tmp_path / "cut") == facts_of_series(tmp_path / "straight")
+    print(f"{verb}: killed {kills} times, {took:.0f} s undisturbed")
