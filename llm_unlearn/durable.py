@@ -148,12 +148,23 @@ def _remove_leftovers(path: Path) -> None:
     name back."""
     start = f".{path.name}.{_here()}."
     for one in path.parent.glob(f"{glob_of(start)}*"):
-        number = one.name.removeprefix(start).removesuffix(FORMER)
-        if number.isdigit() and int(number) != os.getpid() and not _alive(int(number)):
+        if _is_left(one.name.removeprefix(start).removesuffix(FORMER)):
             if one.suffix == FORMER and not path.exists():
                 os.replace(one, path)
             else:
                 _remove(one)
+
+
+def sweep_up(folder: Path) -> None:
+    """Remove every unfinished file of a folder whose process is gone, whatever it was to be called."""
+    for one in folder.glob(f".*.{glob_of(_here())}.*"):
+        if _is_left(one.name.rpartition(f".{_here()}.")[2]):
+            _remove(one)
+
+
+def _is_left(number: str) -> bool:
+    """Whether a process with this number is another's and gone."""
+    return number.isdigit() and int(number) != os.getpid() and not _alive(int(number))
 
 
 def glob_of(text: str) -> str:

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from llm_unlearn import held as shape
 from llm_unlearn import recipe
-from llm_unlearn.durable import remove, settle, whole
+from llm_unlearn.durable import remove, settle, sweep_up, whole
 from llm_unlearn.outward import without_known
 from llm_unlearn.spec import Refused, shown
 from llm_unlearn.written import object_in
@@ -122,6 +122,7 @@ def tidy(folder: Path) -> None:
     """Remove what is needed only while a run is under way; a finished one that was killed as it did so has it still."""
     remove(folder / CHECKPOINTS)  # with the key of a private run
     (folder / PROCESS).unlink(missing_ok=True)
+    sweep_up(folder)
 
 
 def in_the_way(folder: Path) -> Path | None:

@@ -41,6 +41,16 @@ def test_what_a_killed_process_left_is_removed_and_a_living_one_keeps_its_own(tm
     assert left == {"a", names["living"], f".a.elsewhere.{gone.pid}", f".ab.{durable._here()}.{gone.pid}"}
 
 
+def test_a_finished_folder_is_swept(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    kept = (f".a.{durable._here()}.{os.getppid()}", f".a.elsewhere.{gone.pid}", f".{gone.pid}", "a", f".a.{durable._here()}.former")
+    for name in (*kept, f".b.json.{durable._here()}.{gone.pid}"):
+        (tmp_path / name).write_text("half")
+    durable.sweep_up(tmp_path)
+    assert {one.name for one in tmp_path.iterdir()} == set(kept)
+
+
 def test_a_folder_that_a_killed_process_had_put_aside_has_its_name_again(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
