@@ -135,6 +135,8 @@ def audit(options: argparse.Namespace) -> Reply:
     wanted = recipe.load(locate(str(options.recipe)), options.overrides)
     asked = auditing.check(wanted, canaries=options.canaries, guesses=options.guesses, seed=options.seed, output=options.output)
     if found := auditing.held(asked, options.overwrite):
+        if is_first(options.environment):  # it may have been killed as it removed what it needed no more, with the key
+            folder.tidy(asked.output)
         print(auditing.said(found, asked.output))
         return Reply(facts=found)
     from llm_unlearn.auditing.trial import trial

@@ -229,7 +229,7 @@ class Disk:
 
             self.meet("sync", path, torn)
             synced(descriptor)
-            if not self.quiet and self.within(path):
+            if not self.quiet and (self.within(path) or path == self.root):  # the names of the folder that all is in, too
                 self.synced(number)
                 self.written.discard(path)
                 self.sizes[path] = os.path.getsize(path)
