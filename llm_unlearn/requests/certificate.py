@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_unlearn.durable import make_folder, settle, settle_names
+from llm_unlearn.durable import about, make_folder, settle, settle_names
 from llm_unlearn.folder import sha256
 from llm_unlearn.requests.records import canonical
 from llm_unlearn.spec import Refused
@@ -51,18 +51,8 @@ def signing_key(folder: Path) -> Ed25519PrivateKey:
         made = Ed25519PrivateKey.from_private_bytes(secrets.token_bytes(32)).private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        unfinished = path.with_name(f".{KEY}.{os.getpid()}")
-        unfinished.unlink(missing_ok=True)
-        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(made)
-        settle(unfinished)
-        try:
-            os.link(unfinished, path)  # whole or not at all, and the first of several processes wins
-        except FileExistsError:
-            pass
-        finally:
-            unfinished.unlink()
-        settle_names(folder)
+        with about(path):
+            _put_first(path, made)
     if path.stat().st_mode & 0o077:
         raise Refused(f"{path}: others may read this signing key; expected mode 0600. Change it with: chmod 600 {path}")
     try:
@@ -72,6 +62,22 @@ def signing_key(folder: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise Refused(f"{path}: expected an Ed25519 key, found {type(key).__name__}.")
     return key
+
+
+def _put_first(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, unless another process was first."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+        settle(unfinished)
+        os.link(unfinished, path)
+    except FileExistsError:
+        pass
+    finally:
+        unfinished.unlink(missing_ok=True)
+    settle_names(path.parent)
 
 
 def public_text(key: Ed25519PrivateKey) -> str:
