@@ -46,7 +46,9 @@ class AtWork:
         if self.how != "running" or not self.here:
             return self.how == "running"
         try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.began) < 1)
+            process = psutil.Process(self.pid)
+            gone = process.status() == psutil.STATUS_ZOMBIE  # killed, and nobody asks how it ended, as in a container without init
+            return not gone and abs(process.create_time() - self.began) < 1
         except (psutil.Error, ValueError, OverflowError):  # the latter of a number that no process can have
             return False
 

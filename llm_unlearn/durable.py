@@ -179,6 +179,8 @@ def _alive(process: int) -> bool:
         return False
     except OSError:
         return True
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][:1] != "Z"  # it has ended, and nobody asked how
     return True
 
 

@@ -383,7 +383,7 @@ def facts_of_series(home: Path) -> dict[str, Any]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("verb", MANY)
-def test_many_runs_that_are_killed_again_and_again(verb: str, bank: Bank, tmp_path: Path) -> None:
+def test_many_runs_that_are_killed_again_and_again(verb: str, bank: Bank, tmp_path: Path, make_model: Any, tokenizer: Any) -> None:
     """With all that they started, at random times; in the end all is as if nobody had disturbed them."""
     draw, env = random.Random(verb), {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -393,13 +393,15 @@ def test_many_runs_that_are_killed_again_and_again(verb: str, bank: Bank, tmp_pa
             one = env | {"LLM_UNLEARN_CACHE": str(home / "cache")}
             return psutil.Popen(words, cwd=home, env=one, stdout=said, stderr=said, start_new_session=True)
 
+    make_model(hidden_size=32, seed=1, initializer_range=0.02).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
     for name in ("straight", "cut"):
         (tmp_path / name / "recipes").mkdir(parents=True)
         for loss in ("npo", "ascent") if verb == "bench" else ("npo",):
             text = RECIPE.replace("BASE", str(bank.base)).replace("{name: npo}", f"{{name: {loss}}}")
             file = "plain" if verb == "sweep" else loss
             (tmp_path / name / "recipes" / f"{file}.yaml").write_text(f"# {loss}\n{text}")
-        (tmp_path / name / "suite.yaml").write_text(f"{SUITE}retrained: {bank.base}\n")
+        (tmp_path / name / "suite.yaml").write_text(f"{SUITE}retrained: {tmp_path / 'other'}\n")
     straight = started(tmp_path / "straight")
     begun = time.monotonic()
     assert straight.wait(600) in (0, 1), (tmp_path / "straight" / "said.txt").read_text()[-2000:]

@@ -19,7 +19,7 @@ import pytest
 from jobs import RECIPE
 from rich.console import Console
 
-from llm_unlearn import at_work, cli
+from llm_unlearn import at_work, cli, durable
 from llm_unlearn.at_work import AtWork
 from llm_unlearn.at_work import at_work as working
 from llm_unlearn.following import command
@@ -312,6 +312,17 @@ def test_who_is_at_work_says_so_and_how_it_ended(tmp_path: Path) -> None:
     assert "Ada" not in (tmp_path / "process.json").read_text()
     with working(tmp_path / "b", 9, active=False):
         assert not (tmp_path / "b").exists()
+
+
+def test_who_was_killed_and_never_asked_after_is_not_at_work(tmp_path: Path) -> None:
+    """As in a container whose first process does not look after those that lost their parent."""
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    began = psutil.Process(zombie.pid).create_time()
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not AtWork(zombie.pid, began, platform.node(), 9).alive and not durable._alive(zombie.pid)
+    assert durable._alive(os.getpid()) and AtWork(os.getpid(), psutil.Process().create_time(), platform.node(), 9).alive
+    zombie.wait()
 
 
 def test_follow_goes_on_until_the_run_ends(
