@@ -1,5 +1,6 @@
 """Data: where an answer begins and ends, what is read and left out, which step sees what, and how a window is cut."""
 
+import copy
 import json
 import random
 import socket
@@ -18,7 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from llm_unlearn.data.batch import Layout, answer_lengths, cut, lay_out, micro_batches
-from llm_unlearn.data.examples import PLAIN_TEMPLATE, Example, draw, encode, encode_text
+from llm_unlearn.data.examples import PLAIN_TEMPLATE, Example, draw, encode, encode_text, frugal
 from llm_unlearn.data.reading import read_examples
 from llm_unlearn.data.schedule import Schedule, build
 from llm_unlearn.data.sources import rows
@@ -432,6 +433,12 @@ def test_rows_in_both_sets_leave_the_retain_set_where_the_recipe_says_so(tmp_pat
 def test_the_same_question_with_another_answer_is_no_overlap(tmp_path: Path, embedded: Any) -> None:
     data = Data(forget=pairs(table(tmp_path, "f", *qa("a"))), retain=pairs(table(tmp_path, "r", *qa("b"))))
     assert read_examples(data, embedded, 0).overlap == 0
+
+
+def test_a_tokenizer_that_keeps_no_words_encodes_the_same(embedded: Any) -> None:
+    texts = ["Who is Ada?", "Who is Ada, who?", "ä\n"] * 3
+    other = copy.deepcopy(embedded)
+    assert frugal(other) is other and other(texts)["input_ids"] == embedded(texts)["input_ids"]
 
 
 def test_a_chat_and_a_question_with_its_answer_are_the_same_row(tmp_path: Path, embedded: Any) -> None:

@@ -167,6 +167,15 @@ def encode_text(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, stream
     return examples
 
 
+def frugal(tokenizer: Any) -> Any:
+    """The same tokenizer, which keeps no words that it has encoded. `tokenizers` (0.23) does not give them back when a tokenizer is
+    dropped, so a process of many runs would grow with each. Encoding takes a seventh longer."""
+    resize = getattr(getattr(tokenizer.backend_tokenizer, "model", None), "_resize_cache", None)
+    if resize:
+        resize(0)
+    return tokenizer
+
+
 def spelling(tokenizer: Any) -> str:
     """Stands for all that decides how a tokenizer encodes a conversation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llm_unlearn.data.examples import PLAIN_TEMPLATE
+from llm_unlearn.data.examples import PLAIN_TEMPLATE, frugal
 from llm_unlearn.folder import adapter_in
 from llm_unlearn.hub.fetching import MODEL_FILES, SMALL_FILES, named
 from llm_unlearn.lines import text_of
@@ -97,7 +97,7 @@ def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = text_of(Path(model.chat_template))
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    return tokenizer
+    return frugal(tokenizer)
 
 
 def read_config(model: Model) -> Any:
