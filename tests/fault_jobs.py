@@ -4,6 +4,7 @@ run bit by bit."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from llm_unlearn.requests import chain
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.source import Source
 
-RECIPE = """\
+BEGIN = """\
 output: run
 model: {base: BASE, adapter: {rank: 2, alpha: 4}}
 data:
@@ -37,8 +38,9 @@ train:
   lr: 1.0e-2
   window: {forget: 2, retain: 2}
   checkpoint_every: 2
-  stop: {budget: {retain_perplexity: 100.0}, every: 2, rows: 2}
 """
+RECIPE = BEGIN + "  stop: {budget: {retain_perplexity: 100.0}, every: 2, rows: 2}\n"
+PRIVATE = re.sub("npo|kl", "nll", BEGIN) + "  privacy: {noise: 1.0, delta: 1.0e-2, clip: 1.0, reproducible: true}\n"
 EVALUATION = "evaluation: {suite: suite.yaml, every: 3}\n"
 EXACT = """\
 output: run
@@ -49,22 +51,6 @@ data:
 method: {name: sisa, shards: 2, slices: 2, id: id}
 train: {epochs: 1, lr: 1.0e-2, window: {retain: 2}, checkpoint_every: 1}
 evaluation: suite.yaml
-"""
-PRIVATE = """\
-output: run
-model: {base: BASE, adapter: {rank: 2, alpha: 4}}
-data:
-  forget: {source: embedded:forget, prompt: question, answer: answer, limit: 4}
-  retain: {source: embedded:retain, prompt: question, answer: answer, limit: 6}
-objective:
-  forget: {loss: {name: nll}}
-  retain: {loss: {name: nll}}
-train:
-  steps: 5
-  lr: 1.0e-2
-  window: {forget: 2, retain: 2}
-  checkpoint_every: 2
-  privacy: {noise: 1.0, delta: 1.0e-2, clip: 1.0, reproducible: true}
 """
 SUITE = """\
 sets:

@@ -37,6 +37,7 @@ from llm_unlearn.data.batch import lay_out
 from llm_unlearn.evaluation.generation import Ask, written
 from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import encode_set
+from llm_unlearn.hub.fetching import COMBINATION_FILE
 from llm_unlearn.methods.combination import Combination
 from llm_unlearn.methods.contrast import ULD, Contrast, Guided
 from llm_unlearn.methods.edits import strengths_of
@@ -280,7 +281,7 @@ def test_a_combined_model_is_no_control_no_shadow_and_no_begin_of_a_later_reques
 )
 def test_a_file_that_says_no_combination_is_refused(place: Place, change: dict[str, Any], said: str) -> None:
     combined.write(RULES["uld"], place[0])
-    file = place[0] / combined.FILE
+    file = place[0] / COMBINATION_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(Refused, match=r"combination\.json") as error:
         combined.read(place[0])

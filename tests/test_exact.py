@@ -24,8 +24,8 @@ from llm_unlearn.exact import measuring, pieces
 from llm_unlearn.exact.forgetting import Session, forget, run
 from llm_unlearn.exact.manifest import adapter_files, read, save
 from llm_unlearn.exact.verify import problems, retrained
+from llm_unlearn.hub.fetching import COMBINATION_FILE
 from llm_unlearn.methods.exact import S3T, Modules, Placed, Sisa, share_of, sisa_share
-from llm_unlearn.models import combined
 from llm_unlearn.models.joined import join, served
 from llm_unlearn.spec import Refused
 
@@ -74,8 +74,8 @@ def adapter(folder: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
     """All that lies in an adapter's folder, or in those of several: weights by file and name, and how they are combined."""
     files = sorted((folder / name).rglob("*.safetensors"))
     found = {f"{path.parent.name}/{key}": one for path in files for key, one in load_file(path).items()}
-    text = folder / name / combined.FILE
-    return found | ({combined.FILE: torch.tensor(list(text.read_bytes()))} if text.is_file() else {})
+    text = folder / name / COMBINATION_FILE
+    return found | ({COMBINATION_FILE: torch.tensor(list(text.read_bytes()))} if text.is_file() else {})
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -249,7 +249,7 @@ def test_what_was_tampered_with_among_several_adapters_is_named(make: Make, tmp_
 
     for victim, change in (
         (members[1] / "adapter_model.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1])),
-        (home / combined.FILE, lambda text: text.replace(b"0.5,", b"0.25,")),
+        (home / COMBINATION_FILE, lambda text: text.replace(b"0.5,", b"0.25,")),
     ):
         whole, name = victim.read_bytes(), victim.relative_to(home)
         victim.write_bytes(change(whole))
@@ -258,7 +258,7 @@ def test_what_was_tampered_with_among_several_adapters_is_named(make: Make, tmp_
         assert problems(folder) == [f"adapter/{name}: is not what the pieces that serve make"]
         victim.write_bytes(whole)
         save(manifest, folder)
-    (home / combined.FILE).unlink()
+    (home / COMBINATION_FILE).unlink()
     save(replace(manifest, adapter=adapter_files(folder)), folder)
     assert problems(folder) == ["adapter/combination.json: is not what the pieces that serve make"]
 

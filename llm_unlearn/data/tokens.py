@@ -36,9 +36,7 @@ class Tokens(Sequence[Example]):
     def __getitem__(self, place: int | slice) -> Example | list[Example]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
+        place = _counted(place, len(self))
         ids = self.flat[self.starts[place] : self.starts[place + 1]]
         return Example(tuple(ids.tolist()), int(self.answers[place]), self.stream, int(self.rows[place]))
 
@@ -129,10 +127,15 @@ class Companions(Sequence[list[Example]]):
     def __getitem__(self, place: int | slice) -> list[Example] | list[list[Example]]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
+        place = _counted(place, len(self))
         return self.flat[self._ends[place] : self._ends[place + 1]]
+
+
+def _counted(place: int, count: int) -> int:
+    """A place from the begin, of one that may be counted from the end."""
+    if not -count <= place < count:
+        raise IndexError(place)
+    return place % count
 
 
 class Some(Sequence[Example]):

@@ -26,8 +26,6 @@ from llm_unlearn.models.head import Head
 from llm_unlearn.spec import Refused, plain, typed
 from llm_unlearn.written import object_in
 
-FILE = COMBINATION_FILE
-
 
 def combine(net: Any, wanted: Combination) -> Any:
     """A causal model on the same weights whose logits are the combination's; `net` itself stays as it is.
@@ -41,7 +39,8 @@ def combine(net: Any, wanted: Combination) -> Any:
     layers = [layer for layer in net.modules() if isinstance(layer, BaseTunerLayer)]
     there = {name for layer in layers for kind in layer.adapter_layer_names for name in getattr(layer, kind)}
     if lacking := [name for name in wanted.adapters if name not in there]:
-        raise Refused(f"{FILE}: member {lacking[0]!r} is no adapter of this model; there are {', '.join(sorted(there)) or 'none'}.")
+        others = ", ".join(sorted(there)) or "none"
+        raise Refused(f"{COMBINATION_FILE}: member {lacking[0]!r} is no adapter of this model; there are {others}.")
     made = copy.copy(net)
     made._modules = dict(net._modules)  # as a shallow copy shares the table of its parts
     made.config = copy.deepcopy(net.config)
@@ -165,7 +164,7 @@ def combined(logits: list[Tensor], wanted: Combination) -> Tensor:
 
 def is_combined(folder: Path) -> bool:
     """Whether a folder in the place of an adapter's holds several and says how they are combined."""
-    return (folder / FILE).is_file()
+    return (folder / COMBINATION_FILE).is_file()
 
 
 def read(folder: Path) -> Combination:
@@ -174,13 +173,13 @@ def read(folder: Path) -> Combination:
         Refused: the file says no combination, or a member's folder is not there.
     """
     expected = "expected what a run writes there"
-    found = typed(Combination, object_in(folder / FILE, expected), str(folder / FILE), expected)
+    found = typed(Combination, object_in(folder / COMBINATION_FILE, expected), str(folder / COMBINATION_FILE), expected)
     for name in found.adapters:
         if not (folder / name).is_dir():
-            raise Refused(f"{folder / FILE}: member {name!r}: no such folder beside it; write its adapter there again.")
+            raise Refused(f"{folder / COMBINATION_FILE}: member {name!r}: no such folder beside it; write its adapter there again.")
     return found
 
 
 def write(wanted: Combination, folder: Path) -> None:
     """Say how the adapters in the folders of their names are combined."""
-    (folder / FILE).write_text(json.dumps(plain(wanted), indent=1) + "\n", encoding="utf-8")
+    (folder / COMBINATION_FILE).write_text(json.dumps(plain(wanted), indent=1) + "\n", encoding="utf-8")

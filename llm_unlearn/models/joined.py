@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm_unlearn.hub.fetching import COMBINATION_FILE
 from llm_unlearn.methods.combination import Combination
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.models import combined
@@ -50,7 +51,7 @@ class Served:
         """The files in a folder whose content is not this, bit by bit."""
         found = [str(Path(name) / WEIGHTS) for name, one in self.adapters.items() if not _same(one, folder / name / WEIGHTS)]
         there = combined.read(folder) if combined.is_combined(folder) else None
-        return found + [combined.FILE] * (there != self.combination)
+        return found + [COMBINATION_FILE] * (there != self.combination)
 
 
 def _same(weights: Weights, path: Path) -> bool:
