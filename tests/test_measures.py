@@ -716,14 +716,23 @@ def test_model_utility_is_the_harmonic_mean_of_nine():
     assert low < sample.value < high
 
 
-def test_a_collapsed_model_has_no_utility_however_good_a_part_of_it_looks():
-    """One that gives every text the same tiny chance; its truth ratio with 1e-10 added is .9999992, and its ROUGE that of luck."""
+def test_model_utility_has_no_floor_by_default():
+    """A small model whose probability is below .01: the harmonic mean as TOFU defines it, and 0 only with a floor."""
+    row = {"answer": [log(0.0085)], "perturbed": [[log(0.005)]]}
+    table = make(*[row] * 4, truth=["the sea"] * 4, generated=["the cat"] * 4)
+    parts = 0.0085, 0.5, 1 - 0.005 / 0.0085
+    assert value(ModelUtility(set="forget"), table) == pytest.approx(3 / sum(1 / part for part in parts), rel=1e-12)
+    assert value(ModelUtility(set="forget", floor=0.01), table) == 0
+
+
+def test_a_floor_leaves_a_collapsed_model_no_utility():
+    """A model that gives every text the same tiny probability; with 1e-10 added, its truth ratio would be .9999992."""
     row = {"answer": [-12.0], "perturbed": [[-12.5]]}
     table = make(*[row] * 4, truth=["the sea"] * 4, generated=["the sea"] * 4)
-    assert value(ModelUtility(set="forget"), table) == 0  # p = 6e-6 is below the floor
-    assert 0 < value(ModelUtility(set="forget", floor=0.0), table) < 0.01
+    assert 0 < value(ModelUtility(set="forget"), table) < 1e-4
+    assert value(ModelUtility(set="forget", floor=0.01), table) == 0
     gone = make(*[{"answer": [-1e5], "perturbed": [[-1e5]]}] * 4, truth=["the sea"] * 4, generated=["the sea"] * 4)
-    assert value(ModelUtility(set="forget", floor=0.0), gone) == 0
+    assert value(ModelUtility(set="forget"), gone) == 0
 
 
 # ------------------------------------------------------------------------------------------------ PrivLeak and its like

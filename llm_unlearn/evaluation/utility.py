@@ -55,8 +55,8 @@ class OptionProbability:
 @spec
 class ModelUtility:
     """Harmonic mean of nine: {retain, real authors, world facts} × {probability, ROUGE-L recall, truth ratio} (TOFU, 2401.06121,
-    §2.2). Probability on `set` is `probability`, on the `others` `option_probability`; truth ratio is `true_better`. One
-    part at 0, or below `floor`, makes it 0: a collapsed model has no utility, whatever its other parts say."""
+    §2.2). Probability on `set` is `probability`, on the `others` `option_probability`; truth ratio is `true_better`. A
+    harmonic mean is 0 when one part is 0."""
 
     name: Literal["model_utility"] = "model_utility"
     set: str
@@ -64,9 +64,9 @@ class ModelUtility:
     others: tuple[str, ...] = ()
     """Sets whose answers are chosen among wrong ones: TOFU's real authors and world facts."""
     wrong_mean: Literal["arithmetic", "geometric"] = "arithmetic"
-    """Of the truth ratio: as in TOFU's utility code, or through losses (OpenUnlearning)."""
-    floor: Share = 0.01
-    """A part below this counts as 0."""
+    """Average of the wrong answers in the truth ratio: `arithmetic` as in TOFU's equation 1, `geometric` as in OpenUnlearning."""
+    floor: Share = 0.0
+    """Count a part below this as 0, so that a collapsed model has no utility, whatever its other parts are. TOFU has no floor."""
 
     needs: ClassVar[tuple[Need, ...]] = ("answer", "paraphrase", "perturbed", "generation")
     unit: ClassVar[str] = "share"
