@@ -202,7 +202,11 @@ def test_an_unknown_head_is_refused(make_model: Callable[..., Any]) -> None:
 
     class Halved(torch.nn.Module):
         config, device = model.config, model.device
-        base_model = model.base_model
+        base_model_prefix = "model"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model.model
 
         def get_output_embeddings(self) -> Any:
             return model.get_output_embeddings()

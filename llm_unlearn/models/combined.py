@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from llm_unlearn.hub.fetching import COMBINATION_FILE
 from llm_unlearn.methods.combination import Combination
 from llm_unlearn.models.head import Head
+from llm_unlearn.models.structure import body_of
 from llm_unlearn.spec import Refused, plain, typed
 from llm_unlearn.written import object_in
 
@@ -50,7 +51,8 @@ def combine(net: Any, wanted: Combination) -> Any:
     for owner, name, neutral in (*places, (text, "final_logit_softcapping", None)):
         if getattr(owner, name, None) is not None:  # each member's logits are scaled and capped before they are combined
             setattr(owner, name, neutral)
-    setattr(made, net.base_model_prefix, Members(net.base_model, layers, wanted))
+    name, body = body_of(net)
+    setattr(made, name, Members(body, layers, wanted))
     made.set_output_embeddings(CombinedHead(head, wanted))
     return made
 

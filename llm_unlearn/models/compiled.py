@@ -16,6 +16,7 @@ from torch import nn
 
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.models.load import causal
+from llm_unlearn.models.structure import body_of
 
 VARIANTS = 64
 """Most compiled forms of a layer: with and without gradient, with the adapter on and off, end to end and padded, and PyTorch's
@@ -30,7 +31,7 @@ class Compiled:
         Args:
             backend: one of PyTorch's.
         """
-        _, blocks = blocks_of(causal(model).base_model)
+        _, blocks = blocks_of(body_of(causal(model))[1])
         # rounded where the layer itself rounds, and not only at the end of what is fused
         as_written: dict[str, Any] | None = {"emulate_precision_casts": True} if backend == "inductor" else None
         self.passes: dict[nn.Module, Callable[..., Any]] = {

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llm_unlearn.models.combined import Members
+from llm_unlearn.models.structure import decoder_layers
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.spec import Refused
 
@@ -31,6 +32,7 @@ def watched(net: Any, layers: Layers, nudge: Nudge | None, swap: Swap | None = N
         yield outputs
         return
     name, blocks = blocks_of(net)
+    owner, _, name = name.rpartition(".")
 
     def keep(layer: int) -> Callable[..., Any]:
         def hook(block: nn.Module, given: Any, made: Any) -> Any:
@@ -54,25 +56,23 @@ def watched(net: Any, layers: Layers, nudge: Nudge | None, swap: Swap | None = N
     handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in chosen]
     try:
         if TOP not in layers:
-            setattr(net, name, blocks[: max(chosen) + 1])
+            setattr(net.get_submodule(owner), name, blocks[: max(chosen) + 1])
         yield outputs
     finally:
-        setattr(net, name, blocks)
+        setattr(net.get_submodule(owner), name, blocks)
         for handle in handles:
             handle.remove()
 
 
 def blocks_of(net: Any) -> tuple[str, nn.ModuleList]:
-    """The decoder layers of a transformers model, and the name under which it has them."""
+    """Return the full name and the list of a model's decoder layers.
+
+    Raises:
+        Refused: the model combines the logits of several, or its layers were not found.
+    """
     if isinstance(net, Members):
         raise Refused(
             "this model combines the logits of several, each with hidden states of its own: its layers cannot be read or changed "
             "as those of one model."
         )
-    depth = int(net.config.get_text_config().num_hidden_layers)
-    for name, child in net.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == depth:
-            return name, child
-    raise Refused(
-        f"{type(net).__name__}: its {depth} decoder layers were not found; losses on hidden states cannot be used with it."
-    )
+    return decoder_layers(net)

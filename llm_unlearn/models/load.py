@@ -240,7 +240,7 @@ def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
     """
     targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
     if targets == "all-linear" and adapter.layers is not None:  # peft wants names beside layers
-        _, blocks = blocks_of(net.base_model)
+        _, blocks = blocks_of(net)
         targets = sorted({name.rpartition(".")[2] for name, layer in blocks.named_modules() if isinstance(layer, nn.Linear)})
     config = peft.LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM",

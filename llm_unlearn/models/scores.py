@@ -21,6 +21,7 @@ from llm_unlearn.models.depth import Layers, Nudge, watched
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
 from llm_unlearn.models.packing import arguments
+from llm_unlearn.models.structure import body_of
 from llm_unlearn.models.tokenwise import CACHED, OfDistribution, OfLikelihood, parts, tokenwise
 from llm_unlearn.objectives.terms import AnyLoss, skipped
 from llm_unlearn.objectives.views import TOP, beside
@@ -53,7 +54,7 @@ class Scorer(nn.Module):
             embeds: (B, L, D) that stand in place of the tokens' embeddings; `input_ids` is None then.
             packing: how sequences lie end to end, for a model that `can_pack`.
         """
-        net = causal(self.model).base_model
+        _, net = body_of(causal(self.model))
         with watched(net, layers, nudge, (swap, at) if swap else None) as outputs:
             last = net(input_ids=input_ids, inputs_embeds=embeds, use_cache=False, **arguments(packing)).last_hidden_state
         outputs[TOP] = torch.as_tensor(last)  # (B, L, D)

@@ -15,6 +15,7 @@ from llm_unlearn.models.depth import Layers
 from llm_unlearn.models.load import causal
 from llm_unlearn.models.packing import offer, withdraw
 from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.models.structure import body_of, decoder_layers
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.spec import Refused, reason
 
@@ -99,7 +100,8 @@ def last_norm(model: Any) -> nn.Module:
     net = causal(model)
     ids, at = _few_tokens(net)
     parts: list[nn.Module] = []
-    handles = [part.register_forward_hook(lambda part, given, made: parts.append(part)) for part in net.base_model.children()]
+    owner = body_of(net)[1].get_submodule(decoder_layers(body_of(net)[1])[0].rpartition(".")[0])
+    handles = [part.register_forward_hook(lambda part, given, made: parts.append(part)) for part in owner.children()]
     deepest = int(net.config.get_text_config().num_hidden_layers) - 1
     try:
         with torch.no_grad():

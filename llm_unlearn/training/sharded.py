@@ -28,6 +28,7 @@ from llm_unlearn.methods.retrain import Retrain
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.models.load import causal
 from llm_unlearn.models.scores import Scorer
+from llm_unlearn.models.structure import body_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.spec import Refused
 from llm_unlearn.training import shards
@@ -113,7 +114,7 @@ def prepare(scorer: Scorer, optimizer: torch.optim.Optimizer, accelerator: Accel
     Decoder layers are sharded one by one. The rest (embeddings, last norm, head, whether tied or not) is one group at the root.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        _, blocks = blocks_of(causal(scorer.model).base_model)
+        _, blocks = blocks_of(body_of(causal(scorer.model))[1])
         plugin = accelerator.state.fsdp_plugin
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
         plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})

@@ -1,0 +1,47 @@
+"""Parts of a transformers causal LM, found by their structure: its body and its decoder layers.
+
+Attributes such as `base_model_prefix` differ between architectures and are wrong in some (Llama-4), so the module tree decides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from llm_unlearn.spec import Refused
+
+
+def decoder_layers(net: Any) -> tuple[str, nn.ModuleList]:
+    """Return the full name and the list of a model's decoder layers, at any depth.
+
+    These are the outermost `nn.ModuleList` of `num_hidden_layers` modules; of several, the one that holds most weights, as
+    attention or mixers lie in it.
+
+    Raises:
+        Refused: no list has that length.
+    """
+    depth = int(net.config.get_text_config().num_hidden_layers)
+    lists = {name: part for name, part in net.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth}
+    outermost = {name: part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    if not outermost:
+        raise Refused(f"{type(net).__name__}: its {depth} decoder layers were not found; this architecture is not supported.")
+    name = max(outermost, key=lambda one: sum(weight.numel() for weight in outermost[one].parameters()))
+    return name, outermost[name]
+
+
+def body_of(net: Any) -> tuple[str, Any]:
+    """Return the attribute name and the module of everything below the output head; it returns `last_hidden_state`.
+
+    It is the module that `base_model_prefix` names, or, where that names none, the child that holds the decoder layers.
+
+    Raises:
+        Refused: the model has no such part.
+    """
+    prefix = str(net.base_model_prefix)
+    if prefix in net._modules:
+        return prefix, net._modules[prefix]
+    name, _, inner = decoder_layers(net)[0].partition(".")
+    if not inner:
+        raise Refused(f"{type(net).__name__}: its decoder is no part of its own; this architecture is not supported.")
+    return name, net._modules[name]
