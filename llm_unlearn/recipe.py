@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import AnyMethod
+from llm_unlearn.methods.retrain import Retrain
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Data, Evaluation, Model, Track, Train, missing_tracker
@@ -235,6 +236,9 @@ def _privacy_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         return
     if (privacy.epsilon is None) == (privacy.noise is None):
         yield say("give epsilon, and the noise is found from it, or noise, and epsilon follows.", "train", "privacy")
+    if recipe.method and not isinstance(recipe.method, (Retrain, NoisyFinetune)):  # the latter says more of it itself
+        text = f"{recipe.method.name} moves weights outside of private steps, without noise; take out one of the two."
+        yield say(text, "train", "privacy")
     if train.rules:
         yield say("a rule reads gradients without noise, which privacy does not cover; give rules: [].", "train", "rules")
     for name in ("offload", "compile"):

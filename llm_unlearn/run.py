@@ -99,7 +99,7 @@ def run(
                 return outcome
             saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
         facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
-        facts |= secret.spent(job.noisy, folder, outcome.step, accelerator.is_main_process)
+        facts |= secret.spent(job.noisy, folder, outcome.kept, accelerator.is_main_process)
 
         if look and suite and recipe.evaluation:
             after = _become(loaded, model, combination, saved, whole)

@@ -27,8 +27,11 @@ from llm_unlearn.run import run
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.certified import Certified, certified_by
+from llm_unlearn.training.checkpoint import Progress
+from llm_unlearn.training.divergence import Watch
 from llm_unlearn.training.job import Job
 from llm_unlearn.training.loop import train
+from llm_unlearn.training.window import Window
 
 SETTINGS = NoisyFinetune(reference="x", epsilon=2.0, delta=1e-3, radius=0.5, noisy_steps=4, rate=0.05, clip=1.0, decay=0.1)
 
@@ -166,6 +169,78 @@ def test_it_goes_on_where_it_was_bit_for_bit(make_model: Callable[..., Any], pub
         assert torch.equal(weights(straight), weights(resumed))
         assert log(tmp_path / str(at) / "straight") == log(tmp_path / str(at) / "cut")
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# ------------------------------------------------------------------------------------- a certificate is of what is kept
+
+
+def draws_in(model: Any, public: Any, wanted: NoisyFinetune) -> float:
+    """Return how many draws of noise these weights hold, from their RMS distance to the reference: σ² Σ_{k<n} c^2k."""
+    apart = (weights(model).double() - weights(public).double()).square().mean() / wanted.sigma**2
+    c2 = (1 - wanted.decay) ** 2
+    return math.log(1 - float(apart) * (1 - c2)) / math.log(c2)
+
+
+@pytest.mark.parametrize("said", [4000.0, math.nan])
+@pytest.mark.parametrize("since", [2, 13, 15])
+def test_whatever_ends_the_run_the_kept_weights_hold_every_noisy_step(
+    make_model: Callable[..., Any], public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: int, said: float
+) -> None:
+    """The loss is wild from some step on, within the twelve noisy ones or after them."""
+    backward, count = Window.backward, [0]
+
+    def changed(self: Window, *given: Any, **named: Any) -> dict[str, float]:
+        count[0] += 1
+        found = backward(self, *given, **named)
+        return found | {"retain": said if count[0] >= since else 2.0}
+
+    monkeypatch.setattr(Window, "backward", changed)
+    model, wanted = make_model(), certified_job(public, steps=24, noisy_steps=12)
+    outcome = train(wanted, model, Accelerator(cpu=True), tmp_path / "run")
+    assert wanted.certified
+    assert outcome.kept >= 12 and wanted.certified.facts(outcome.kept)["epsilon"] == 2.0
+    assert outcome.broken == (math.isnan(said) or since > 13)  # one that was always so high has not exploded
+    if outcome.kept == 12:
+        assert draws_in(model, make_model(seed=7), wanted.certified.settings) == pytest.approx(12, rel=0.05)
+    else:
+        assert outcome.kept == outcome.step
+
+
+def test_a_run_that_explodes_after_the_noise_keeps_the_last_noisy_weights(
+    make_model: Callable[..., Any], public: Path, tmp_path: Path
+) -> None:
+    """The certificate once was of weights that held ten of fifteen draws."""
+    wanted = certified_job(public, steps=24, noisy_steps=15)
+    wanted = dataclasses.replace(wanted, settings=dataclasses.replace(wanted.settings, lr=1000.0))
+    model = make_model()
+    outcome = train(wanted, model, Accelerator(cpu=True), tmp_path / "run")
+    assert wanted.certified and outcome.broken and outcome.kept == 15 < outcome.step
+    assert draws_in(model, make_model(seed=7), wanted.certified.settings) == pytest.approx(15, rel=0.05)
+
+
+def test_a_gradient_that_is_not_finite_counts_as_nothing(make_model: Callable[..., Any]) -> None:
+    """Such a step is decay and noise, and does not end the run: where it ended would tell of weights without their noise."""
+    made, moved = Certified(SETTINGS, "x", b"a key"), []
+    for value in (math.nan, math.inf, 0.0):
+        model = make_model()
+        mine = list(trainable(model).values())
+        origin = [torch.zeros_like(weight) for weight in mine]
+        for weight in mine:
+            weight.grad = torch.ones_like(weight) * value
+        made.move(mine, origin, 1)
+        moved.append(weights(model))
+    assert torch.isfinite(moved[0]).all() and torch.equal(moved[0], moved[2]) and torch.equal(moved[1], moved[2])
+
+
+def test_a_checkpoint_of_an_earlier_version_gives_back_nothing_before_the_noise(
+    make_model: Callable[..., Any], public: Path
+) -> None:
+    """It holds a copy of weights from within the noisy steps, and what their losses were."""
+    job = certified_job(public, steps=40, noisy_steps=12)
+    old = Progress(step=14, safe_step=10, safe={"x": torch.zeros(1)}, watch={"seen": {"retain": [1e9]}})
+    watch = Watch(job, make_model(), old, Accelerator(cpu=True))
+    assert watch.before({"retain": 2.0, "lr": 1e-2, "grad_norm": 1.0}, {"retain": 1.0}) is None
+    assert old.safe_step == 14 and "x" not in old.safe and old.watch["seen"]["retain"] == [2.0]
 
 
 WHOLE = """\

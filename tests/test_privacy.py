@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from jobs import RECIPE, ROOT, adapted, log, moved_by, refusal, rows, straight_and_resumed, weights
 from scipy import stats
@@ -35,6 +36,7 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.training import secret
 from llm_unlearn.training.clipped import Clipped
 from llm_unlearn.training.job import Job
+from llm_unlearn.training.loop import train
 from llm_unlearn.training.privacy import Mechanism, Privacy, mechanism
 from llm_unlearn.training.secret import new_key
 from llm_unlearn.training.window import Window
@@ -56,9 +58,9 @@ def private_job(terms: Any = None, noise: float = SILENT, clip: float = 0.5, ste
     """Poisson windows of rows of very different length; keywords are those of `train:`."""
     asked = Privacy(noise=noise, delta=1e-3, clip=clip, per_example=settings.pop("per_example", "mean"), reproducible=True)
     streams = {name: rows(name, size, k) for k, (name, size) in enumerate(SIZES.items(), 1)}
-    train = Train(**({"lr": 1e-2, "batch_tokens": 200, "warmup": 0.0, "privacy": asked} | settings))
+    chosen = Train(**({"lr": 1e-2, "batch_tokens": 200, "warmup": 0.0, "privacy": asked} | settings))
     made = Mechanism(asked, RATES, 10.5, steps, KEY)
-    return Job(terms or TERMS, streams, poisson(SIZES, RATES, KEY, steps), train, 4, private=made)
+    return Job(terms or TERMS, streams, poisson(SIZES, RATES, KEY, steps), chosen, 4, private=made)
 
 
 def reference(job: Job, step: int, model: Any, before: Any) -> tuple[dict[str, Tensor], list[float]]:
@@ -219,6 +221,70 @@ def test_a_key_is_secret_or_of_the_seed() -> None:
     assert new_key(False, 0) != new_key(False, 0) and len(new_key(False, 0)) == 32
     assert new_key(True, 0) == new_key(True, 0) != new_key(True, 1)
     assert "hush" not in repr(Mechanism(Privacy(noise=1.0, delta=1e-3, clip=1.0), RATES, 1.0, 1, b"hush"))
+
+
+# ----------------------------------------------------------------------------------------- nothing but the noise is read
+
+
+@pytest.mark.parametrize("step_of", [lambda step: math.nan, lambda step: 4000.0 if step > 14 else 2.0, lambda step: 0.7])
+def test_no_loss_ends_a_private_run(
+    make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, step_of: Callable[[int], float]
+) -> None:
+    """Losses that are not finite, explode, or never change: they are computed from the rows without noise."""
+    backward = Clipped.backward
+
+    def changed(self: Clipped, window: Any, terms: Any, factors: Any, step: int) -> dict[str, float]:
+        return backward(self, window, terms, factors, step) | {"forget": step_of(step), "retain": step_of(step)}
+
+    monkeypatch.setattr(Clipped, "backward", changed)
+    outcome = train(private_job(noise=0.5, steps=25, lr=1e-3), adapted(make_model), Accelerator(cpu=True), tmp_path)
+    assert (outcome.status, outcome.step, outcome.kept, outcome.broken) == ("finished", 25, 25, False)
+    assert ("not finite at step 1;" in capsys.readouterr().err) == math.isnan(step_of(1))
+
+
+def test_the_noisy_gradient_may_end_a_private_run_which_then_claims_all_planned_steps(
+    make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it ends is a function of what is private already. The gradient that ended it was read, though no step was taken."""
+    backward = Clipped.backward
+
+    def changed(self: Clipped, window: Any, terms: Any, factors: Any, step: int) -> dict[str, float]:
+        found = backward(self, window, terms, factors, step)
+        if step == 7:
+            self.model.weights[0].grad = torch.full_like(self.model.weights[0], math.inf)
+        return found
+
+    monkeypatch.setattr(Clipped, "backward", changed)
+    job = private_job(noise=0.5, steps=25, lr=1e-3)
+    outcome = train(job, adapted(make_model), Accelerator(cpu=True), tmp_path)
+    assert job.private and outcome.broken and outcome.kept == 7 and "grad_norm not finite at step 8" in outcome.reason
+    facts = secret.spent(job.noisy, tmp_path, outcome.kept, True)["privacy"]
+    assert facts["epsilon"] == job.private.epsilon(25) > job.private.epsilon(8)
+    assert (facts["steps"], facts["kept_step"]) == (25, 7)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_row_whose_gradient_is_not_finite_counts_as_nothing(make_model: Callable[..., Any], value: float) -> None:
+    job, model = private_job(), adapted(make_model, 0.1)
+    here: Any = Rank(0, 1)
+    here.distributed_type = DistributedType.NO
+    assert job.private
+    clipped = Clipped(job.private, model_of(job, model, make_model()), here, False)
+    each = [torch.randn(3, *weight.shape) for weight in clipped.model.weights]
+    with_it, without = ([torch.zeros_like(weight) for weight in clipped.model.weights] for _ in range(2))
+    clipped._add(without, [one[[0, 2]] for one in each])
+    each[1][1] = value
+    clipped._add(with_it, each)
+    assert all(torch.allclose(one, other, atol=1e-7) for one, other in zip(with_it, without, strict=True))
+
+
+@pytest.mark.parametrize("name", ["dampening", "influence", "sisa", "task_vector"])
+def test_no_guarantee_is_claimed_where_weights_move_without_noise(tmp_path: Path, name: str) -> None:
+    """An edit once wrote the ε of a training that never was."""
+    method = PRIVATE[: PRIVATE.index("objective")] + PRIVATE[PRIVATE.index("train") :] + f"method: {{name: {name}}}\n"
+    (tmp_path / "r.yaml").write_text(method)
+    with pytest.raises(Refused, match=rf"train\.privacy: {name} moves weights outside of private steps"):
+        recipe.load(tmp_path / "r.yaml")
 
 
 # ------------------------------------------------------------------------------------------------------------- a run

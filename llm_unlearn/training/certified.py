@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,10 +58,16 @@ class Certified:
 
     @torch.no_grad()
     def move(self, weights: Sequence[nn.Parameter], origin: Gradient, step: int) -> None:
-        """One noisy step along the weights' gradients: d ← (1 − decay) d − γ clip(g) + N(0, σ²)."""
+        """Take one noisy step along the weights' gradients: d ← (1 − decay) d − γ clip(g) + N(0, σ²).
+
+        A gradient that is not finite counts as 0: no longer than C₁, as the proof asks, so that no step has to end the run.
+        """
         wanted = self.settings
         slopes = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-        factor = wanted.rate * min(1.0, wanted.clip / max(norm(slopes), 1e-30))
+        length = norm(slopes)
+        if not math.isfinite(length):
+            slopes, length = [torch.zeros_like(weight) for weight in weights], 0.0
+        factor = wanted.rate * min(1.0, wanted.clip / max(length, 1e-30))
         made: Gradient = []
         for k, (weight, start, slope) in enumerate(zip(weights, origin, slopes, strict=True)):
             noise = torch.from_numpy(normals(self.key, "certified", step, k, count=weight.numel())).view(weight.shape)
@@ -80,10 +87,14 @@ class Certified:
             ]
         )
 
-    def facts(self, steps: int) -> dict[str, Any]:
-        """What is written beside the result; ε is None where the noisy steps were not all done."""
+    def facts(self, kept: int) -> dict[str, Any]:
+        """Return what is written beside the result.
+
+        Args:
+            kept: the step whose weights are kept; ε is None where these do not hold all noisy steps.
+        """
         wanted = self.settings
-        done = steps >= wanted.noisy_steps
+        done = kept >= wanted.noisy_steps
         return {
             "kind": "certified unlearning",
             "epsilon": wanted.epsilon if done else None,

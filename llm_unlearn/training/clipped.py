@@ -89,16 +89,18 @@ class Clipped:
         return {name: mean for name, mean in window.totals(terms, sums).items() if window.denominator(name, terms[name])}
 
     def _add(self, total: Gradient, each: Gradient) -> None:
-        """total += Σ_i clip(g_i)
+        """total += Σ_i clip(g_i); a gradient that is not finite counts as 0, so that no row decides whether the run ends.
 
         Args:
             each: a tensor (B, …) per weight.
         """
         squares = torch.stack([one.flatten(1).square().sum(1) for one in each]).sum(0)  # (B,)
         clip = self.mechanism.settings.clip
-        share = clip / squares.sqrt().clamp(min=clip)  # min(1, C / ‖g_i‖)
+        finite = squares.isfinite()
+        share = torch.where(finite, clip / squares.sqrt().clamp(min=clip), 0)  # min(1, C / ‖g_i‖)
         for so_far, one in zip(total, each, strict=True):
-            so_far += torch.tensordot(share.to(so_far), one.to(so_far), 1)
+            kept = one if finite.all() else one[finite]
+            so_far += torch.tensordot(share[finite].to(so_far), kept.to(so_far), 1)
 
 
 def _linear(model: Model) -> list[nn.Linear]:

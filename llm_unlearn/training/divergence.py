@@ -9,11 +9,15 @@
 The bounds are far from all that sound runs do (`tests/test_divergence.py` carries out every shipped recipe), so nobody sets them. A
 forget loss is never judged by its size: ascent's falls without bound. At the full learning rate means at least half of `train.lr`,
 as a warm-up may begin with steps that round to nothing. The model's side effects have bounds of their own (`train.stop`, guard.py).
+
+A run with a guarantee ends by nothing that the guarantee does not cover (docs/privacy.md). Under `train.privacy` only the noisy
+gradient and the weights are checked, no loss. A certified run is checked from its last noisy step on, and nothing earlier is restored.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
@@ -52,12 +56,29 @@ class Watch:
         self.weights = list(trainable(model).values())
         small = sum(weight.numel() for weight in self.weights) <= LARGEST and not is_sharded(model)
         self.copies, self.sharded = small and not job.settings.stop, is_sharded(model)
-        self.forget = [name for name, term in job.terms.items() if stream_of(term, name) == "forget"]
+        self.forget = [] if job.private else [name for name, term in job.terms.items() if stream_of(term, name) == "forget"]
+        self.first = job.certified.settings.noisy_steps if job.certified else 0
+        """Steps that end no run: they read weights that the certificate does not cover."""
+        self.history = 1 if job.certified else HISTORY  # after the noise a loss that is learnt begins as what it was before
+        self.warned = False
 
     def _begin(self) -> None:
         """Remember the start, or where a checkpoint of an earlier version was gone on with."""
-        self.progress.watch = {"start": self._digest(), "full": 0, "seen": {}, "beyond": {}, "range": {}}
+        since = self.progress.step
+        self.progress.watch = {"since": since, "start": self._digest(), "full": 0, "seen": {}, "beyond": {}, "range": {}}
+        self.progress.safe, self.progress.safe_step = {}, 0
         self._copy()
+
+    def _read(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Return the values that may end the run: of a private run, no loss, as losses are computed from the rows without noise."""
+        return {name: value for name, value in row.items() if not (self.job.private and name in self.job.terms)}
+
+    def _warn(self, row: Mapping[str, float]) -> None:
+        """Say once that a value is not finite and does not end the run."""
+        broken = [name for name, value in row.items() if not math.isfinite(value)]
+        if broken and not self.warned and self.accelerator.is_main_process:
+            print(NOT_ENDED.format(", ".join(broken), self.progress.step + 1), file=sys.stderr)
+        self.warned = self.warned or bool(broken)
 
     def before(self, row: Mapping[str, float], weights: Mapping[str, float]) -> Outcome | None:
         """How a step that must not be taken ends the run; the weights are still those before it.
@@ -70,9 +91,14 @@ class Watch:
             Refused: nothing would be learnt or forgotten.
         """
         progress = self.progress
-        if not progress.watch:
+        if progress.step < self.first:
+            self._warn(row)
+            return None
+        if not progress.watch or progress.watch.get("since", 0) < self.first:  # the latter of an earlier version's checkpoint
             self._begin()
-        broken = [name for name, value in row.items() if not math.isfinite(value)]
+        read = self._read(row)
+        self._warn({name: value for name, value in row.items() if name not in read})
+        broken = [name for name, value in read.items() if not math.isfinite(value)]
         if broken:
             reason = f"{', '.join(broken)} not finite at step {progress.step + 1}"
             if progress.good or all(bool(torch.isfinite(_local(weight)).all()) for weight in self.weights):
@@ -84,17 +110,19 @@ class Watch:
                 "objective: not one trainable weight received a gradient in the first step, so nothing would be learnt or "
                 "forgotten."
             )
-        return self._exploded(row)
+        return self._exploded(read)
 
     def after(self, row: Mapping[str, float], weights: Mapping[str, float]) -> Outcome | None:
         """How a step that was taken ends the run. `progress` counts it already."""
         progress, watch = self.progress, self.progress.watch
+        if progress.step <= self.first:
+            return None
         if row["lr"] >= 0.5 * self.job.settings.lr:
             watch["full"] += 1
             self._note(row, weights)
         last = progress.step == self.job.schedule.steps
         if (watch["full"] == STILL or (last and watch["full"] < STILL)) and not self._moved(watch["start"]):
-            return Outcome("stopped", progress.step, progress.step, STOOD_STILL.format(progress.step, row["lr"]), True)
+            return Outcome("stopped", progress.step, progress.step, STOOD_STILL.format(progress.step - self.first, row["lr"]), True)
         if watch["full"] == UNCHANGED:
             for name, (low, high, count) in watch["range"].items():
                 if count == UNCHANGED and high - low <= SAME * max(abs(low), abs(high)):
@@ -118,7 +146,7 @@ class Watch:
         bounds["grad_norm"] = (GRADIENT_TIMES, GRADIENT_LEAST)
         for name, (times, least) in bounds.items():
             value, seen = abs(row[name]), watch["seen"].setdefault(name, [])
-            usual = max(median(seen), least) if len(seen) >= HISTORY else math.inf
+            usual = max(median(seen), least) if len(seen) >= self.history else math.inf
             if value <= times * usual:
                 watch["beyond"][name] = 0
                 watch["seen"][name] = [*seen, value][-RECENT:]
@@ -159,6 +187,10 @@ STOOD_STILL = (
 FORGETS_NOTHING = (
     "objective.{} {} since the first of {} steps, so nothing is forgotten: its loss is saturated by its settings, or reaches "
     "nothing that is trained, or train.lr is far too small"
+)
+NOT_ENDED = (
+    "warning: {} not finite at step {}; gradients that are not finite count as 0 here, and the run goes on: where it ended would "
+    "depend on what its guarantee hides"
 )
 EXPLODED = "{} is {:.3g}, {:.2g} times what it was, {} steps in a row, at step {}; a smaller train.lr may help"
 

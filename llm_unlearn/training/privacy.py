@@ -120,12 +120,19 @@ class Mechanism:
             ]
         )
 
-    def facts(self, steps: int) -> dict[str, Any]:
-        """What is written beside the result."""
+    def facts(self, kept: int) -> dict[str, Any]:
+        """Return what is written beside the result.
+
+        ε is that of all planned steps, also of a run that ended before: where it ends is read from noisy gradients, so that only
+        the whole sequence of steps has an ε that was fixed beforehand (Rogers et al. 2016, 1605.08294).
+
+        Args:
+            kept: the step whose weights are kept.
+        """
         wanted = self.settings
         return {
-            "epsilon": self.epsilon(steps), "delta": wanted.delta, "noise_multiplier": self.sigma, "clip": wanted.clip,
-            "sampling_rate": self.rate, "steps": steps, "accountant": wanted.accountant,
+            "epsilon": self.epsilon(self.steps), "delta": wanted.delta, "noise_multiplier": self.sigma, "clip": wanted.clip,
+            "sampling_rate": self.rate, "steps": self.steps, "kept_step": kept, "accountant": wanted.accountant,
             "kind": "differential privacy", "unit": "one row, added or removed", "assumptions": self.assumptions,
         }  # fmt: skip
 

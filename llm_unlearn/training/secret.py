@@ -27,8 +27,8 @@ class Noisy(Protocol):
         """What is told before the run: what it costs, and what that rests on."""
         ...
 
-    def facts(self, steps: int) -> dict[str, Any]:
-        """What is written beside the result of so many steps."""
+    def facts(self, kept: int) -> dict[str, Any]:
+        """Return what is written beside the result: the guarantee of the weights that step `kept` left."""
         ...
 
 
@@ -56,11 +56,15 @@ def begin(noisy: Noisy | None, folder: Path) -> None:
         print(noisy.said)
 
 
-def spent(noisy: Noisy | None, folder: Path, steps: int, main: bool) -> dict[str, Any]:
-    """The facts of such a run, also written to `privacy.json` by one process; nothing of any other."""
+def spent(noisy: Noisy | None, folder: Path, kept: int, main: bool) -> dict[str, Any]:
+    """Return the facts of such a run, also written to `privacy.json` by one process; nothing of any other run.
+
+    Args:
+        kept: the step whose weights are kept, which need not be the last.
+    """
     if not noisy:
         return {}
-    facts = noisy.facts(steps)
+    facts = noisy.facts(kept)
     if main:
         write(folder / PRIVACY, json.dumps(facts, indent=1, ensure_ascii=False))
     return {"privacy": facts}

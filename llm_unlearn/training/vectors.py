@@ -24,8 +24,8 @@ def dot(a: Gradient, b: Gradient) -> float:
 
 
 def norm(a: Gradient) -> float:
-    """‖a‖₂"""
-    return float(max(0.0, dot(a, a)) ** 0.5)
+    """‖a‖₂; not a number where an entry is none"""
+    return float(max(dot(a, a), 0.0) ** 0.5)  # in this order: max(0.0, nan) is 0.0
 
 
 def plus(a: Gradient, b: Gradient, factor: float = 1.0) -> Gradient:
