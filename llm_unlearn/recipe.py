@@ -239,13 +239,14 @@ def _privacy_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     if recipe.method and not isinstance(recipe.method, (Retrain, NoisyFinetune)):  # the latter says more of it itself
         text = f"{recipe.method.name} moves weights outside of private steps, without noise; take out one of the two."
         yield say(text, "train", "privacy")
-    if train.rules:
-        yield say("a rule reads gradients without noise, which privacy does not cover; give rules: [].", "train", "rules")
-    for name in ("offload", "compile"):
+    for name, text in (
+        ("rules", "a rule reads gradients without noise, which privacy does not cover; give rules: []."),
+        ("offload", "gradients of single rows are read where layers are called; give offload: null."),
+        ("compile", "gradients of single rows are read where layers are called; give compile: null."),
+        ("stop", "where a run ends would tell of the rows it looks at; give stop: null, and steps or epochs."),
+    ):
         if getattr(train, name):
-            yield say(f"gradients of single rows are read where layers are called; give {name}: null.", "train", name)
-    if train.stop:
-        yield say("where a run ends would tell of the rows it looks at; give stop: null, and steps or epochs.", "train", "stop")
+            yield say(text, "train", name)
     if recipe.data.overlap == "drop":
         yield say("a row that leaves because of another tells of that one; give overlap: error.", "data", "overlap")
     if recipe.model.adapter and recipe.model.adapter.init == "fila":

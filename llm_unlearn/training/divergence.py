@@ -11,7 +11,7 @@ forget loss is never judged by its size: ascent's falls without bound. At the fu
 as a warm-up may begin with steps that round to nothing. The model's side effects have bounds of their own (`train.stop`, guard.py).
 
 A run with a guarantee ends by nothing that the guarantee does not cover (docs/privacy.md). Under `train.privacy` only the noisy
-gradient and the weights are checked, no loss. A certified run is checked from its last noisy step on, and nothing earlier is restored.
+gradient and the weights are checked, no loss. A certified run is checked from its last noisy step on; nothing earlier is restored.
 """
 
 from __future__ import annotations
