@@ -20,7 +20,8 @@ from llm_unlearn import folder, recipe
 from llm_unlearn.cli import cache_folder, settle
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.recipe import Recipe
-from llm_unlearn.report.verdict import columns_of, headline, interval_of, judge, value_of
+from llm_unlearn.report.headline import headline
+from llm_unlearn.report.verdict import columns_of, interval_of, judge, value_of
 from llm_unlearn.sections import Model
 from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused

@@ -267,7 +267,7 @@ def _facts(one: Candidate, looks: Mapping[str, Seen]) -> dict[str, Any] | None:
 
 def _keep(results: dict[str, Any], suite: Suite, looks: Mapping[str, Seen], one: Candidate, place: Path | None) -> None:
     """Write one evaluation as soon as it is there, so that nothing is asked twice."""
-    from llm_unlearn.report.verdict import headline
+    from llm_unlearn.report.headline import headline
     from llm_unlearn.results import keep
 
     print(f"  {headline(results)}", flush=True)

@@ -25,9 +25,9 @@ from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.report.comparison import area, comparison_of, roc
 from llm_unlearn.report.comparison_page import FIRST, answers_of, comparison_page
 from llm_unlearn.report.comparison_terminal import FEW, print_comparison
+from llm_unlearn.report.headline import headline
 from llm_unlearn.report.likeness import Run, comparable, differing
 from llm_unlearn.report.ranking import scores_of
-from llm_unlearn.report.verdict import headline
 from llm_unlearn.spec import Refused
 
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,7 @@ from llm_unlearn.evaluation.tables import Sample, mean_of
 from llm_unlearn.evaluation.task_files import quiet
 from llm_unlearn.evaluation.tasks import Answered, Task, task_numbers
 from llm_unlearn.models.load import Loaded
-from llm_unlearn.report.verdict import has_collapsed, headline
+from llm_unlearn.report.headline import has_collapsed, headline
 from llm_unlearn.sections import Model
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused

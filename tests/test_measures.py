@@ -36,6 +36,7 @@ from llm_unlearn.evaluation.memorization import (
     ExactMemorization,
     ExtractionStrength,
     ForgetQuality,
+    MeasureKind,
     Perplexity,
     Probability,
     TruthRatio,
@@ -949,6 +950,7 @@ def test_every_measure_of_the_registry_is_held_to_these_rules():
     assert {type(measure.attack) for measure in EVERY if isinstance(measure, Membership)} == set(attacks)
     for measure in EVERY:
         assert measure.unit and measure.knowing in ("raises", "lowers", "moves") and type(measure).__doc__
+        assert measure.kind in typing.get_args(MeasureKind)
 
 
 @pytest.mark.parametrize("collapsed", [0, 1])

@@ -182,9 +182,9 @@ def test_the_first_screen_says_what_came_of_it(visit: Visit) -> None:
     page = visit("run")
     title, verdict, *cards = page.evaluate(seen)
     assert title < verdict < 400 and sum(bottom < 800 for bottom in cards) == 6
-    assert page.locator(".verdict").inner_text().startswith("Largely forgotten: 9 of 13 measures on forget")
+    assert page.locator(".verdict").inner_text().startswith("Not as retrained, and leaks")
     card = page.locator(".cards li").first.inner_text()
-    assert " ".join(card.split()) == "probability on forget as retrained ○ before 0.997 ● after 0.504 ◆ retrained 0.549"
+    assert " ".join(card.split()) == "membership min_k++ on forget over-forgotten ○ before 0.989 ● after 0.354 ◆ retrained 0.583"
     page.set_viewport_size({"width": 360, "height": 800})
     assert page.evaluate(seen)[1] < 500 and page.evaluate(seen)[2] < 800
     said = visit("everything").locator(".verdict").inner_text()
@@ -344,7 +344,7 @@ def test_the_comparison_by_keyboard(visit: Visit) -> None:
 def test_text_can_be_selected(visit: Visit) -> None:
     page = visit("run")
     page.locator(".verdict .said").first.click(click_count=3)
-    assert "Largely forgotten" in page.evaluate("() => getSelection().toString()")
+    assert "Not as retrained" in page.evaluate("() => getSelection().toString()")
     page.keyboard.press("Control+A")
     text = page.evaluate("() => getSelection().toString()")
     assert "0.504" in text and "samples per example" in text, "words in plots too"

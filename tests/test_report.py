@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from llm_unlearn.report.headline import headline
 from llm_unlearn.report.page import MOST_ROWS, page, write_page
 from llm_unlearn.report.plots import plots_of
 from llm_unlearn.report.summary import key_numbers, standing
 from llm_unlearn.report.terminal import print_table
 from llm_unlearn.report.texts import MOST, readable
-from llm_unlearn.report.verdict import headline, judge, shown
+from llm_unlearn.report.verdict import LARGELY, OTHERWISE, SIGNIFICANT, band_of, judge, reach_verdict, rule, shown
 
 EVIL = "<script>alert(1)</script>"
 MODELS = ("before", "after", "retrained")
@@ -169,7 +171,7 @@ def test_p_values_comparison_sets_and_missing_values() -> None:
 
 def test_headline_of_a_success(results: dict[str, Any]) -> None:
     said = headline(results)
-    assert said == "Forgotten: all 4 measures on forget are as in the retrained model. Kept: 99 % of the scores on retain."
+    assert said == "Forgotten: all 4 kinds of measures on forget are as in the retrained model. Kept: 99 % of the scores on retain."
 
 
 def test_headline_of_a_leak(results: dict[str, Any]) -> None:
@@ -178,6 +180,94 @@ def test_headline_of_a_leak(results: dict[str, Any]) -> None:
     said = headline(results)
     assert "forgotten" not in said.lower()
     assert "still known: probability; recognised: membership" in said
+
+
+@pytest.fixture
+def main_run() -> dict[str, Any]:
+    """The numbers of recipes/forget_lora.yaml, as they were measured."""
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "real_runs.json").read_text(encoding="utf-8"))["run"]
+    return found
+
+
+def number_of(results: dict[str, Any], title: str) -> dict[str, Any]:
+    return next(one for one in results["numbers"] if (one["title"], one["set"]) == (title, "forget"))
+
+
+def test_a_model_that_tests_tell_apart_is_not_largely_forgotten(main_run: dict[str, Any]) -> None:
+    """Nine of 13 measures were as retrained beside forget quality p = 1.9e-4 and a min-k++ AUC of .35."""
+    said = headline(main_run)
+    assert said.startswith(
+        "Not as retrained: told from the retrained model by forget quality (p = 1.9e-04) and membership min_k++ (0.354 against "
+        "0.583); 3 of 6 kinds of measures on forget are as in the retrained model; still known: exact memorization; "
+        "over-forgotten, a leak too: discoverable extraction and membership min_k++. "
+    )
+    assert standing(main_run) == {"word": "Not as retrained, and leaks", "kind": "bad"}
+    assert [one["title"] for one in key_numbers(main_run, MODELS)[:2]] == ["membership min_k++", "forget quality"]
+
+
+@pytest.mark.parametrize(("p", "auc", "word"), [(0.05, 0.47, LARGELY), (0.049, 0.47, OTHERWISE), (0.05, 0.4, OTHERWISE)])
+def test_one_failed_test_is_enough(main_run: dict[str, Any], p: float, auc: float, word: str) -> None:
+    number_of(main_run, "forget quality")["values"]["after"]["value"] = p
+    number_of(main_run, "membership min_k++")["values"]["after"]["value"] = auc
+    verdict = reach_verdict(main_run["numbers"])
+    assert (verdict.word, verdict.as_retrained, verdict.kinds) == (word, 5 if word == LARGELY else 4, 6)
+    assert len(verdict.failed) == (word == OTHERWISE)
+
+
+def test_measures_of_one_kind_count_once_and_the_worst_counts(main_run: dict[str, Any]) -> None:
+    one = number_of(main_run, "probability")
+    main_run["numbers"] += [one | {"title": f"probability {i}"} for i in range(9)]
+    assert reach_verdict(main_run["numbers"]).kinds == 6
+    spoilt = copy.deepcopy(one) | {"title": "probability 9"}
+    spoilt["values"]["after"]["value"] = 0.99
+    before = reach_verdict(main_run["numbers"]).as_retrained
+    assert reach_verdict([*main_run["numbers"], spoilt]).as_retrained == before - 1
+
+
+def test_over_forgetting_alone_is_a_leak(results: dict[str, Any]) -> None:
+    results["numbers"][2]["values"]["after"] = entry(0.1)
+    assert standing(results) == {"word": "Largely forgotten, but leaks", "kind": "bad"}
+    assert "Largely forgotten: 3 of 4 kinds" in headline(results) and "over-forgotten, a leak too: probability" in headline(results)
+
+
+@pytest.mark.parametrize(
+    ("before", "value", "low", "high", "band"),
+    [
+        (0.99, 0.5, 0.45, 0.58, (0.4, 0.6)),  # 20 %
+        (0.99, 0.5, 0.2, 0.9, (0.2, 0.9)),  # the interval
+        (0.6, 0.5, 0.49, 0.51, (0.475, 0.525)),  # a quarter of the way back
+    ],
+)
+def test_the_band_around_one_control(before: float, value: float, low: float, high: float, band: tuple[float, float]) -> None:
+    made = number("m", {"before": before, "after": 0.5, "retrained": {"value": value, "low": low, "high": high}})
+    assert band_of(made) == pytest.approx(band)
+
+
+def test_the_rule_and_what_one_control_can_tell_stand_in_the_page_and_in_the_docs(main_run: dict[str, Any]) -> None:
+    read = " ".join(Reader(page(main_run, [])).text.split())
+    docs = " ".join((Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8").replace("*", "").split())
+    assert len(rule()) == 5
+    for heading, text in rule():
+        assert f"{heading} {text}" in read and f"{heading} {text}" in docs
+    seen = "forget quality sees distributions that lie 0.30 or more apart"
+    assert f"With these rows {seen} and membership sees AUCs that differ by more than about 0.13." in read
+    alone = only_model(main_run)
+    alone["numbers"] = [one for one in alone["numbers"] if one["measure"] != "forget_quality"]
+    assert "How the verdict is reached" not in page(alone, [])
+
+
+def test_one_kind_alone_is_said_to_be_alone(results: dict[str, Any]) -> None:
+    results["numbers"] = results["numbers"][:2]
+    only = "the only kind of measures on forget that could be compared is as in the retrained model."
+    assert headline(results).startswith(f"Forgotten: {only}")
+
+
+def test_the_distance_that_forget_quality_can_see(main_run: dict[str, Any]) -> None:
+    from scipy.stats import ks_2samp
+
+    rows = number_of(main_run, "forget quality")["values"]["after"]["n"] // 2
+    least = next(d for d in range(rows) if ks_2samp(range(rows), [x + d - 0.5 for x in range(rows)]).pvalue < SIGNIFICANT)
+    assert least / rows == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.mark.parametrize("after", [entry(0.1), {"missing": "the value is nan"}])

@@ -17,7 +17,8 @@ from llm_unlearn.evaluation.numbers import answers, curves, numbers, titles
 from llm_unlearn.evaluation.rows import records
 from llm_unlearn.evaluation.tables import Cut, Draws, Likelihood, Sampler, SetTable, Shots
 from llm_unlearn.report.columns import write_columns
-from llm_unlearn.report.verdict import AS_RETRAINED, OVER, RECOGNISED, has_collapsed, judge
+from llm_unlearn.report.headline import has_collapsed
+from llm_unlearn.report.verdict import AS_RETRAINED, OVER, RECOGNISED, judge
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
 
@@ -157,7 +158,13 @@ def test_privleak_is_judged_on_both_sides(value: float, low: float | None, high:
 @pytest.mark.parametrize(("value", "word"), [(0.2, RECOGNISED), (0.89, AS_RETRAINED), (0.99, AS_RETRAINED)])
 def test_more_secrecy_than_retraining_gives_is_no_loss(value: float, word: str) -> None:
     found = {name: {"value": one} for name, one in (("before", 0.0), ("after", value), ("retrained", 0.9))}
-    assert judge({"measure": "membership_secrecy", "goal": "as retrained", "knowing": "lowers", "values": found}) == word
+    assert judge({"measure": "membership", "goal": "as retrained", "knowing": "lowers", "values": found}) == word
+
+
+@pytest.mark.parametrize(("value", "word"), [(0.9, RECOGNISED), (0.11, AS_RETRAINED), (0.0, AS_RETRAINED)])
+def test_fewer_recognised_rows_than_after_retraining_are_no_loss(value: float, word: str) -> None:
+    found = {name: {"value": one} for name, one in (("before", 1.0), ("after", value), ("retrained", 0.1))}
+    assert judge({"measure": "membership", "goal": "as retrained", "knowing": "raises", "values": found}) == word
 
 
 def test_what_is_to_be_forgotten_and_what_is_to_stay(tmp_path: Path) -> None:

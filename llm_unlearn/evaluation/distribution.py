@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from llm_unlearn.evaluation.memorization import Knowing
+from llm_unlearn.evaluation.memorization import Knowing, MeasureKind
 from llm_unlearn.evaluation.tables import Distance, Need, Sample, Tables, Unavailable, mean_of
 from llm_unlearn.spec import spec
 
@@ -17,6 +17,7 @@ class Entropy:
     set: str
     """The set that is measured."""
 
+    kind: ClassVar[MeasureKind] = "distribution"
     needs: ClassVar[tuple[Need, ...]] = ("answer",)
     unit: ClassVar[str] = "nats"
     knowing: ClassVar[Knowing] = "lowers"
@@ -37,6 +38,7 @@ class KnowledgeGap:
     distance: Distance = "kl"
     """`kl`: grows without bound where the model rules out what the retrained one would say; `js`: symmetric and bounded."""
 
+    kind: ClassVar[MeasureKind] = "distribution"
     needs: ClassVar[tuple[Need, ...]] = ("answer", "distance")
     unit: ClassVar[str] = "nats"
     knowing: ClassVar[Knowing] = "raises"

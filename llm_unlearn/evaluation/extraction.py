@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_unlearn.evaluation.memorization import Knowing, mean_over
+from llm_unlearn.evaluation.memorization import Knowing, MeasureKind, mean_over
 from llm_unlearn.evaluation.tables import Draws, Floats, Ints, Likelihood, Need, Sample, Sampler, SetTable, Tables, Unavailable
 from llm_unlearn.evaluation.text import keyword_share, rouge_l
 from llm_unlearn.spec import NaturalInt, PositiveFloat, PositiveInt, spec
@@ -61,6 +61,7 @@ class PrefixExtraction:
     length: PositiveInt | None = None
     """b: tokens that must come out; none: all to the end of the answer."""
 
+    kind: ClassVar[MeasureKind] = "extraction"
     needs: ClassVar[tuple[Need, ...]] = ("answer",)
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
@@ -121,6 +122,7 @@ class DiscoverableExtraction:
     top_p: float = 1.0
     """and from the fewest of them that hold so much of the probability."""
 
+    kind: ClassVar[MeasureKind] = "extraction"
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
 
@@ -183,6 +185,7 @@ class LeakAtK:
     seed: NaturalInt = 0
     """Of the draws."""
 
+    kind: ClassVar[MeasureKind] = "extraction"
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
 

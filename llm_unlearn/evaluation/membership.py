@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from llm_unlearn.evaluation.membership_attacks import AnyMembershipAttack, MinK, ReCaLL, Reference
-from llm_unlearn.evaluation.memorization import Knowing
+from llm_unlearn.evaluation.memorization import Knowing, MeasureKind
 from llm_unlearn.evaluation.tables import Floats, Need, Sample, Tables, Unavailable
 from llm_unlearn.spec import Share, spec
 
@@ -80,6 +80,8 @@ class Membership:
     fpr: Share = 0.01
     """tpr: the share of the holdout that may be taken for members."""
 
+    kind: ClassVar[MeasureKind] = "membership"
+
     def __post_init__(self) -> None:
         check_sets(self)
 
@@ -130,6 +132,7 @@ class PrivLeak:
     """AUC'_retrained as a number that was published (MUSE: news .4772, books .5393), where there is no retrained model here. With
     it, the retrained model's own tables are not used."""
 
+    kind: ClassVar[MeasureKind] = "membership"
     unit: ClassVar[str] = "%"
     knowing: ClassVar[Knowing] = "lowers"
 

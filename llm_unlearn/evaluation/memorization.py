@@ -16,6 +16,9 @@ from llm_unlearn.spec import spec
 Knowing = Literal["raises", "lowers", "moves"]
 """Knowing more of the set raises the value, lowers it, or moves it away from ½, where either direction is a leak."""
 
+MeasureKind = Literal["likelihood", "distribution", "extraction", "choice", "text", "membership", "forget quality", "utility"]
+"""What a measure is evidence of. Measures of one kind count once in the verdict (`report/verdict.py`)."""
+
 LARGEST_LOG = 709.0  # its exp is still a float64: a collapsed model has a very large perplexity, not an infinite one
 
 
@@ -27,6 +30,7 @@ class Perplexity:
     set: str
     """The set that is measured."""
 
+    kind: ClassVar[MeasureKind] = "likelihood"
     needs: ClassVar[tuple[Need, ...]] = ("answer",)
     unit: ClassVar[str] = "tokens to choose from"
     knowing: ClassVar[Knowing] = "lowers"
@@ -50,6 +54,7 @@ class Probability:
     set: str
     """The set that is measured."""
 
+    kind: ClassVar[MeasureKind] = "likelihood"
     needs: ClassVar[tuple[Need, ...]] = ("answer",)
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
@@ -68,6 +73,7 @@ class ExactMemorization:
     set: str
     """The set that is measured."""
 
+    kind: ClassVar[MeasureKind] = "extraction"
     needs: ClassVar[tuple[Need, ...]] = ("answer",)
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
@@ -88,6 +94,7 @@ class ExtractionStrength:
     floor: Literal["zero", "peer"] = "zero"
     """What an answer gets whose last token is not the first choice: 0, or OpenUnlearning's 1/T, to compare numbers."""
 
+    kind: ClassVar[MeasureKind] = "extraction"
     needs: ClassVar[tuple[Need, ...]] = ("answer",)
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
@@ -164,6 +171,7 @@ class TruthRatio:
     wrong_mean: Literal["arithmetic", "geometric"] = "arithmetic"
     """How the wrong answers' p^(1/T) are averaged: as in TOFU's equation, or through their losses (OpenUnlearning)."""
 
+    kind: ClassVar[MeasureKind] = "choice"
     needs: ClassVar[tuple[Need, ...]] = ("answer", "paraphrase", "perturbed")
     unit: ClassVar[str] = "share"
 
@@ -195,6 +203,7 @@ class ForgetQuality:
     wrong_mean: Literal["arithmetic", "geometric"] = "geometric"
     """How the wrong answers' p^(1/T) are averaged; here TOFU's code averages losses, which is the geometric mean."""
 
+    kind: ClassVar[MeasureKind] = "forget quality"
     needs: ClassVar[tuple[Need, ...]] = ("answer", "paraphrase", "perturbed")
     unit: ClassVar[str] = "p-value"
     knowing: ClassVar[Knowing] = "lowers"

@@ -50,6 +50,7 @@ def _number(measure: AnyMeasure, title: str, models: Mapping[str, Tables]) -> di
         "title": title,
         "set": measure.set,
         "goal": goal_of(measure),
+        "kind": measure.kind,
         "knowing": measure.knowing,
         "unit": measure.unit,
         "definition": " ".join((type(measure).__doc__ or "").split()),

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from llm_unlearn.evaluation.memorization import Knowing, mean_over
+from llm_unlearn.evaluation.memorization import Knowing, MeasureKind, mean_over
 from llm_unlearn.evaluation.tables import Cut, Floats, Ints, Need, Sample, SetTable, Tables, Unavailable, mean_of
 from llm_unlearn.spec import PositiveInt, spec
 
@@ -66,6 +66,7 @@ class Rouge:
     cut: PositiveInt | None = None
     """Compare with the first so many tokens of the truth; set the suite's `max_new_tokens` alike."""
 
+    kind: ClassVar[MeasureKind] = "text"
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
 
@@ -91,6 +92,7 @@ class ExactMatch:
     set: str
     """The set that is measured."""
 
+    kind: ClassVar[MeasureKind] = "text"
     needs: ClassVar[tuple[Need, ...]] = ("generation",)
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
@@ -133,6 +135,7 @@ class KeywordRecall:
     set: str
     """The set that is measured. It needs `keyword`, a column of text or of lists of texts."""
 
+    kind: ClassVar[MeasureKind] = "text"
     needs: ClassVar[tuple[Need, ...]] = ("generation", "keyword")
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
@@ -194,6 +197,7 @@ class Fluency:
     part: Literal["entropy", "repetition", "broken"] = "entropy"
     """Which of the three."""
 
+    kind: ClassVar[MeasureKind] = "text"
     needs: ClassVar[tuple[Need, ...]] = ("generation",)
 
     @property

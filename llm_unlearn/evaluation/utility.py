@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from llm_unlearn.evaluation.memorization import Knowing, Probability, TruthRatio, choices, mean_over
+from llm_unlearn.evaluation.memorization import Knowing, MeasureKind, Probability, TruthRatio, choices, mean_over
 from llm_unlearn.evaluation.tables import Floats, Need, Sample, Tables, Unavailable
 from llm_unlearn.evaluation.text import Rouge
 from llm_unlearn.spec import Share, spec
@@ -23,6 +23,7 @@ class MultipleChoice:
     by: Literal["normalised", "sum"] = "normalised"
     """Compare log p per token, or log p of the whole answer, which favours short ones."""
 
+    kind: ClassVar[MeasureKind] = "choice"
     needs: ClassVar[tuple[Need, ...]] = ("answer", "paraphrase", "perturbed")
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
@@ -42,6 +43,7 @@ class OptionProbability:
     set: str
     """The set that is measured."""
 
+    kind: ClassVar[MeasureKind] = "choice"
     needs: ClassVar[tuple[Need, ...]] = ("answer", "paraphrase", "perturbed")
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
@@ -68,6 +70,7 @@ class ModelUtility:
     floor: Share = 0.0
     """Count a part below this as 0, so that a collapsed model has no utility, whatever its other parts are. TOFU has no floor."""
 
+    kind: ClassVar[MeasureKind] = "utility"
     needs: ClassVar[tuple[Need, ...]] = ("answer", "paraphrase", "perturbed", "generation")
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"

@@ -177,7 +177,7 @@ def _hash(path: Path) -> str | None:
 
 
 def _headline(results: Mapping[str, Any]) -> str | None:
-    from llm_unlearn.report.verdict import headline
+    from llm_unlearn.report.headline import headline
 
     return headline(results) if results.get("numbers") else None
 

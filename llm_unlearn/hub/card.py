@@ -11,12 +11,12 @@ from llm_unlearn.hub import limits
 from llm_unlearn.hub.facts import Facts
 from llm_unlearn.hub.markup import code, fenced, listed, marked, papers, quoted, table
 from llm_unlearn.hub.metadata import metadata
+from llm_unlearn.report.headline import headline
 from llm_unlearn.report.verdict import (
     Number,
     by_set,
     columns_of,
     gained,
-    headline,
     interval_of,
     judge,
     settings_text,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn.report.verdict import has_collapsed, headline
+from llm_unlearn.report.headline import has_collapsed, headline
 from llm_unlearn.withheld import described, is_local, local_name
 
 OF_THE_RUN = (

@@ -7,9 +7,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from llm_unlearn.report.headline import headline
 from llm_unlearn.report.likeness import Run, key_of
 from llm_unlearn.report.ranking import FLOOR, ranked, scores_of, standing
-from llm_unlearn.report.verdict import Results, headline, judge, listed
+from llm_unlearn.report.verdict import Results, judge, listed
 
 FACTS = ("recipe_hash", "seed", "status", "reason", "steps", "kept_step", "seconds")
 ALIKE = 5e-4

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import folder
+from llm_unlearn.report.headline import sentences
 from llm_unlearn.report.plots import MARKS, plots_of
-from llm_unlearn.report.summary import key_numbers, kind_of, standing, thresholds_of
+from llm_unlearn.report.summary import key_numbers, kind_of, resolution_of, standing, thresholds_of
 from llm_unlearn.report.templates import template
 from llm_unlearn.report.texts import readable
-from llm_unlearn.report.verdict import Number, by_set, columns_of, gained, judge, sentences, settings_text, shown
+from llm_unlearn.report.verdict import Number, by_set, columns_of, gained, judge, reach_verdict, rule, settings_text, shown
 
 TEMPLATE = "page.html.jinja"
 MOST_ROWS = 500
@@ -67,6 +68,8 @@ def page(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
         columns=columns,
         models=results["models"],
         sections={name: [_row(number, columns) for number in found] for name, found in by_set(results).items()},
+        rule=rule() if reach_verdict(results["numbers"]).word else [],
+        resolution=resolution_of(results),
         attacks=[_attack(attack, columns) for attack in results.get("attacks", ())],
         robustness=_robustness(results.get("robustness")),
         plots=[(plot, Markup(plot.svg)) for plot in plots_of(results, log)],

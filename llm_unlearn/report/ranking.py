@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-from llm_unlearn.report.verdict import Number, Results, current, has_collapsed, value_of
+from llm_unlearn.report.headline import has_collapsed
+from llm_unlearn.report.verdict import Number, Results, current, value_of
 
 FLOOR = 0.8
 """A run that keeps less than this has collapsed for the ranking: what it forgot, it forgot with everything else."""

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm_unlearn.report.headline import has_collapsed, missed
 from llm_unlearn.report.plots import MARKS
 from llm_unlearn.report.verdict import (
     AS_RETRAINED,
     BAD,
     FORGOTTEN,
     LARGELY,
+    OVER,
     Number,
     Results,
+    band_of,
     current,
-    forgetting,
-    has_collapsed,
     interval_of,
     judge,
-    missed,
+    reach_verdict,
     shown,
     value_of,
 )
@@ -40,10 +41,11 @@ def standing(results: Results) -> dict[str, str]:
         return {"word": "Collapsed", "kind": "bad"}
     if missed(results):
         return {"word": "Thresholds not met", "kind": "bad"}
-    word = forgetting(results["numbers"])
+    verdict = reach_verdict(results["numbers"])
+    word = verdict.word
     if not word:
         return {"word": "Not compared", "kind": "plain"}
-    if any(one["gap"]["leaks"] for one in results.get("attacks", ())):
+    if verdict.names(OVER) or any(one["gap"]["leaks"] for one in results.get("attacks", ())):
         return {"word": f"{word}, and leaks" if word not in (FORGOTTEN, LARGELY) else f"{word}, but leaks", "kind": "bad"}
     return {"word": word, "kind": {FORGOTTEN: "good", LARGELY: "mixed"}.get(word, "bad")}
 
@@ -54,11 +56,13 @@ def kind_of(judgement: str) -> str:
 
 
 def key_numbers(results: Results, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The few numbers that say most: of what was to be forgotten, of what was to stay, and of aggregates."""
+    """The few numbers that say most: of what was to be forgotten, failed tests first; of what was to stay; and of aggregates."""
     found: list[Number] = []
+    failed = [id(one) for one in reach_verdict(results["numbers"]).failed]
     for goal, wanted in FIRST.items():
         there = [one for one in results["numbers"] if one["goal"] == goal and value_of(one, current(one)) is not None]
-        there.sort(key=lambda one: wanted.index(one["measure"]) if one["measure"] in wanted else len(wanted))
+        order = {measure: place for place, measure in enumerate(wanted)}
+        there.sort(key=lambda one: (id(one) not in failed, order.get(one["measure"], len(wanted))))
         first: dict[tuple[str, str], Number] = {}
         for one in there:
             first.setdefault((str(one["measure"]), str(one["set"])), one)
@@ -95,6 +99,22 @@ def _value(number: Number, column: str) -> dict[str, Any]:
         "low": round(100 * low, 2),
         "width": round(100 * (high - low), 2),
     }
+
+
+def resolution_of(results: Results) -> str:
+    """Return which differences from the retrained model this evaluation is too small to see; "" where no test was made.
+
+    The two-sample Kolmogorov–Smirnov test rejects at 5 % from a distance of 1.358 √(2/n) on, for n rows of each model.
+    """
+    found = []
+    for number, _ in reach_verdict(results["numbers"]).judged:
+        rows = number["values"][current(number)].get("n", 0)
+        if number["measure"] == "forget_quality" and rows:
+            found.append(f"{number['title']} sees distributions that lie {1.358 * (4 / rows) ** 0.5:.2f} or more apart")
+    bands = [band for one in results["numbers"] if one["knowing"] == "moves" and judge(one) and (band := band_of(one))]
+    if bands:
+        found.append(f"membership sees AUCs that differ by more than about {max(high - low for low, high in bands) / 2:.2f}")
+    return f"With these rows {' and '.join(found)}." if found else ""
 
 
 def thresholds_of(results: Results) -> list[Mapping[str, Any]]:

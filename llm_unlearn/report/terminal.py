@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_unlearn.outward import canvas
+from llm_unlearn.report.headline import has_collapsed, headline
 from llm_unlearn.report.summary import thresholds_of
-from llm_unlearn.report.verdict import BAD, Number, by_set, columns_of, gained, has_collapsed, headline, judge, printable, shown
+from llm_unlearn.report.verdict import BAD, Number, by_set, columns_of, gained, judge, printable, shown
 
 NARROW = 100
 """The table is no wider than this, however wide the terminal is."""

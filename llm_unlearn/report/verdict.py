@@ -1,8 +1,13 @@
-"""What the numbers mean, in a word or two each and in a sentence or two together. Pure functions on plain data."""
+"""Judge the numbers of an evaluation, one by one and as a whole. Pure functions on plain data.
+
+`reach_verdict` holds the rule, and its docstring is what readers of a report see of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from llm_unlearn.outward import without_secrets
@@ -12,18 +17,14 @@ Results = Mapping[str, Any]
 
 CLOSE = 0.2
 """A value within this share of the retrained model's counts as the same."""
+PART_OF_THE_WAY = 0.25
+"""But never one that is further from it than this part of the way back to the original model."""
 SIGNIFICANT = 0.05
-"""A p-value from here on gives no reason to tell the model from the retrained one."""
-COLLAPSED = 0.5
-"""A model that keeps less than this share of a score on what it was to keep is broken, whatever it forgot."""
-RUINED = 10.0
-"""So does one whose perplexity there is more than so many times what it was."""
-FEW = 0.05
-"""A share that should be small (of broken answers) ruins nothing before it is so many times this."""
-FEW_MISSES = 3
-"""So many thresholds that do not hold are named in the headline."""
+"""A test with a p-value below this tells the model from the retrained one."""
 MOST = 2 / 3
-"""From this share of the forget measures on, the headline speaks of forgetting."""
+"""From this share of the kinds of measures on, a model that fails no test is largely forgotten."""
+TESTS = ("forget quality", "membership")
+"""Kinds of measures that test whether the model can be told from one that never saw the rows."""
 
 AS_RETRAINED, KNOWN, OVER, RECOGNISED, DIFFERS = (
     "as retrained",
@@ -34,6 +35,79 @@ AS_RETRAINED, KNOWN, OVER, RECOGNISED, DIFFERS = (
 )
 FORGOTTEN, LARGELY, OTHERWISE = "Forgotten", "Largely forgotten", "Not as retrained"
 BAD = (KNOWN, RECOGNISED, OVER, DIFFERS)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a model forgot, and why."""
+
+    word: str
+    """FORGOTTEN, LARGELY or OTHERWISE; "" where there is nothing to compare with."""
+    judged: tuple[tuple[Number, str], ...]
+    """Every number on a forget set that could be compared, with its judgement."""
+    failed: tuple[Number, ...]
+    """The tests that tell the model from the retrained one."""
+    kinds: int
+    """Kinds of measures, counted on each forget set."""
+    as_retrained: int
+    """Kinds of which every measure is as in the retrained model."""
+
+    def names(self, judgement: str) -> list[str]:
+        """Return the titles of the measures with this judgement."""
+        return list(dict.fromkeys(str(number["title"]) for number, word in self.judged if word == judgement))
+
+
+def reach_verdict(numbers: Iterable[Number]) -> Verdict:
+    """Decide how far a model forgot, from its numbers on the forget sets.
+
+    **Measures.** Each value is compared with the retrained model's. The band of values that count as the same is the 95 %
+    bootstrap interval of the retrained model's value over rows, or 20 % of that value where this is wider, though never more
+    than a quarter of the way back to the original model. Inside the band a measure is *as retrained*. Outside it is *still
+    known* (of membership: *recognised*) on the side of more knowledge, and *over-forgotten* on the other side.
+
+    **Tests lead.** Forget quality fails with p < 0.05; a membership attack fails when its AUC lies outside the band and
+    further from ½ than the retrained model's; PrivLeak fails when its interval leaves out 0. A model that fails one test can
+    be told from the retrained model. It is called neither forgotten nor largely forgotten.
+
+    **Kinds.** Measures of one kind (likelihood, distribution, extraction, choice, text, membership, forget quality) count
+    once, and the worst of them counts, because an attacker picks the measure. *Forgotten*: every kind is as retrained.
+    *Largely forgotten*: at least two thirds of the kinds are, and no test fails. Otherwise: *Not as retrained*.
+
+    **Over-forgetting is a leak.** Rows that are less likely or less extractable than for the retrained model, or that a
+    membership attack finds with an AUC below the band, stand out, and point to what was removed.
+
+    **One control.** The interval says how much a value depends on the rows, not how much it depends on the seed of
+    retraining: another retrained model may lie outside the band. Differences inside the band are not resolved, and a test
+    that passes proves nothing. Each test is made at 5 %, so that one of many may fail by chance.
+    """
+    judged = tuple((number, word) for number in numbers if number["goal"] == "as retrained" and (word := judge(number)))
+    kinds: dict[tuple[str, str], bool] = {}
+    for number, word in judged:
+        key = str(number["set"]), measure_kind(number)
+        kinds[key] = kinds.get(key, True) and word == AS_RETRAINED
+    failed = tuple(number for number, word in judged if word != AS_RETRAINED and measure_kind(number) in TESTS)
+    same = sum(kinds.values())
+    if not kinds:
+        word = ""
+    elif same == len(kinds):
+        word = FORGOTTEN
+    else:
+        word = LARGELY if not failed and same >= MOST * len(kinds) else OTHERWISE
+    return Verdict(word, judged, failed, len(kinds), same)
+
+
+def rule() -> list[tuple[str, str]]:
+    """Return the rule of `reach_verdict` in words: (heading, text) of each paragraph."""
+    found = []
+    for paragraph in (inspect.getdoc(reach_verdict) or "").split("\n\n")[1:]:
+        heading, _, text = " ".join(paragraph.split()).removeprefix("**").partition("**")
+        found.append((heading, text.strip().replace("*", "")))
+    return found
+
+
+def measure_kind(number: Number) -> str:
+    """Return what kind of evidence a number is; earlier versions wrote none, and there each measure is a kind of its own."""
+    return str(number.get("kind") or number["measure"]).replace("_", " ")
 
 
 def judge(number: Number) -> str:
@@ -53,24 +127,36 @@ def judge(number: Number) -> str:
     return ""
 
 
-def _against_retrained(number: Number, now: float) -> str:
-    retrained = value_of(number, "retrained")
+def band_of(number: Number) -> tuple[float, float] | None:
+    """Return the lowest and the highest value that count as the retrained model's, or None where it has no value.
+
+    Everything that the rule knows of the control it reads here: a band of several retrained models takes its place here.
+    """
+    retrained, before = value_of(number, "retrained"), value_of(number, "before")
     if retrained is None:
-        return ""
+        return None
     low, high = interval_of(number, "retrained") or (retrained, retrained)
-    before = value_of(number, "before")
-    # 20 % of a value that is high after retraining too would let an untouched model pass: a quarter of the way is the most
-    slack = CLOSE * abs(retrained) if before is None else min(CLOSE * abs(retrained), abs(before - retrained) / 4)
-    if abs(now - retrained) <= slack or low <= now <= high:
+    # 20 % of a value that is high after retraining too would let an untouched model pass
+    slack = CLOSE * abs(retrained)
+    slack = slack if before is None else min(slack, PART_OF_THE_WAY * abs(before - retrained))
+    return min(low, retrained - slack), max(high, retrained + slack)
+
+
+def _against_retrained(number: Number, now: float) -> str:
+    band, retrained = band_of(number), value_of(number, "retrained")
+    if band is None or retrained is None:
+        return ""
+    low, high = band
+    if low <= now <= high:
         return AS_RETRAINED
     if number["knowing"] == "moves":  # ½ is an attacker who guesses; he wins on either side of it
         if abs(now - 0.5) <= abs(retrained - 0.5):
             return AS_RETRAINED
         return RECOGNISED if now > 0.5 else OVER
-    if number["measure"] == "membership_secrecy":  # the same on one side: more secret than retrained is no loss
-        return AS_RETRAINED if now > retrained else RECOGNISED
-    known = now > retrained if number["knowing"] == "raises" else now < retrained
-    return KNOWN if known else OVER
+    knows_more = now > high if number["knowing"] == "raises" else now < low
+    if measure_kind(number) == "membership":  # rates and secrecy have one side: to recognise fewer rows is no loss
+        return RECOGNISED if knows_more else AS_RETRAINED
+    return KNOWN if knows_more else OVER
 
 
 def _against_before(number: Number, now: float) -> str:
@@ -81,139 +167,6 @@ def _against_before(number: Number, now: float) -> str:
         return f"{100 * now / before:.0f} % kept"
     change = round(100 * (now / before - 1))
     return f"{'−' if change < 0 else '+'}{abs(change):,} %"
-
-
-def headline(results: Results) -> str:
-    """The whole evaluation in plain words."""
-    return " ".join(sentences(results))
-
-
-def sentences(results: Results) -> list[str]:
-    """The headline, sentence by sentence: what is broken first, then what was asked for and did not come, what was forgotten, what
-    leaks, what was kept."""
-    numbers: list[Number] = list(results["numbers"])
-    broken = list(_broken(numbers))
-    found = [f"The model collapsed: {listed(broken)}."] if broken else []
-    found += _asked(results.get("thresholds") or ())
-    found += _how_the_run_ended(results.get("run"))
-    found += _forgotten(numbers, bool(broken))
-    found += _leaks(results.get("attacks", ()))
-    if not broken:
-        found += _kept(numbers)
-    return found or ["There is nothing to compare the model with."]
-
-
-def has_collapsed(results: Results) -> bool:
-    """Whether what was to be kept is lost."""
-    return any(_broken(results["numbers"]))
-
-
-def _broken(numbers: Iterable[Number]) -> Iterable[str]:
-    """Each number on which what was to be kept is lost, with both values."""
-    for number in numbers:
-        before = value_of(number, "before")
-        if number["goal"] != "as before" or before is None or current(number) == "before":
-            continue
-        name, now = f"{number['title']} on {number['set']}", value_of(number, current(number))
-        if now is None:
-            reason = str(number["values"].get(current(number), {}).get("missing", ""))
-            if reason.startswith("the value is"):
-                yield f"{name} went from {shown(before)} to {reason.removeprefix('the value is').strip()}"
-        elif (number["knowing"] == "raises" and now < COLLAPSED * before) or (
-            number["knowing"] == "lowers" and now > RUINED * max(before, FEW if number.get("unit") == "share" else 0.0)
-        ):
-            yield f"{name} went from {shown(before)} to {shown(now)}"
-
-
-def missed(results: Results) -> list[str]:
-    """Every threshold that does not hold, in words."""
-    return [_miss(one) for one in results.get("thresholds") or () if not one["holds"]]
-
-
-def _miss(one: Mapping[str, Any]) -> str:
-    if one.get("why"):
-        return str(one["why"]).rstrip(".")
-    value = one.get("value")
-    came = "has no value" if value is None else f"is {shown(float(value))}"
-    return f"{one['measure']} on {one['set']} {came}, asked: {one['asked']}"
-
-
-def _asked(thresholds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the recipe asked for, in a sentence: what did not come, or that all came."""
-    if not thresholds:
-        return []
-    misses, count = missed({"thresholds": thresholds}), len(thresholds)
-    if not misses:
-        return ["The threshold holds." if count == 1 else f"All {count} thresholds hold."]
-    more = [f"{len(misses) - FEW_MISSES} more"] if len(misses) > FEW_MISSES else []
-    which = "The threshold does" if count == 1 else f"{len(misses)} of {count} thresholds {'does' if len(misses) == 1 else 'do'}"
-    return [f"{which} not hold: {'; '.join([*misses[:FEW_MISSES], *more])}."]
-
-
-def _how_the_run_ended(run: Mapping[str, Any] | None) -> list[str]:
-    if not run or run["status"] == "finished":
-        return []
-    ended = "stopped by its guard" if run["status"] == "stopped" else str(run["status"])
-    why = f": {str(run['reason']).rstrip('.')}" if run.get("reason") else f" at step {run['steps']}"
-    kept = f"; the weights of step {run['kept_step']} were kept" if run["kept_step"] != run["steps"] else ""
-    return [f"The run was {ended}{why}{kept}."]
-
-
-def _forgotten(numbers: Iterable[Number], collapsed: bool) -> list[str]:
-    wanted = [number for number in numbers if number["goal"] == "as retrained"]
-    judged = [(number, word) for number in wanted if (word := judge(number))]
-    if not judged:
-        return ["Whether it forgot cannot be said without a retrained model (--retrained PATH)."] if wanted else []
-    same = sum(word == AS_RETRAINED for _, word in judged)
-    count = f"all {same}" if same == len(judged) > 1 else f"{same} of {len(judged)}"
-    where = listed(dict.fromkeys(str(number["set"]) for number in wanted))
-    word = forgetting(wanted)
-    start = f"{word}: " if word in (FORGOTTEN, LARGELY) and not collapsed else ""
-    sentence = f"{start}{count} measures on {where} are as in the retrained model"
-    rest = []
-    for word in BAD:
-        names = [str(number["title"]) for number, found in judged if found == word]
-        if names:
-            rest.append(f"{word}: {listed(names)}")
-    return [(sentence[0].upper() + sentence[1:]) + "".join(f"; {one}" for one in rest) + "."]
-
-
-def forgetting(numbers: Iterable[Number]) -> str:
-    """How far the model forgot, in a word or two; "" where there is nothing to compare with."""
-    judged = [word for number in numbers if number["goal"] == "as retrained" and (word := judge(number))]
-    same = sum(word == AS_RETRAINED for word in judged)
-    if not judged:
-        return ""
-    return FORGOTTEN if same == len(judged) else LARGELY if same >= MOST * len(judged) else OTHERWISE
-
-
-def _leaks(attacks: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What adversaries get back of what was forgotten, most first; and if it is nothing, how many tried."""
-    tried = [one for one in attacks if one.get("gap", {}).get("came_back") is not None]
-    leaks = sorted((one for one in tried if one["gap"]["leaks"]), key=lambda one: -float(one["gap"]["came_back"]))
-    if not leaks:
-        return [f"No leak under the {len(tried)} attacks that were tried."] if len(tried) > 1 else []
-    found: list[str] = []
-    for one in leaks:
-        comes_back = "" if found else " comes back"
-        at = one["gap"]["best"]["after"]["at"]
-        found.append(f"{100 * one['gap']['came_back']:.0f} %{comes_back} under {one['title']} ({at})")
-    only = " Only merged weights may be released, or none." if any(one["name"] == "adapter_removal" for one in leaks) else ""
-    return [f"Leaks: of what was forgotten, {listed(found)}.{only}"]
-
-
-def _kept(numbers: Iterable[Number]) -> list[str]:
-    """The range of what is left of the scores that were to stay."""
-    shares: dict[str, list[float]] = {}
-    for number in numbers:
-        before, now = value_of(number, "before"), value_of(number, current(number))
-        if number["goal"] == "as before" and number["knowing"] == "raises" and before and now is not None:
-            shares.setdefault(str(number["set"]), []).append(100 * now / before)
-    if not shares:
-        return []
-    every = [share for of_set in shares.values() for share in of_set]
-    low, high = f"{min(every):.0f}", f"{max(every):.0f}"
-    return [f"Kept: {low if low == high else f'{low}–{high}'} % of the scores on {listed(shares)}."]
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:
