@@ -235,8 +235,9 @@ def see_checkpoint(one: Candidate, look: Looks) -> Seen:
     """Look at a run as it was at its newest checkpoint, which holds only the weights that are trained."""
     from llm_unlearn.embedded.target import embedded
     from llm_unlearn.look import Look
-    from llm_unlearn.models.load import Loaded, add_adapter, choose_weights, dtype_of, load, parts_of
+    from llm_unlearn.models.load import Loaded, add_adapter, dtype_of, load, parts_of
     from llm_unlearn.models.sound import weights_in
+    from llm_unlearn.models.trainable_weights import choose_weights
     from llm_unlearn.training.checkpoint import WEIGHTS, restore
 
     assert one.under_way, "of a checkpoint"
@@ -247,7 +248,7 @@ def see_checkpoint(one: Candidate, look: Looks) -> Seen:
     net = loaded.model
     if model.adapter:
         net = add_adapter(net, model.adapter, seed=0)  # the checkpoint replaces what the seed draws
-    elif model.trainable:
+    else:
         choose_weights(net, model.trainable)
     restore(net, weights_in(Path(one.place) / WEIGHTS))
     now = Loaded(net.eval(), loaded.tokenizer, parts_of(model, loaded.tokenizer, dtype_of(model, device), one.adapter))

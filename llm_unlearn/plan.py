@@ -20,9 +20,10 @@ from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
-from llm_unlearn.models.load import add_adapter, choose_weights, dtype_of, read_config, read_tokenizer, trainable
+from llm_unlearn.models.load import add_adapter, dtype_of, read_config, read_tokenizer, trainable
 from llm_unlearn.models.reference import LOGPS
 from llm_unlearn.models.scores import CHUNK
+from llm_unlearn.models.trainable_weights import Group, adapted, choose_weights, frozen_routers, trained
 from llm_unlearn.objectives.terms import Ramp, Term
 from llm_unlearn.recipe import Recipe, load
 from llm_unlearn.retrained import home_of
@@ -60,7 +61,7 @@ def plan(recipe: Recipe, cache: Path) -> Plan:
     base = sum(weight.numel() for weight in net.parameters())
     config = net.config.get_text_config()
     model = add_adapter(net, recipe.model.adapter, recipe.seed) if recipe.model.adapter else net
-    if recipe.model.trainable:
+    if not recipe.model.adapter:
         choose_weights(net, recipe.model.trainable)
     moved = sum(weight.numel() for weight in trainable(model).values())
 
@@ -74,6 +75,8 @@ def plan(recipe: Recipe, cache: Path) -> Plan:
     lines.append(
         f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
     )
+    changed, routers = adapted(model) or trained(model), frozen_routers(model)
+    lines += _listed("adapted" if recipe.model.adapter else "trained", changed) + _listed("frozen", routers, ROUTERS)
     lines += _reference(job, bool(recipe.model.adapter), config, dtype_of(recipe.model, device), base)
     moves = recipe.train.offload is not None and device.type == "cuda"
     size_of = partial(memory, recipe, base, moved, config, job.longest, dtype_of(recipe.model, device), bool(job.needs))
@@ -99,9 +102,19 @@ def plan(recipe: Recipe, cache: Path) -> Plan:
         "examples": {name: len(found) for name, found in examples.streams.items()},
         "trainable": moved,
         "weights": base,
+        "changed": [group.facts for group in changed],
+        "frozen_routers": [group.facts for group in routers],
         "memory_bytes": {name: round(size) for name, size in needed.items()},
     }
     return Plan("\n".join(lines), facts)
+
+
+ROUTERS = "router; it stays as it is unless the recipe names it"
+
+
+def _listed(title: str, groups: list[Group], note: str = "") -> list[str]:
+    """One line for each kind of weights."""
+    return [f"{'' if i else title:<10} {group.text}{f'  {note}' if note else ''}" for i, group in enumerate(groups)]
 
 
 def _steps(recipe: Recipe, job: Job, examples: Examples) -> list[str]:

@@ -28,9 +28,10 @@ from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models import combined, fila
 from llm_unlearn.models.given import check_place
 from llm_unlearn.models.kernels import put_in
-from llm_unlearn.models.load import Loaded, add_adapter, causal, choose_weights, dtype_of, load, read_tokenizer, trainable
+from llm_unlearn.models.load import Loaded, add_adapter, causal, dtype_of, load, read_tokenizer, trainable
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.models.sharded import is_sharded, state_of
+from llm_unlearn.models.trainable_weights import choose_weights
 from llm_unlearn.models.trials import check_same
 from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
@@ -250,8 +251,7 @@ def prepare(net: Any, wanted: Model, job: Job, accelerator: Accelerator) -> Any:
     if wanted.kernels:
         check_same(net, lambda: put_in(net), "model.kernels: liger {}; give kernels: null.")
     if not wanted.adapter:
-        if wanted.trainable:
-            choose_weights(net, wanted.trainable)
+        choose_weights(net, wanted.trainable)
         return net
     model = add_adapter(net, wanted.adapter, job.seed)
     if wanted.adapter.init == "fila":

@@ -22,7 +22,8 @@ from llm_unlearn import recipe
 from llm_unlearn.data.chance import normals
 from llm_unlearn.data.schedule import build
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune, delta_of, told_apart
-from llm_unlearn.models.load import choose_weights, trainable
+from llm_unlearn.models.load import trainable
+from llm_unlearn.models.trainable_weights import choose_weights
 from llm_unlearn.run import run
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused

@@ -24,7 +24,8 @@ from llm_unlearn.methods.dampening import Dampening, FisherNoise
 from llm_unlearn.methods.influence import Influence, conjugate
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.methods.task_vector import TaskVector
-from llm_unlearn.models.load import choose_weights, trainable
+from llm_unlearn.models.load import trainable
+from llm_unlearn.models.trainable_weights import choose_weights
 from llm_unlearn.plan import plan
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.dose import Harm, Stop

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import build
-from llm_unlearn.models.load import add_adapter, causal, choose_weights, has_adapter, trainable
+from llm_unlearn.models.load import add_adapter, causal, has_adapter, trainable
 from llm_unlearn.models.scores import Scorer, head_of
+from llm_unlearn.models.trainable_weights import choose_weights
 from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Margin, Undial
 from llm_unlearn.objectives.likelihood import IDK, NLL, TNPO, WGA, WTNPO, Ascent, SatImp
 from llm_unlearn.objectives.preference import AP, DPO, FLAT, NPO, SimNPO

@@ -33,7 +33,9 @@ def adapted_weights(model: Any) -> dict[str, nn.Parameter]:
     """
     layers = _layers(model)
     if other := [
-        name for name, layer in layers.items() if "default" not in layer.lora_A or layer.get_base_layer().weight.ndim != 2
+        name
+        for name, layer in layers.items()
+        if "default" not in layer.lora_A or getattr(getattr(layer.get_base_layer(), "weight", None), "ndim", 0) != 2
     ]:
         raise Refused(f"model.adapter.init: fila splits linear layers, and {other[0]} is none; see model.adapter.targets.")
     return {name: layer.get_base_layer().weight for name, layer in layers.items()}

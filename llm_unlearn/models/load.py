@@ -25,7 +25,8 @@ from llm_unlearn.folder import adapter_in
 from llm_unlearn.hub.fetching import MODEL_FILES, SMALL_FILES, named
 from llm_unlearn.lines import text_of
 from llm_unlearn.models import combined, kernels, sound, strangers
-from llm_unlearn.models.depth import blocks_of
+from llm_unlearn.models.adapter_targets import targets_of
+from llm_unlearn.models.trainable_weights import check_adapted
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import missing
 from llm_unlearn.spec import Refused, fingerprint, reason
@@ -236,15 +237,12 @@ def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
     """A fresh adapter on a frozen model: B = 0, A from the seed, both fp32.
 
     Raises:
-        Refused: `targets` names no layer of this model.
+        Refused: `targets` names no layer of this model, or one that peft does not adapt.
     """
-    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
-    if targets == "all-linear" and adapter.layers is not None:  # peft wants names beside layers
-        _, blocks = blocks_of(net)
-        targets = sorted({name.rpartition(".")[2] for name, layer in blocks.named_modules() if isinstance(layer, nn.Linear)})
+    targets = targets_of(net, adapter)
     config = peft.LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM",
-        layers_to_transform=None if adapter.layers is None else list(adapter.layers),
+        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(targets.modules), lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_parameters=list(targets.parameters) or None,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -252,13 +250,11 @@ def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers has renamed
                 warnings.filterwarnings("ignore", "fan_in_fan_out")  # it sees by itself which way round GPT-2 keeps its weights
-                return peft.get_peft_model(net, config)
+                model = peft.get_peft_model(net, config)
         except ValueError as error:
-            names = sorted({name.rpartition(".")[2] for name, layer in net.named_modules() if isinstance(layer, nn.Linear)})
-            found = reason(error)
-            raise Refused(
-                f"model.adapter.targets: found {adapter.targets!r} ({found}); linear layers here: {', '.join(names)}."
-            ) from None
+            raise Refused(f"model.adapter.targets: {adapter.targets!r} is not supported by peft ({reason(error)}).") from None
+    check_adapted(model, targets)
+    return model
 
 
 @contextlib.contextmanager
@@ -276,20 +272,6 @@ def as_it_was(model: Any) -> Iterator[None]:
 
 def has_adapter(model: Any) -> bool:
     return isinstance(model, peft.PeftModel)
-
-
-def choose_weights(net: nn.Module, names: tuple[str, ...]) -> None:
-    """Train only the full weights whose name holds one of `names`; before anything builds an optimizer on them.
-
-    Raises:
-        Refused: one of the names is in no weight's name.
-    """
-    for wanted in names:
-        if not any(wanted in name for name, _ in net.named_parameters()):
-            known = ", ".join(list(dict(net.named_parameters()))[1:10])
-            raise Refused(f"model.trainable: no weight has {wanted!r} in its name; the first weights here are {known}.")
-    for name, weight in net.named_parameters():
-        weight.requires_grad_(any(wanted in name for wanted in names))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
