@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,19 @@ from llm_unlearn.reply import BUSY, DONE, INTERRUPTED, UNFIT
 from llm_unlearn.requests import chain, derived, judging, matching, service, verifying, ways
 from llm_unlearn.requests.certificate import files_of, public_text, read, signature_problems, signing_key
 from llm_unlearn.requests.ledger import Ledger
-from llm_unlearn.requests.records import ATTENTION, FULFILLED, PENDING, RUNNING, WITHDRAWN, Row, Verdict, canonical
+from llm_unlearn.requests.records import (
+    ATTENTION,
+    FULFILLED,
+    GENESIS,
+    PENDING,
+    RUNNING,
+    WITHDRAWN,
+    Row,
+    Verdict,
+    canonical,
+    link,
+    make_tables,
+)
 from llm_unlearn.requests.service import Office
 from llm_unlearn.requests.serving import Desk, row_of
 from llm_unlearn.sections import Threshold
@@ -159,8 +172,81 @@ def test_rows_that_came_later_are_another_request(ledger: Ledger) -> None:
         ledger.add(key="case-7", rows=more, **asked)
     with ledger.change() as on:  # as earlier versions named it
         on.execute("UPDATE requests SET key = ? WHERE id = 1", (f"same:{ledger.digest('s', 'm')}",))
+    of_an_earlier_version(ledger)
     assert ledger.add(key=None, rows=first, **asked)[0].id == 1 and ledger.add(key=None, rows=more, **asked)[0].id == 2
     assert chain.problems(ledger) == []
+
+
+def of_an_earlier_version(ledger: Ledger) -> None:
+    """Make the ledger one whose events do not cover every column."""
+    with closing(sqlite3.connect(ledger.path)) as on, on:
+        on.row_factory = sqlite3.Row
+        on.execute("DROP TRIGGER events_stay")
+        before = GENESIS
+        for event in on.execute("SELECT * FROM events ORDER BY n").fetchall():
+            detail = json.loads(event["detail"])
+            del detail["record"]
+            said = {key: event[key] for key in ("at", "who", "what", "request", "run")} | {"detail": canonical(detail)}
+            before = link(before, event["n"], said)
+            on.execute("UPDATE events SET detail = ?, hash = ? WHERE n = ?", (said["detail"], before, event["n"]))
+
+
+def test_a_ledger_of_an_earlier_version_says_what_it_does_not_cover(ledger: Ledger) -> None:
+    fulfil(ledger, put(ledger, "a"))
+    put(ledger, "b")
+    assert chain.unchecked(ledger) == []
+    of_an_earlier_version(ledger)
+    assert chain.problems(ledger) == [] and chain.unchecked(ledger) == ["request 1", "request 2", "run 1"]
+    fulfil(ledger, 2)  # what is done from now on is covered
+    assert chain.problems(ledger) == [] and chain.unchecked(ledger) == ["request 1", "run 1"]
+
+
+def columns() -> list[tuple[str, str]]:
+    """Return every column of every table that an event vouches for, whatever the schema is."""
+    with closing(sqlite3.connect(":memory:")) as on:
+        make_tables(on)
+        tables = ("facts", "requests", "runs", "rows", "certificates")
+        return [(table, one[1]) for table in tables for one in on.execute(f"PRAGMA table_info({table})")]
+
+
+@pytest.mark.parametrize(("table", "column"), columns())
+def test_no_column_can_be_changed_unseen(ledger: Ledger, table: str, column: str) -> None:
+    """`added` and `began` are signed, `key` decides whether a request is new, a run's `model` and `state` what the model is."""
+    fulfil(ledger, put(ledger, "a"))
+    ledger.add(key="case-7", kind="ids", selector="s", model="m", due=None, rows=[Row("z", "h", 99.5)])
+    assert chain.problems(ledger) == [] == chain.unchecked(ledger)
+    with closing(sqlite3.connect(ledger.path)) as on, on:
+        kinds = {one[1]: one[2] for one in on.execute(f"PRAGMA table_info({table})")}
+        value = {"state": "'withdrawn'" if table == "requests" else "'given up'", "numbers": "'[7]'"}.get(column)
+        value = value or {"TEXT": "'0f'", "INTEGER": "77", "REAL": "1.25"}[kinds[column]]
+        last = "rowid = (SELECT max(rowid) FROM facts)" if column == "name" else f"rowid = (SELECT max(rowid) FROM {table})"
+        on.execute(f"UPDATE {table} SET {column} = {value} WHERE {last}")
+    if table == "facts":  # what is read when a ledger is opened
+        with closing(sqlite3.connect(ledger.path)) as on:
+            ledger.salt, ledger.name = b"0f", "0f"
+    assert chain.problems(ledger), f"{table}.{column}"
+    with pytest.raises(Refused, match="the ledger was changed: "):
+        chain.check(ledger)
+
+
+@pytest.mark.parametrize("table", ["requests", "runs", "rows", "certificates"])
+def test_no_row_can_be_taken_out_unseen(ledger: Ledger, table: str) -> None:
+    for name in ("a", "b"):
+        fulfil(ledger, put(ledger, name))
+    with closing(sqlite3.connect(ledger.path)) as on, on:
+        on.execute(f"DELETE FROM {table} WHERE rowid = (SELECT min(rowid) FROM {table})")
+    assert chain.problems(ledger)
+
+
+def test_a_key_that_was_edited_in_to_add_a_request_twice_is_seen(ledger: Ledger) -> None:
+    asked: dict[str, Any] = {"key": "case-7", "kind": "ids", "selector": "s", "model": "m", "due": None}
+    asked["rows"] = [Row("z", "h", 100.0)]
+    assert ledger.add(**asked)[1] and not ledger.add(**asked)[1]
+    with closing(sqlite3.connect(ledger.path)) as on, on:
+        on.execute("UPDATE requests SET key = 'own:other'")
+    assert ledger.add(**asked)[1]
+    (found,) = chain.problems(ledger)
+    assert found.startswith("request 1: a column is not what its events say")
 
 
 def test_what_is_due_first_is_first(ledger: Ledger) -> None:
@@ -805,6 +891,19 @@ def test_what_is_no_json_any_more_is_said_by_verify(
     on.commit()
     on.close()
     assert main(["requests", "verify"]) == 1 and said in capsys.readouterr().err
+
+
+def test_nothing_is_served_or_signed_by_a_ledger_that_was_changed(
+    office: Office, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(1)
+    with closing(sqlite3.connect(here / "requests.db")) as on, on:
+        on.execute("UPDATE requests SET added = '2020-01-01T00:00:00+00:00'")
+    one, way = desk(office)
+    with pytest.raises(Refused, match="request 1: a column is not what its events say"):
+        one.serve()
+    assert not way.works and states(one) == {1: PENDING}
+    assert main(["requests", "verify"]) == 1 and "request 1: a column" in capsys.readouterr().err
 
 
 def test_who_has_no_name_is_said_by_number(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_unlearn.requests.ledger import Ledger
 from llm_unlearn.requests.records import GENESIS, detail_of, digest_of, digest_of_rows, link
+from llm_unlearn.spec import Refused
 
 
 def problems(ledger: Ledger) -> list[str]:
@@ -17,7 +18,29 @@ def problems(ledger: Ledger) -> list[str]:
     events are read side by side, request by request: of a hundred thousand requests, one at a time is in memory.
     """
     with ledger.reading() as on:
-        return [*_chain(on), *_requests(on), *_runs(on), *_certificates(on)]
+        return [*_chain(on), *_requests(on, ledger), *_runs(on, ledger), *_keys(on), *_certificates(on)]
+
+
+def check(ledger: Ledger) -> None:
+    """Check that a ledger is as it was written, before anything is decided or signed by it.
+
+    Raises:
+        Refused: something does not fit.
+    """
+    if wrong := problems(ledger):
+        said = f"{ledger.path}: the ledger was changed: {wrong[0]}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}"
+        raise Refused(f"{said}. Nothing was served; put a copy of it back (llm-unlearn requests verify lists all).")
+
+
+def unchecked(ledger: Ledger) -> list[str]:
+    """Return the requests and runs of which the newest event, written by an earlier version, does not cover every column."""
+    with ledger.reading() as on:
+        return [
+            f"{what} {one[0]}"
+            for what, chosen in (("request", "request IS NOT NULL"), ("run", "request IS NULL AND run IS NOT NULL"))
+            for one in on.execute(f"SELECT {what}, detail, max(n) FROM events WHERE {chosen} GROUP BY {what} ORDER BY {what}")
+            if "record" not in detail_of(one["detail"])
+        ]
 
 
 def hash_of_event(ledger: Ledger, number: int) -> str | None:
@@ -65,16 +88,16 @@ class _Beside:
 
 
 def _told(events: Sequence[sqlite3.Row]) -> dict[str, Any]:
-    """What all events about a request or run say together, the later over the earlier."""
+    """What all events about a request or run say together, the later over the earlier; of its columns, what the last one says."""
     found: dict[str, Any] = {}
     for event in events:
-        found.update(detail_of(event["detail"]))
+        found = {**found, "record": None, **detail_of(event["detail"])}
     return found
 
 
-def _requests(on: sqlite3.Connection) -> Iterable[str]:
+def _requests(on: sqlite3.Connection, ledger: Ledger) -> Iterable[str]:
     events = _Beside(on.execute("SELECT request, detail FROM events WHERE request IS NOT NULL ORDER BY request, n"))
-    rows = _Beside(on.execute("SELECT request, id, content FROM rows ORDER BY request, id"))
+    rows = _Beside(on.execute("SELECT * FROM rows ORDER BY request, id"))
     for one in on.execute("SELECT * FROM requests ORDER BY id"):
         number = one["id"]
         yield from _lost(events.below(number))
@@ -85,26 +108,38 @@ def _requests(on: sqlite3.Connection) -> Iterable[str]:
                 yield f"request {number}: {key} is not what its events say"
         if digest_of(one["numbers"]) != told.get("numbers"):
             yield f"request {number}: its numbers are not those that were measured"
-        if digest_of_rows(row[1:] for row in rows.of(number)) != told.get("rows"):
+        mine = rows.of(number)
+        if digest_of_rows((row["id"], row["content"]) for row in mine) != told.get("rows"):
             yield f"request {number}: its rows are not those that were added"
+        if told.get("record") not in (None, ledger.record("requests", one, mine)):
+            yield f"request {number}: a column is not what its events say (of {', '.join(one.keys())}, or of its rows)"
     yield from _lost(events.below(float("inf")))
 
 
-def _lost(numbers: Iterable[int]) -> Iterable[str]:
-    return (f"request {number}: its events are there, and it is not" for number in numbers)
+def _lost(numbers: Iterable[int], what: str = "request") -> Iterable[str]:
+    return (f"{what} {number}: its events are there, and it is not" for number in numbers)
 
 
-def _runs(on: sqlite3.Connection) -> Iterable[str]:
+def _runs(on: sqlite3.Connection, ledger: Ledger) -> Iterable[str]:
     asked = "SELECT run, detail FROM events WHERE request IS NULL AND run IS NOT NULL ORDER BY run, n"
     events = _Beside(on.execute(asked))
     for one in on.execute("SELECT * FROM runs ORDER BY id"):
-        events.below(one["id"])
+        yield from _lost(events.below(one["id"]), "run")
         told = _told(events.of(one["id"]))
         for key, column in (("run state", "state"), ("folder", "folder"), ("settings", "settings")):
             if one[column] != told.get(key):
                 yield f"run {one['id']}: {column} is not what its events say"
         if digest_of(one["numbers"]) != told.get("numbers"):
             yield f"run {one['id']}: its numbers are not those that were measured"
+        if told.get("record") not in (None, ledger.record("runs", one)):
+            yield f"run {one['id']}: a column is not what its events say (of {', '.join(one.keys())})"
+    yield from _lost(events.below(float("inf")), "run")
+
+
+def _keys(on: sqlite3.Connection) -> Iterable[str]:
+    """Return the keys that stand for several requests: where the table's rule was taken away, one request was added twice."""
+    for one in on.execute("SELECT key, group_concat(id, ', ') AS every FROM requests GROUP BY key HAVING count(*) > 1"):
+        yield f"requests {one['every']}: have one key"
 
 
 def _certificates(on: sqlite3.Connection) -> Iterable[str]:

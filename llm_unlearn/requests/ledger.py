@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,10 @@ from llm_unlearn.requests.records import (
     digest_of,
     digest_of_rows,
     link,
+    narrowed,
     now,
     request_of,
+    row_id,
     run_of,
 )
 from llm_unlearn.spec import Refused
@@ -66,14 +67,26 @@ class Ledger:
         return self._file.change()
 
     def note(
-        self, on: sqlite3.Connection, what: str, request: int | None = None, run: int | None = None, detail: object = None
+        self, on: sqlite3.Connection, what: str, request: int | None = None, run: int | None = None, detail: Any = None
     ) -> dict[str, Any]:
-        """Add an event; its hash covers that of the event before. Returns its place in the chain."""
-        event = {"at": now(), "who": self.who, "what": what, "request": request, "run": run, "detail": canonical(detail)}
+        """Add an event, after the change that it is of. Its hash covers the hash of the event before, and every column of the
+        request (or the run) and of its rows as they are now. Returns its place in the chain."""
+        table, number = ("runs", run) if request is None else ("requests", request)
+        record = self.record(
+            table,
+            on.execute(f"SELECT * FROM {table} WHERE id = ?", (number,)).fetchone(),
+            on.execute("SELECT * FROM rows WHERE request = ? ORDER BY id", (request,)),
+        )
+        text = canonical({**(detail or {}), "record": record})
+        event = {"at": now(), "who": self.who, "what": what, "request": request, "run": run, "detail": text}
         head = self.head(on)
         found = link(head["hash"], head["event"] + 1, event)
         on.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (head["event"] + 1, *event.values(), found))
         return {"event": head["event"] + 1, "hash": found}
+
+    def record(self, table: str, row: sqlite3.Row, rows: Iterable[sqlite3.Row] = ()) -> str:
+        """Return one hash of all columns of a request or run, and of the rows of a request in the order of their ids."""
+        return self.digest("record", self.name, table, dict(row), [dict(one) for one in rows])
 
     @staticmethod
     def head(on: sqlite3.Connection) -> dict[str, Any]:
@@ -124,7 +137,7 @@ class Ledger:
     def requests(self, *states: str, model: str | None = None) -> list[Request]:
         """The requests in these states, or all: those that are due first, first; then in the order of their adding."""
         with self.reading() as on:
-            asked = _narrowed("SELECT * FROM requests", states, model, "due IS NULL, due, id")
+            asked = narrowed("SELECT * FROM requests", states, model, "due IS NULL, due, id")
             return [request_of(one) for one in on.execute(*asked)]
 
     def row_counts(self) -> dict[int, int]:
@@ -150,7 +163,7 @@ class Ledger:
         """The rows of a request, in the order in which they were found."""
         with self.reading() as on:
             found = on.execute("SELECT * FROM rows WHERE request = ? ORDER BY rowid", (request,)).fetchall()
-        return [Row(_id(one["id"]), one["content"], one["score"]) for one in found]
+        return [Row(row_id(one["id"]), one["content"], one["score"]) for one in found]
 
     @staticmethod
     def rows_digest(on: sqlite3.Connection, request: int) -> str:
@@ -218,7 +231,7 @@ class Ledger:
     def runs(self, *states: str, model: str | None = None) -> list[Run]:
         """The runs in these states, or all, in their order."""
         with self.reading() as on:
-            return [run_of(one) for one in on.execute(*_narrowed("SELECT * FROM runs", states, model, "id"))]
+            return [run_of(one) for one in on.execute(*narrowed("SELECT * FROM runs", states, model, "id"))]
 
     def served_by(self, run: int) -> list[Request]:
         """The requests that a run under way has claimed."""
@@ -297,20 +310,3 @@ class Ledger:
             for one in block:
                 request, run = one["request"], one["run"]
                 yield request, run, one["text"]
-
-
-def _id(text: str) -> str | int:
-    """A row's id; the text as it is where it was changed into something else: it is no row of the data then, and fits no seal."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return found if isinstance(found, str | int) else text
-
-
-def _narrowed(asked: str, states: Sequence[str], model: str | None, order: str) -> tuple[str, tuple[str, ...]]:
-    """A query for what is in these states and of this model, where they are given, and its values."""
-    parts = [f"state IN ({', '.join('?' * len(states))})"] if states else []
-    parts += ["model = ?"] if model is not None else []
-    where = f" WHERE {' AND '.join(parts)}" if parts else ""
-    return f"{asked}{where} ORDER BY {order}", (*states, *([] if model is None else [model]))

@@ -210,3 +210,20 @@ def _numbers(found: sqlite3.Row, what: str) -> Any:
         raise Refused(
             f"the ledger's {what} {found['id']}: its numbers are not what was written; put a copy of the ledger back."
         ) from None
+
+
+def row_id(text: str) -> str | int:
+    """Return a row's id; the text as it is where it was changed into something else, which is no row of the data."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, str | int) else text
+
+
+def narrowed(asked: str, states: Sequence[str], model: str | None, order: str) -> tuple[str, tuple[str, ...]]:
+    """Return a query for what is in these states and of this model, where they are given, and its values."""
+    parts = [f"state IN ({', '.join('?' * len(states))})"] if states else []
+    parts += ["model = ?"] if model is not None else []
+    where = f" WHERE {' AND '.join(parts)}" if parts else ""
+    return f"{asked}{where} ORDER BY {order}", (*states, *([] if model is None else [model]))

@@ -13,6 +13,7 @@ from llm_unlearn.data.files import Row as DataRow
 from llm_unlearn.data.words import texts_of
 from llm_unlearn.reply import BUSY, DONE, INTERRUPTED, UNFIT
 from llm_unlearn.report.verdict import listed
+from llm_unlearn.requests import chain
 from llm_unlearn.requests.certificate import signed
 from llm_unlearn.requests.judging import findings, of_request
 from llm_unlearn.requests.ledger import Ledger
@@ -50,12 +51,16 @@ class Desk:
         Returns:
             DONE, all that was pending is fulfilled, or nothing was · UNFIT, some need attention · BUSY, another process serves
             this model · INTERRUPTED.
+
+        Raises:
+            Refused: the ledger is not as it was written, or the data cannot be read.
         """
         from filelock import FileLock, Timeout
 
         waiting = self.ledger.requests(PENDING, RUNNING)
         worst = DONE
         if waiting:
+            chain.check(self.ledger)
             self.data = read_training(self.office)
         for model in dict.fromkeys(one.model for one in waiting):
             self.way.ready(self._before(model))

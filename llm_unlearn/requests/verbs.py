@@ -15,6 +15,7 @@ from pathlib import Path
 from llm_unlearn import folder
 from llm_unlearn.data.words import asked_for
 from llm_unlearn.reply import DONE, UNFIT, Reply
+from llm_unlearn.report.verdict import listed
 from llm_unlearn.requests import service
 from llm_unlearn.requests.certificate import PUBLIC, public_pem, public_text, read_public, signing_key
 from llm_unlearn.requests.file import is_absent
@@ -205,8 +206,9 @@ def verify(options: argparse.Namespace) -> Reply:
     trusted = read_public(options.key) if options.key else None
     if trusted is None and not alone:
         trusted = public_text(signing_key(options.config))
-    from llm_unlearn.requests import verifying
+    from llm_unlearn.requests import chain, verifying
 
+    old: list[str] = []
     if options.certificates:
         found = []
         for path in options.certificates:
@@ -217,13 +219,15 @@ def verify(options: argparse.Namespace) -> Reply:
         what = f"{len(options.certificates)} certificates" + (", signatures only: no service file here" if alone else "")
     else:
         assert office and ledger and trusted
-        found = verifying.of_ledger(ledger, office.output, trusted)
+        found, old = verifying.of_ledger(ledger, office.output, trusted), chain.unchecked(ledger)
         what = f"the ledger {office.ledger} and its {ledger.count_certificates():,} certificates"
     for line in found:
         print(line, file=sys.stderr)
     signer = f"signed with {trusted}" if trusted else "by whom was not checked: give --key PEM"
     print(f"{what}: {f'{len(found)} things do not fit' if found else f'all fits; {signer}'}")
-    return Reply(UNFIT if found else DONE, {"problems": found, "signed_with": trusted})
+    if old:
+        print(f"not covered by events of an earlier version (key, run, times, process, scores): {listed(old, 20)}")
+    return Reply(UNFIT if found else DONE, {"problems": found, "signed_with": trusted, "not_covered": old})
 
 
 def export(options: argparse.Namespace) -> Reply:
