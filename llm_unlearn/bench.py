@@ -97,6 +97,7 @@ def bench(asked: Asked, environment: Mapping[str, str]) -> Reply:
     if left_out:
         print(f"left out, as the recipe forgets other rows than {asked.suite_name} asks about: {', '.join(left_out)}")
     runs = runs_of(asked)
+    _check_retrained(asked)
     print(_summary(asked, runs), flush=True)
     waiting = [Child(run.name, command_of(run), run.log) for run in runs if run.state != "finished"]
     make_folder(asked.output)
@@ -112,14 +113,18 @@ def bench(asked: Asked, environment: Mapping[str, str]) -> Reply:
 
 def fitting(asked: Asked) -> tuple[Asked, list[str]]:
     """Without the methods whose recipe forgets other rows of the data than the suite asks about, and their names."""
+    from llm_unlearn.compatibility.rows import fit_of
+
     left_out = []
     for method in asked.methods:
         try:
-            mine = recipe.load(method.path, asked.overrides).data.forget
+            wanted = recipe.load(method.path, asked.overrides)
         except Refused:  # runs_of says it
             continue
+        mine = wanted.data.forget
         theirs = asked.suite.sets.get("forget", mine)
-        if same_data(mine, theirs) and (mine.where, mine.without, mine.like) != (theirs.where, theirs.without, theirs.like):
+        narrowed = (mine.where, mine.without, mine.like) != (theirs.where, theirs.without, theirs.like)
+        if (same_data(mine, theirs) and narrowed) or fit_of(wanted, asked.suite, asked.suite_name).problems:
             left_out.append(method.name)
     return replace(asked, methods=[method for method in asked.methods if method.name not in left_out]), left_out
 
@@ -148,6 +153,21 @@ def runs_of(asked: Asked) -> list[Run]:
     if problems:
         raise Refused("\n".join(dict.fromkeys(problems)))  # a wrong override is wrong in every recipe: said once
     return runs
+
+
+def _check_retrained(asked: Asked) -> None:
+    """Check that the retrained model can be compared with the model of every recipe.
+
+    Raises:
+        Refused: it cannot; names the first recipe.
+    """
+    from llm_unlearn.compatibility import models as compatibility
+
+    retrained = str(asked.suite.retrained)
+    for method in asked.methods:
+        model = recipe.load(method.path, asked.overrides).model
+        models = {"model": model, "retrained": compatibility.control_of(model, retrained)}
+        compatibility.check_models(models, asked.suite, f"{asked.suite_path}: retrained: {method.path}")
 
 
 def _setting_problems(asked: Asked) -> Iterable[str]:

@@ -210,10 +210,15 @@ def _identities(asked: Asked, one: Candidate, accelerator: Accelerator, cache: P
 
 def _measure(asked: Asked, one: Candidate, look: Looks) -> tuple[dict[str, Any], dict[str, Seen]]:
     """One candidate beside its base and the retrained model: what is said of it, and what it said."""
+    from llm_unlearn.compatibility.checks import problems_of_run
+    from llm_unlearn.compatibility.models import check_columns
     from llm_unlearn.look import attacked
     from llm_unlearn.results import results_of
 
     columns = _asked_of(asked, one)
+    check_columns(columns, asked.suite)
+    if problems := problems_of_run(one.run / folder.RECIPE, asked.suite, asked.suite_name):
+        raise Refused(problems[0])
     if one.under_way:
         looks = look({column: wanted for column, wanted in columns.items() if column not in ("after", "model")})
         looks["after"] = see_checkpoint(one, look)

@@ -15,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from llm_unlearn import durable
 from llm_unlearn import folder as run_folder
 from llm_unlearn.at_work import at_work, claim, turn
+from llm_unlearn.compatibility.models import check_columns
 from llm_unlearn.data.reading import Examples, read_examples
 from llm_unlearn.data.schedule import Schedule, build, poisson
 from llm_unlearn.embedded.target import embedded, folder_of
@@ -185,6 +186,7 @@ def evaluate(
     Returns:
         What `evaluation.json` says; on processes but the first, nothing.
     """
+    check_columns(asked, suite)
     named = [one[0] for one in asked.values() if not isinstance(one, Loaded)]
     accelerator = start(named[0] if named else Model(base="", adapter=None))
     for one in asked.values():

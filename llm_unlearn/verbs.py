@@ -66,10 +66,24 @@ def carry_out(
         if is_first(environment):
             folder.tidy(home)
         return None
+    _check_compatibility(wanted, suite, named, path)
     if wanted.track:  # the one tracker whose place only its environment says
         environment.setdefault("TRACKIO_DIR", str((home / folder.TRACKERS / "trackio").absolute()))
     retrained = made(named, cache) if named else None
     return command.engine(wanted)(wanted, suite, cache=cache, resume=resume, overwrite=overwrite, retrained=retrained)
+
+
+def _check_compatibility(wanted: recipe.Recipe, suite: suites.Suite | None, retrained: str | None, path: Path) -> list[str]:
+    """Check that suite and retrained model fit the recipe (`compatibility.py`).
+
+    Raises:
+        Refused: they do not.
+    """
+    if not suite or not wanted.evaluation:
+        return []
+    from llm_unlearn.compatibility import checks
+
+    return checks.check(wanted, suite, wanted.evaluation.suite, retrained, str(path))
 
 
 def is_first(environment: Mapping[str, str]) -> bool:
@@ -123,12 +137,13 @@ MAIN = "recipes/forget_lora.yaml"
 def plan(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
-    suite_of(wanted, path)
+    suite, retrained = suite_of(wanted, path)
+    notes = _check_compatibility(wanted, suite, retrained, path)
     from llm_unlearn.plan import plan as make
 
     found = make(wanted, options.cache)
-    print(found.text)
-    return Reply(facts=found.facts)
+    print("\n".join([found.text, *(f"note       {note}" for note in notes)]))
+    return Reply(facts=found.facts | {"notes": notes})
 
 
 def audit(options: argparse.Namespace) -> Reply:
@@ -164,22 +179,56 @@ def evaluate(options: argparse.Namespace) -> Reply:
     for option, name in (("--model", model.base), ("--adapter", options.adapter), ("--retrained", retrained)):
         if name and missing(name):
             raise Refused(f"{option}: no such folder: {name} (looked from {Path.cwd()}).")
+    for run_folder in (options.adapter, options.model):
+        _check_run(run_folder, suite, options.suite)
     from llm_unlearn.run import evaluate as measure
 
+    _check_untrained(retrained, model, suite)
     if retrained:
         asked["retrained"] = (sections.another(model, made(retrained, options.cache)), None)
     results = measure(suite, options.suite, asked, cache=options.cache, output=options.output, texts=not options.no_text)
     return Reply(facts={"evaluation": folder.wordless(results)})
 
 
+def _check_run(place: str | None, suite: suites.Suite, name: str) -> None:
+    """Check that a suite fits the recipe of a run folder, if it is one whose data is still there.
+
+    Raises:
+        Refused: it measures other data.
+    """
+    file = Path(place or "").expanduser() / folder.RECIPE
+    if not place or not file.is_file():
+        return
+    from llm_unlearn.compatibility import checks
+
+    problems = checks.problems_of_run(file, suite, name)
+    if problems:
+        raise Refused("\n".join(f"{place}: {problem}" for problem in problems))
+
+
+def _check_untrained(retrained: str | None, model: sections.Model, suite: suites.Suite) -> None:
+    """Check a retrained model that a recipe has yet to train, before it does.
+
+    Raises:
+        Refused: it could not be compared with the model.
+    """
+    if retrained and is_recipe(retrained):
+        from llm_unlearn.compatibility import models as compatibility
+
+        models = {"model": model, "retrained": compatibility.control_of(model, retrained)}
+        compatibility.check_models(models, suite, f"retrained: {retrained}")
+
+
 def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> Reply:
     retrained = options.retrained or suite.retrained
     if retrained and missing(retrained):
         raise Refused(f"--retrained: no such folder: {retrained} (looked from {Path.cwd()}).")
+    measured = candidates.candidates_of(options.model, options.adapter, options.before, options.quantize)
+    _check_untrained(retrained, measured[0].model, suite)
     asked = many.Asked(
         suite=suite,
         suite_name=options.suite,
-        candidates=candidates.candidates_of(options.model, options.adapter, options.before, options.quantize),
+        candidates=measured,
         retrained=made(retrained, options.cache) if retrained else None,
         output=options.output,
         overwrite=options.overwrite,

@@ -53,6 +53,7 @@ ROOMS = (
     "evaluation.numbers",
     "evaluation.rows",
     "look",
+    "compatibility",  # of a suite and a retrained model with a recipe
     "report",
     "thresholds",
     "results",

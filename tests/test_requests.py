@@ -588,7 +588,7 @@ class Scripted:
     outcomes: list[dict[int, float] | Refused | None]
     works: list[ways.Work] = field(default_factory=list)
 
-    def ready(self, before: Sequence[Path]) -> None:
+    def ready(self, before: Sequence[Path], known: Sequence[object]) -> None:
         pass
 
     def serve(self, work: ways.Work) -> ways.Served | None:

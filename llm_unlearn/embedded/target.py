@@ -161,14 +161,21 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_model(vocabulary: int, seed: int = SEED) -> Any:
-    """An untrained model; the vocabulary is padded to a multiple of 32."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_config(vocabulary: int) -> Any:
+    """The architecture; the vocabulary is padded to a multiple of 32."""
+    from transformers import LlamaConfig
 
     size = -(-vocabulary // 32) * 32
+    return LlamaConfig(vocab_size=size, pad_token_id=0, bos_token_id=None, eos_token_id=3, **ARCHITECTURE)
+
+
+def make_model(vocabulary: int, seed: int = SEED) -> Any:
+    """An untrained model."""
+    import torch
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=size, pad_token_id=0, bos_token_id=None, eos_token_id=3, **ARCHITECTURE))
+    return LlamaForCausalLM(make_config(vocabulary))
 
 
 def _train_one(name: str, folder: Path) -> None:

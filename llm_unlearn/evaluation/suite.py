@@ -76,6 +76,9 @@ class Suite:
     """Every draw of an attack follows from it."""
     retrained: str | None = None
     """The model that never saw the forget set: a folder, a hub id, or embedded:retrained."""
+    probes: bool | None = None
+    """true: the sets ask about a recipe's data and are not rows of it, as benchmarks of knowledge do. Without it, `forget` and
+    `retain` must hold rows of the recipe's forget and retain sets."""
     max_new_tokens: PositiveInt = 200
     """Longest greedy answer."""
     batch_tokens: PositiveInt = 8192

@@ -63,7 +63,7 @@ class Desk:
             chain.check(self.ledger)
             self.data = read_training(self.office)
         for model in dict.fromkeys(one.model for one in waiting):
-            self.way.ready(self._before(model))
+            self.way.ready(self._before(model), tuple(self.data))
         for model in dict.fromkeys(one.model for one in waiting):
             # held by the kernel as long as this process lives: a run that is under way and not locked was killed
             lock = FileLock(f"{self.ledger.path}.{hashlib.sha256(model.encode()).hexdigest()[:8]}.lock")

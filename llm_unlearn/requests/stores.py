@@ -35,7 +35,7 @@ class ByStore:
     cache: Path
     """Where the embedded models are."""
 
-    def ready(self, before: Sequence[Path]) -> None:
+    def ready(self, before: Sequence[Path], known: Ids) -> None:
         from llm_unlearn.exact.manifest import FILE
 
         store = Path(self.office.model)
@@ -45,6 +45,11 @@ class ByStore:
                 "a new one would learn again. Run this where the store was made, or put it back. If it is lost, take the rows of "
                 "fulfilled requests out of the data, and name another output in the recipe. Nothing was changed."
             )
+        if control := self.office.suite.retrained:
+            from llm_unlearn.compatibility.checks import check_control
+            from llm_unlearn.compatibility.models import texts_of
+
+            check_control(self.office.recipe, self.office.suite, control, texts_of(self.office.suite))
 
     def serve(self, work: Work) -> Served | None:
         from llm_unlearn.exact.manifest import alone

@@ -57,11 +57,14 @@ class Served:
 class Way(Protocol):
     """How requests are served. Called again with the same work after a kill, it goes on and does nothing twice."""
 
-    def ready(self, before: Sequence[Path]) -> None:
-        """Look, before anything is claimed, whether what earlier runs left is there to go on from.
+    def ready(self, before: Sequence[Path], known: Ids) -> None:
+        """Look, before anything is claimed, whether what earlier runs left is there to go on from, and whether the suite fits.
+
+        Args:
+            known: ids of the training data.
 
         Raises:
-            Refused: it is not. Nothing was changed.
+            Refused: it is not, or does not. Nothing was changed.
         """
         ...
 
@@ -83,11 +86,18 @@ class ByRecipe:
     cache: Path
     """Where the embedded models are."""
 
-    def ready(self, before: Sequence[Path]) -> None:
+    def ready(self, before: Sequence[Path], known: Ids) -> None:
         needed = before if self.office.recipe.model.adapter else before[-1:]
         if lost := [path for path in needed if not path.is_dir()]:
             said = f"{lost[0]}: is not there, and the model now is what this run left. Put it back"
             raise Refused(f"{said}, or correct `output` of the service. Nothing was changed.")
+        from llm_unlearn.compatibility import checks
+
+        office = self.office  # of any row, as every serving has the same columns, sets and models
+        wanted = recipe_of(office, office.model, known[:1], (), before, office.output)
+        suite = suite_of(office, {0: known[:1]}, known[:1])
+        control = (wanted.evaluation and wanted.evaluation.retrained) or suite.retrained
+        checks.check(wanted, suite, office.suite_name, control, office.service.recipe)
 
     def serve(self, work: Work) -> Served | None:
         forget = tuple(dict.fromkeys(one for ids in work.requests.values() for one in ids))

@@ -115,6 +115,9 @@ def _asked(options: argparse.Namespace) -> Asked:
     problems += [f"{path}: {dotted(('evaluation', 'thresholds', *keys))}: {text}" for keys, text in wrong]
     if problems:
         raise Refused("\n".join(problems))
+    from llm_unlearn.compatibility import checks
+
+    checks.check(wanted, suite, wanted.evaluation.suite, retrained, str(path))
     sampler, trials = _how_many(space, options.sampler, options.trials)
     watched = "" if options.no_prune else readable(wanted)
     job = Job(path, space, (*more,), options.output, basis_of(wanted), watched)
