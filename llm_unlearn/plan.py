@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm_unlearn import folder
+from llm_unlearn.data.examples import Example
 from llm_unlearn.data.reading import Examples, read_examples
 from llm_unlearn.data.tokens import lengths_of, targets_of
 from llm_unlearn.embedded import target
@@ -29,6 +30,7 @@ from llm_unlearn.recipe import Recipe, load
 from llm_unlearn.retrained import home_of
 from llm_unlearn.run import make_job
 from llm_unlearn.source import is_recipe
+from llm_unlearn.spec import readable
 from llm_unlearn.training.before import choices
 from llm_unlearn.training.dose import Stop
 from llm_unlearn.training.job import Job
@@ -46,8 +48,12 @@ class Plan:
     facts: dict[str, Any]
 
 
-def plan(recipe: Recipe, cache: Path) -> Plan:
-    """What a run will do. The model is built without weights; of a hub id, only its small files are read."""
+def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
+    """What a run will do. The model is built without weights; of a hub id, only its small files are read.
+
+    Args:
+        show_example: also show the first example of each stream as the model reads it, its targets marked.
+    """
     if recipe.model.base.startswith("embedded:"):
         tokenizer = target.make_tokenizer()
         net: Any = target.make_model(len(tokenizer))
@@ -106,6 +112,10 @@ def plan(recipe: Recipe, cache: Path) -> Plan:
         "frozen_routers": [group.facts for group in routers],
         "memory_bytes": {name: round(size) for name, size in needed.items()},
     }
+    if show_example:
+        shown = {name: _example(found[0], tokenizer) for name, found in job.examples.items() if len(found)}
+        lines += [line for name, one in shown.items() for line in _marked(name, one)]
+        facts["example"] = shown
     return Plan("\n".join(lines), facts)
 
 
@@ -115,6 +125,26 @@ ROUTERS = "router; it stays as it is unless the recipe names it"
 def _listed(title: str, groups: list[Group], note: str = "") -> list[str]:
     """One line for each kind of weights."""
     return [f"{'' if i else title:<10} {group.text}{f'  {note}' if note else ''}" for i, group in enumerate(groups)]
+
+
+def _example(example: Example, tokenizer: Any) -> dict[str, Any]:
+    """Return an example as text: its prompt and its targets, as the tokens decode."""
+    whole, prompt = (str(tokenizer.decode(list(ids))) for ids in (example.ids, example.ids[: example.answer]))
+    targets = whole[len(prompt) :] if whole.startswith(prompt) else str(tokenizer.decode(list(example.ids[example.answer :])))
+    return {
+        "row": example.id + 1,
+        "prompt": prompt,
+        "targets": targets,
+        "tokens": len(example.ids),
+        "target_tokens": example.targets,
+    }
+
+
+def _marked(stream: str, shown: dict[str, Any]) -> list[str]:
+    """Return the lines that show an example, its targets between ⟦ and ⟧."""
+    counts = f"row {shown['row']}, {shown['tokens']} tokens, {shown['target_tokens']} of them targets, marked ⟦ ⟧"
+    text = f"{shown['prompt']}⟦{shown['targets']}⟧"
+    return ["", f"example    {stream}: {counts}", *(f"  {readable(line)}" for line in text.split("\n"))]
 
 
 def _steps(recipe: Recipe, job: Job, examples: Examples) -> list[str]:

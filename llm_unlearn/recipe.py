@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 
+from llm_unlearn.chat import DATE, Chat, chat_problems
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.methods.retrain import Retrain
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.sections import Data, Evaluation, Model, Track, Train, missing_tracker
-from llm_unlearn.source import Source, missing, source_problems, unnameable
+from llm_unlearn.source import Source, missing, source_problems, unnameable, with_chat
 from llm_unlearn.spec import (
     NaturalInt,
     Refused,
@@ -37,6 +38,8 @@ class Recipe:
     """The run folder."""
     model: Model
     data: Data
+    chat: Chat = Chat(date=DATE)
+    """How conversations are rendered: system turn, thinking, date, template arguments; a source may say otherwise."""
     objective: Mapping[str, Term] = field(default_factory=dict)
     """Terms of the total loss, each on the stream it is named after (or on its `stream`)."""
     method: AnyMethod | None = None
@@ -108,6 +111,7 @@ def checked(tree: Tree, check: bool = True) -> Recipe:
     elif objective is None:  # and `objective: null` all of them, for a method in their place
         tree.data.pop("objective", None)
     recipe = build(Recipe, tree)
+    recipe = replace(recipe, chat=recipe.chat.over(Chat()), data=with_chat(recipe.data, recipe.chat))
     problems = list(_problems(recipe, tree)) if check else []
     if problems:
         raise Refused("\n".join(problems))
@@ -122,6 +126,8 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
 
     if not recipe.output.strip() or unnameable(recipe.output):
         yield say("no folder can have this name; expected one such as runs/first.", "output")
+    wrong = list(chat_problems(recipe.chat))
+    yield from (say(text, "chat", *keys) for keys, text in wrong)
     yield from _model_problems(recipe, say)
     yield from _speed_problems(recipe, say)
     yield from _stop_problems(recipe, say)
@@ -135,7 +141,8 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
         yield say(lacking, "track", "to")
     looked_at = {"holdout": recipe.data.holdout} if recipe.data.holdout else {}
     for name, source in {**recipe.sources, **looked_at}.items():
-        yield from (say(text, "data", name, *where) for where, text in source_problems(source))
+        found = ((where, text) for where, text in source_problems(source) if (where[1:], text) not in wrong)
+        yield from (say(text, "data", name, *where) for where, text in found)
     yield from _method_problems(recipe, say) if recipe.method else _objective_problems(recipe, say)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
+from llm_unlearn.chat import Chat, chat_problems
 from llm_unlearn.embedded.population import SPLITS
 from llm_unlearn.spec import AtLeastTwo, PositiveInt, nearest, spec
 
@@ -48,12 +50,15 @@ class Source:
     """Split of a hub data set; without it, train."""
     prompt: str | None = None
     """Column of the question."""
+    prompt_input: str | None = None
+    """Column of what the question is about, put below it where a row has any: of Alpaca's rows, `input` beside
+    `prompt: instruction` and `answer: output`."""
     answer: str | None = None
     """Column of the answer: what is forgotten or kept. With `choices`, the number of the right one, counted from 0."""
     choices: str | None = None
     """Column of all that can be answered, a list per row; what is not the answer is a wrong one for multiple choice."""
     messages: str | None = None
-    """Column of a chat, a list of {role, content}; the last assistant turn is the answer."""
+    """Column of a chat, a list of {role, content} or of ShareGPT's {from, value}; the last assistant turn is the answer."""
     text: str | None = None
     """Column of running text, cut into blocks of `max_tokens`; every token is a target."""
     where: Mapping[str, str | int | float | bool | tuple[str | int | float | bool, ...]] | None = None
@@ -66,6 +71,8 @@ class Source:
     """Keep the first so many rows."""
     max_tokens: AtLeastTwo = 1024
     """Longer examples are cut here."""
+    chat: Chat = Chat()
+    """How its conversations are rendered; what is not set is that of the section `chat`."""
     alternate: Alternate | None = None
     """Another answer to the same prompts, for losses that teach one."""
     contrast: Contrast | None = None
@@ -76,6 +83,24 @@ class Source:
     """Column of wrong answers, a list per row (evaluation only)."""
     keyword: str | None = None
     """Column of what an answer must name, text or a list of texts (evaluation only)."""
+
+
+T = TypeVar("T")
+
+
+def with_chat(settings: T, section: Chat) -> T:
+    """Return settings in which every source has the chat settings of a section beside its own."""
+    if isinstance(settings, Source):
+        return replace(settings, chat=settings.chat.over(section))
+    if isinstance(settings, Mapping):
+        return cast(T, {key: with_chat(value, section) for key, value in settings.items()})
+    if isinstance(settings, tuple):
+        return cast(T, tuple(with_chat(value, section) for value in settings))
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        changed = {field.name: with_chat(getattr(settings, field.name), section) for field in dataclasses.fields(settings)}
+        same = all(changed[name] is getattr(settings, name) for name in changed)
+        return settings if same else replace(settings, **changed)
+    return settings
 
 
 def left_out(source: Source, column: str, values: Iterable[str | int | float | bool]) -> Source:
@@ -89,12 +114,17 @@ def source_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
     """What is wrong with one source: its columns, or a file that is not there. Yields (keys below the source, text)."""
     shapes = [bool(source.prompt or source.answer), bool(source.messages), bool(source.text)]
     if sum(shapes) != 1:
-        yield (), "expected one of: prompt and answer (columns), messages (a chat column), text (a column of running text)."
+        named = [key for key in ("prompt", "answer", "messages", "text") if getattr(source, key)]
+        found = f"found {' and '.join(named)}; " if named else ""
+        yield (), f"{found}expected one of: prompt and answer (columns), messages (a chat column), text (a column of running text)."
     elif shapes[0] and not (source.prompt and source.answer):
         yield (
             (),
             f"found {'prompt' if source.prompt else 'answer'} alone; expected both prompt and answer, the names of two columns.",
         )
+    if source.prompt_input and not source.prompt:
+        yield ("prompt_input",), "goes below a prompt, and none is named. Set prompt, or take it out."
+    yield from ((("chat", *keys), text) for keys, text in chat_problems(source.chat))
     if source.choices and (source.perturbed or not source.answer):
         yield ("choices",), "goes with `answer`, the column of the right one's number, and without `perturbed`."
     if source.text and source.alternate:

@@ -103,11 +103,18 @@ def _check_launch_line(path: Path, text: str) -> None:
         raise Refused(f"{path}: the text between the two launch lines would be run as Python. {expected}")
 
 
+SHAPES = {"prompt", "answer", "messages", "text"}
+"""Keys that name the columns of rows; a source that brings its own keeps none of those that it replaces."""
+
+
 def _merge(below: Any, above: Any) -> Any:
-    """`above` laid over `below`: mappings key by key, anything else replaced; another `name` is another thing, replaced whole."""
+    """Lay `above` over `below`: mappings key by key, anything else replaced. A mapping of another `name`, or one that names other
+    columns, is another thing and replaced whole."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     if "name" in below and "name" in above and below["name"] != above["name"]:
+        return above
+    if "source" in above and (shape := SHAPES & above.keys()) and shape != SHAPES & below.keys():
         return above
     return {key: _merge(below.get(key), above[key]) if key in above else below[key] for key in {**below, **above}}
 

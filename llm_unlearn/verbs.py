@@ -141,7 +141,7 @@ def plan(options: argparse.Namespace) -> Reply:
     notes = _check_compatibility(wanted, suite, retrained, path)
     from llm_unlearn.plan import plan as make
 
-    found = make(wanted, options.cache)
+    found = make(wanted, options.cache, show_example=options.show_example)
     print("\n".join([found.text, *(f"note       {note}" for note in notes)]))
     return Reply(facts=found.facts | {"notes": notes})
 

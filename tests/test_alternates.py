@@ -177,7 +177,9 @@ def test_a_draw_depends_on_its_key_alone(make_model: Callable[..., Any], tokeniz
     asked = questions(request(path, ("data.forget.limit=4",)), usage, tokenizer)
     forbidden = frozenset({(7,), (8, 9), *((token,) for token in range(20, 1024))})  # so that most texts come to an end
     asks = [
-        Ask(one.ask.ids[: one.ask.answer], 3, 40 + i, 5.0, 0.0, seed, forbidden) for i, one in enumerate(asked) for seed in range(8)
+        Ask(one.ask.ids[: one.ask.answer], frozenset({3}), 40 + i, 5.0, 0.0, seed, forbidden)
+        for i, one in enumerate(asked)
+        for seed in range(8)
     ]
 
     def draw(chosen: list[Ask], batch_tokens: int) -> list[str | None]:
@@ -196,7 +198,7 @@ def test_what_is_forbidden_is_not_written_and_what_does_not_end_is_none(make_mod
 
     logits = torch.zeros(1, 10)
     logits[0, 4], logits[0, 5] = 9.0, 8.0
-    free = Ask((1, 2), 3, 9, 1.0, 0.3, 0)
+    free = Ask((1, 2), frozenset({3}), 9, 1.0, 0.3, 0)
     for forbidden, before, allowed in (
         ((), [], {4, 5}),
         (((4,),), [], {5}),

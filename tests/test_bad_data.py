@@ -46,7 +46,7 @@ def parquet(**columns: Any) -> bytes:
 
 
 WHOLE = parquet(question=[f"Who is {i}?" for i in range(50)], answer=["Ada."] * 50)
-TEXTS = "expected text"
+TEXTS, TEXT = "expected text", "expected one text"
 EMPTY = "has no rows; expected at least one"
 FILES: dict[str, tuple[bytes, str]] = {
     # nothing in it
@@ -68,7 +68,10 @@ FILES: dict[str, tuple[bytes, str]] = {
     "number.jsonl": (f"{GOOD}3\n".encode(), "number.jsonl:2: found 3; expected a row"),
     "null.jsonl": (f"{GOOD}\nnull\n".encode(), "null.jsonl:3: found None"),
     "list.jsonl": (f"{GOOD}[1]\n".encode(), "list.jsonl:2: found a list of 1"),
-    "columns.json": (b'{"question": ["a", "b"], "answer": ["c", "d"]}', f"row 1: column 'question' holds a list of 2; {TEXTS}"),
+    "columns.json": (
+        b'{"question": ["a", "b"], "answer": ["c", "d"]}',
+        "row 1: column 'question' holds a list of 2; expected one text",
+    ),
     # broken
     "cut.jsonl": ((GOOD * 3)[:-10].encode(), "cut.jsonl:3: not a line of JSON (Expecting"),
     "cut.json": (b'[{"question": "x"', "cut.json:1: not JSON (Expecting"),
@@ -112,7 +115,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "no_header.csv": (b"What?,This.\nWho?,Ada.\n", "prompt names column 'question', which is not there; "),
     "twice.csv": (b"question,question,answer\na,b,c\n", "twice.csv:1: the header names column 'question' twice"),
     "cell.csv": (b"question,answer\na,b\nc,\n", f"row 2: column 'answer' holds None; {TEXTS}"),
-    "numbers.csv": (b"question,answer\na,3\nb,4\n", f"row 1: column 'answer' holds 3; {TEXTS}"),
+    "numbers.csv": (b"question,answer\na,true\nb,false\n", f"row 1: column 'answer' holds True; {TEXTS}"),
     # Parquet
     "cut.parquet": (WHOLE[:-20], "cannot be read as a data set (ArrowInvalid: "),
     "half.parquet": (WHOLE[: len(WHOLE) // 2], "cannot be read as a data set (ArrowInvalid: "),
@@ -129,7 +132,7 @@ FILES: dict[str, tuple[bytes, str]] = {
         parquet(question=["a"], answer=pa.array([1], pa.timestamp("s"))),
         "row 1: column 'answer' holds a value",
     ),
-    "lists.parquet": (parquet(question=["a"], answer=[["x"]]), f"row 1: column 'answer' holds a list of 1; {TEXTS}"),
+    "lists.parquet": (parquet(question=["a"], answer=[["x", "y"]]), "row 1: column 'answer' holds a list of 2; expected one text"),
     "other.parquet": (parquet(x=[1]), "prompt names column 'question', which is not there; Valid: x"),
     # rows
     "no_column.jsonl": (b'{"q": "x", "answer": "y"}\n', "prompt names column 'question', which is not there; Valid: q, answer"),
@@ -138,16 +141,14 @@ FILES: dict[str, tuple[bytes, str]] = {
     "none.jsonl": (row("null"), f"row 2: column 'answer' holds None; {TEXTS}"),
     "no_text.jsonl": (row('""'), f"row 2: column 'answer' holds ''; {TEXTS}"),
     "white.jsonl": (row('" \\n\\t"'), f"row 2: column 'answer' holds ' \\n\\t'; {TEXTS}"),
-    "integer.jsonl": (row("3"), f"row 2: column 'answer' holds 3; {TEXTS}"),
-    "float.jsonl": (row("0.5"), f"row 2: column 'answer' holds 0.5; {TEXTS}"),
-    "huge.jsonl": (row("1" + "0" * 400), "row 2: column 'answer' holds 1000"),
+    "integer.jsonl": (row("true"), f"row 2: column 'answer' holds True; {TEXTS}"),
     "nan.jsonl": (row("NaN"), f"row 2: column 'answer' holds nan; {TEXTS}"),
     "infinity.jsonl": (row("-Infinity"), f"row 2: column 'answer' holds -inf; {TEXTS}"),
     "true.jsonl": (row("true"), f"row 2: column 'answer' holds True; {TEXTS}"),
-    "texts.jsonl": (row('["a"]'), f"row 2: column 'answer' holds a list of 1; {TEXTS}"),
+    "texts.jsonl": (row('["a", "b"]'), "row 2: column 'answer' holds a list of 2; expected one text"),
     "mapping.jsonl": (row('{"text": "a"}'), f"row 2: column 'answer' holds an object of 1 keys; {TEXTS}"),
-    "question.jsonl": (row('"a"', '["x"]'), f"row 2: column 'question' holds a list of 1; {TEXTS}"),
-    "megabytes.jsonl": (row(json.dumps(["word " * 2_000_000])), "row 2: column 'answer' holds a list of 1; expected"),
+    "question.jsonl": (row('"a"', '["x", "y"]'), "row 2: column 'question' holds a list of 2; expected one text"),
+    "megabytes.jsonl": (row(json.dumps(["word " * 2_000_000, ""])), "row 2: column 'answer' holds a list of 2; expected"),
     # other kinds
     "a.pkl": (b"x", "cannot read a .pkl file; expected one of .json, .jsonl, .csv, .parquet, .txt"),
     "a.xlsx": (b"PK", "cannot read a .xlsx file"),
@@ -201,9 +202,12 @@ CHATS: dict[str, tuple[Any, str]] = {
     "answer empty": ([USER, {"role": "assistant", "content": ""}], "holds ''; expected text"),
     "answer null": ([USER, {"role": "assistant", "content": None}], "holds None; expected text"),
     "question null": ([{"role": "user", "content": None}, ASSISTANT], "holds None; expected text"),
-    "parts": ([USER, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}], "expected text"),
+    "parts": ([USER, {"role": "assistant", "content": [{"type": "image", "url": "x"}]}], "expected text"),
     "Assistant": ([USER, {"role": "Assistant", "content": "x"}], "does not end with an assistant turn"),
-    "from and value": ([{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "expected a list of turns"),
+    "half in from and value": (
+        [{"from": "human", "value": "x"}, {"role": "assistant", "content": "y"}],
+        "expected a list of turns",
+    ),
 }
 
 
@@ -261,7 +265,7 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, str], set[str], str]] = {
         {"perturbed"},
         "expected a list of wrong answers",
     ),
-    "paraphrase a number": ({"other": 3}, {"paraphrase": "other"}, {"paraphrase"}, "holds 3; expected text"),
+    "paraphrase a number": ({"other": True}, {"paraphrase": "other"}, {"paraphrase"}, "holds True; expected text"),
     "keyword a mapping": ({"other": {"a": 1}}, {"keyword": "other"}, {"keyword"}, "holds an object of 1 keys; expected text"),
     "keywords of blanks": ({"other": ["a", " "]}, {"keyword": "other"}, {"keyword"}, "holds ' '; expected text"),
     "choices as text": ({"answer": 0, "other": "ab"}, {"choices": "other"}, {"perturbed"}, "expected a list in column 'other'"),

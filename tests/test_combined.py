@@ -136,7 +136,10 @@ def test_what_is_written_is_what_the_combination_finds_likeliest(place: Place, t
     """Token by token, prompts of several lengths in one batch, some of which end before others; with the cache, and without."""
     loaded = read(place, tiny_base, wanted)
     torch.manual_seed(1)
-    asks = [Ask(tuple(torch.randint(4, 1024, (2 + i % 5,)).tolist()), 3, 4 + 3 * (i % 3), unfinished=True) for i in range(18)]
+    asks = [
+        Ask(tuple(torch.randint(4, 1024, (2 + i % 5,)).tolist()), frozenset({3}), 4 + 3 * (i % 3), unfinished=True)
+        for i in range(18)
+    ]
     texts = {i: (text, ended) for i, text, ended in written(loaded, asks, 60, torch.device("cpu"))}  # four or so at once
     assert [*texts] != sorted(texts) == [*range(18)], "what ends sooner gives way to others"
     for i, ask in enumerate(asks):

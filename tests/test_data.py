@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from llm_unlearn.chat import Chat
 from llm_unlearn.data.batch import Layout, answer_lengths, cut, lay_out, micro_batches
 from llm_unlearn.data.examples import PLAIN_TEMPLATE, Example, draw, encode, encode_text, frugal
 from llm_unlearn.data.reading import read_examples
@@ -98,7 +99,7 @@ def answered(example: Example, tokenizer: Any) -> tuple[str, str]:
 
 
 def one(turns: Turns, tokenizer: Any, max_tokens: int = 1000) -> Example:
-    (example,) = encode([turns], tokenizer, "forget", max_tokens)
+    (example,) = encode([turns], tokenizer, Chat(), "forget", max_tokens)
     assert example is not None
     return example
 
@@ -187,19 +188,19 @@ def test_truncation_keeps_what_has_an_answer_token_left() -> None:
     assert one(TURNS, tokenizer, len(whole.ids)) == whole
     cut_off = one(TURNS, tokenizer, whole.answer + 1)
     assert cut_off.ids == whole.ids[: whole.answer + 1] and cut_off.targets == 1
-    assert encode([TURNS], tokenizer, "forget", whole.answer) == [None]
-    assert encode([TURNS], tokenizer, "forget", 1) == [None]
+    assert encode([TURNS], tokenizer, Chat(), "forget", whole.answer) == [None]
+    assert encode([TURNS], tokenizer, Chat(), "forget", 1) == [None]
 
 
 def test_encoding_keeps_order_and_stream() -> None:
     tokenizer = tokenizer_of(CHATML)
     turns = [[TURNS[0], {"role": "assistant", "content": "x" * n}] for n in (3, 99, 1)]
     limit = len(one(turns[0], tokenizer).ids) + 1
-    examples = encode(turns, tokenizer, "retain", limit)
+    examples = encode(turns, tokenizer, Chat(), "retain", limit)
     assert [example.id for example in examples if example] == [0, 1, 2]
     assert [example.stream for example in examples if example] == ["retain"] * 3
     assert [len(example.ids) == limit for example in examples if example] == [False, True, False]
-    assert encode([], tokenizer, "retain", 5) == []
+    assert encode([], tokenizer, Chat(), "retain", 5) == []
 
 
 # -------------------------------------------------------------------------------------------------------- running text
@@ -497,7 +498,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[str]]] = {
         [{"q": "x", "a": "y"}, {"q": "x", "a": " "}],
         ["row 2", "'a' holds ' '"],
     ),
-    "number as answer": ({"prompt": "q", "answer": "a"}, [{"q": "x", "a": 3}], ["row 1", "'a' holds 3"]),
+    "truth value as answer": ({"prompt": "q", "answer": "a"}, [{"q": "x", "a": True}], ["row 1", "'a' holds True"]),
     "no chat": ({"messages": "m"}, [{"m": TURNS}, {"m": None}], ["row 2", "'m'"]),
     "empty chat": (
         {"messages": "m"},
@@ -509,7 +510,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[str]]] = {
         [{"m": TURNS}, {"m": TURNS[:1]}],
         ["row 2", "does not end with an assistant turn"],
     ),
-    "chat in other words": ({"messages": "m"}, [{"m": [{"from": "user", "value": "x"}]}], ["row 1", "'m'", "role"]),
+    "chat in other words": ({"messages": "m"}, [{"m": [{"by": "user", "text": "x"}]}], ["row 1", "'m'", "role"]),
     "blank turn": ({"messages": "m"}, [{"m": [TURNS[0], {"role": "assistant", "content": None}]}], ["row 1", "'m'"]),
     "no text": ({"text": "t"}, [{"t": "x"}, {"t": None}], ["row 2", "'t' holds None"]),
     "no alternate": (

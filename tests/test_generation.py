@@ -43,7 +43,7 @@ def many(temperature: float, count: int = 40) -> list[Ask]:
         prompt = tuple(chance.randrange(4, 64) for _ in range(chance.choice((1, 2, 3, 5, 9, 20, 30))))
         until = (make_words().decode(4 + i),) if i % 3 == 0 else ()
         limit, runs = chance.choice((1, 2, 5, 12, 30, 40)), frozenset({(20 + i % 9, 30)} if temperature else ())
-        asks.append(Ask(prompt, END, limit, temperature, 0.01, seed=i, forbidden=runs, unfinished=True, until=until))
+        asks.append(Ask(prompt, frozenset({END}), limit, temperature, 0.01, seed=i, forbidden=runs, unfinished=True, until=until))
     return sorted(asks, key=lambda ask: -len(ask.prompt) - ask.limit)
 
 

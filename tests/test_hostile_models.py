@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from jobs import adapted, job
 
-from llm_unlearn.data import examples, sources
+from llm_unlearn.chat import Chat
+from llm_unlearn.data import rendering, sources
 from llm_unlearn.data.examples import encode
 from llm_unlearn.evaluation.kept import read_part
 from llm_unlearn.models.load import load, read_config, read_tokenizer
@@ -163,12 +164,12 @@ def test_an_adapter_imports_no_module(tiny_base: Path, adapter: Path, mark: Path
 def test_a_chat_template_sees_nothing_but_the_turns_and_comes_to_an_end(
     stranger: Path, template: str, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(examples, "LONGEST", 0.3)
+    monkeypatch.setattr(rendering, "LONGEST", 0.3)
     (stranger / "chat_template.jinja").write_text(template.replace("MARK", str(mark)))
     tokenizer = read_tokenizer(Model(base=str(stranger)))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(Refused, match=r"chat template .*model\.chat_template"):
-        encode([turns], tokenizer, "forget", 64)
+        encode([turns], tokenizer, Chat(), "forget", 64)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0) and signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
 
 

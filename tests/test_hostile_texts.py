@@ -13,6 +13,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from pyarrow import parquet
 
+from llm_unlearn.chat import Chat
 from llm_unlearn.cli import main
 from llm_unlearn.data.examples import encode
 from llm_unlearn.data.sources import rows
@@ -157,7 +158,7 @@ def test_a_run_folder_without_texts(here: Path, tiny_base: Path, capsys: pytest.
 
 
 BAD: dict[str, Callable[[], str]] = {
-    "a list in place of text": lambda: lines(row(0, answer=[CANARIES["answer"]])),
+    "a list in place of text": lambda: lines(row(0, answer=[CANARIES["answer"]] * 2)),
     "a mapping in place of text": lambda: lines(row(0, question={"a": CANARIES["question"]})),
     "a line that is no object": lambda: lines(row(0)) + json.dumps(CANARIES["answer"]) + "\n",
     "half a line": lambda: lines(row(0)) + lines(row(1))[:60],
@@ -202,7 +203,7 @@ def test_a_template_that_complains_with_the_rows_words() -> None:
     ):
         tokenizer.chat_template = "{{ raise_exception(" + words + ") }}"
         with pytest.raises(Refused) as refused:
-            encode([turns], tokenizer, "forget", 64)
+            encode([turns], tokenizer, Chat(), "forget", 64)
         assert not planted(str(refused.value)) and CANARIES["answer"][3:18] not in str(refused.value)
 
 

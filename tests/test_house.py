@@ -30,6 +30,7 @@ ROOMS = (
     "tree",
     "objectives",
     "embedded.population",
+    "chat",  # what a chat template reads besides the turns
     "source",
     "withheld",  # settings for strangers
     "training.vectors",

@@ -31,6 +31,7 @@ from llm_unlearn.attacks.rows import answers_of, embedding_table, insert, read, 
 from llm_unlearn.attacks.soft_prompt import SoftPrompt
 from llm_unlearn.attacks.two_model import TwoModel
 from llm_unlearn.bars import Bar
+from llm_unlearn.chat import Chat
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.embedded import population
 from llm_unlearn.evaluation import generation as generating
@@ -157,14 +158,14 @@ def test_a_prompt_ends_before_the_templates_own_words(attacked: Callable[..., Su
     found, examples = subject.sets["forget"], answers_of(subject, "test", "forget")
     mark = tokenizer("!", add_special_tokens=False)["input_ids"]
     for example, prompt, answer, place in zip(
-        examples, found.prompts, found.answers, ends_of_prompts(subject.load(), examples, found.prompts), strict=True
+        examples, found.prompts, found.answers, ends_of_prompts(subject.load(), examples, found.prompts, found.chat), strict=True
     ):
         changed = insert(example, place, mark)
         assert tokenizer.decode(changed.ids) == f"<|user|>{prompt}!<|assistant|>{answer}<|end|>"
         assert changed.ids[changed.answer :] == example.ids[example.answer :]
     with pytest.raises(Refused, match="goes on in another way"):
-        ends_of_prompts(subject.load(), [replace(examples[0], answer=examples[0].answer + 1)], found.prompts[:1])
-    assert ends_of_prompts(subject.load(), examples[:1], [""]) == [examples[0].answer]  # running text
+        ends_of_prompts(subject.load(), [replace(examples[0], answer=examples[0].answer + 1)], found.prompts[:1], found.chat)
+    assert ends_of_prompts(subject.load(), examples[:1], [""], found.chat) == [examples[0].answer]  # running text
 
 
 # ------------------------------------------------------------------------------------------------------- embeddings, layers
@@ -463,7 +464,7 @@ def test_a_soft_prompt_stands_behind_the_beginning_of_text(attacked: Callable[..
 def test_the_token_gradient_is_the_slope_towards_each_token(attacked: Callable[..., Subject]) -> None:
     subject = attacked(batch_tokens=90)
     loaded, examples = subject.load(), answers_of(subject, "test", "forget")[:3]
-    places = ends_of_prompts(loaded, examples, subject.sets["forget"].prompts[:3])
+    places = ends_of_prompts(loaded, examples, subject.sets["forget"].prompts[:3], Chat())
     rows = list(zip(examples, places, strict=True))
     suffix = (40, 50, 60)
     slope = token_gradient(subject, loaded, rows, suffix)
@@ -488,7 +489,7 @@ def test_the_token_gradient_is_the_slope_towards_each_token(attacked: Callable[.
 def test_losses_of_suffixes_equal_one_call_each(attacked: Callable[..., Subject]) -> None:
     subject = attacked(batch_tokens=90)
     loaded, examples = subject.load(), answers_of(subject, "test", "forget")[:3]
-    rows = list(zip(examples, ends_of_prompts(loaded, examples, subject.sets["forget"].prompts[:3]), strict=True))
+    rows = list(zip(examples, ends_of_prompts(loaded, examples, subject.sets["forget"].prompts[:3], Chat()), strict=True))
     suffixes = [(40, 50), (41, 50), (7, 300)]
     expected = [-np.mean([own_logp(loaded.model, insert(one, place, suffix)) for one, place in rows]) for suffix in suffixes]
     assert np.allclose(losses_of(subject, loaded, rows, suffixes), expected, atol=1e-5)
@@ -530,7 +531,7 @@ def test_the_controls_search_is_the_same_search_for_other_answers(control: Any, 
     subject = attacked()
     curve, loaded, examples = wanted(subject), subject.load(), answers_of(subject, "test", "forget")
     chosen = sorted(np.random.default_rng([5, 21]).permutation(12)[:3].tolist())
-    places = ends_of_prompts(loaded, examples, subject.sets["forget"].prompts)
+    places = ends_of_prompts(loaded, examples, subject.sets["forget"].prompts, Chat())
     by_hand = []
     for asked in (examples, other_answers(subject, "gcg", loaded, examples, [range(12)], control)):
         found = [wanted._search(subject, loaded, asked, places, [i], [i]) for i in chosen]

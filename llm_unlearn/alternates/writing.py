@@ -40,7 +40,8 @@ from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused
 
 if TYPE_CHECKING:
-    from llm_unlearn.data.examples import Example, Turn
+    from llm_unlearn.data.examples import Example
+    from llm_unlearn.data.rendering import Turn
     from llm_unlearn.evaluation.generation import Ask
     from llm_unlearn.models.load import Loaded
 
@@ -138,12 +139,12 @@ def questions(wanted: Request, usage: Usage, tokenizer: Any) -> list[Question]:
         if len(chat) < 2 or chat[-2]["role"] != "user":
             raise Refused(f"{row_at(i, source)}: column {source.messages!r} has no user turn before its last answer.")
     columns = [source.messages] if source.messages else [source.prompt, source.answer]
-    plain = encode(turns, tokenizer, wanted.stream, source.max_tokens)
+    plain = encode(turns, tokenizer, source.chat, wanted.stream, source.max_tokens)
     asked = plain
     if template:
         texts = [filled(template, chat[-2]["content"], chat[-1]["content"]) for chat in turns]
         told = [[*chat[:-2], {"role": "user", "content": text}, chat[-1]] for chat, text in zip(turns, texts, strict=True)]
-        asked = encode(told, tokenizer, wanted.stream, 10**9)
+        asked = encode(told, tokenizer, source.chat, wanted.stream, 10**9)
     result = [
         Question(
             {str(column): row[str(column)] for column in columns},
@@ -197,8 +198,10 @@ def draw_all(asked: Sequence[Question], wanted: Request, usage: Usage, loaded: L
 def _asks(one: Question, number: int, wanted: Request, usage: Usage, tokenizer: Any) -> Iterable[Ask]:
     """The draws of one question in one round. A model that is told in words may first write what it wants."""
     from llm_unlearn.data.examples import draw
+    from llm_unlearn.data.rendering import turn_end
     from llm_unlearn.evaluation.generation import Ask
 
+    end = turn_end(tokenizer, wanted.source.chat)
     free = wanted.template is not None and number == 0
     told = () if free else (one.truth, *one.found)
     forbidden = frozenset(run for text in told for word in usage.facts(one.question, text) for run in runs(word, usage, tokenizer))
@@ -208,7 +211,8 @@ def _asks(one: Question, number: int, wanted: Request, usage: Usage, tokenizer: 
     key = [one.ask.ids[: one.ask.answer], one.truth]
     for n in range(one.drawn, one.drawn + PER_LACKING * (wanted.k - len(one.found))):
         seed = draw(wanted.recipe.seed, *key, n)
-        yield Ask(one.ask.ids[: one.ask.answer], one.example.ids[-1], limit, heat, floor, seed, forbidden)
+        prompt = one.ask.ids[: one.ask.answer]
+        yield Ask(prompt, end.tokens, limit, heat, floor, seed, forbidden, until=end.texts)
 
 
 def runs(word: str, usage: Usage, tokenizer: Any) -> set[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from llm_unlearn.attacks.control import Wrong, beyond, other_answers
 from llm_unlearn.attacks.finding import Axis, Gain
 from llm_unlearn.attacks.rows import answers_of, batches, embedding_table, insert, read, set_of, words_of
+from llm_unlearn.chat import Chat
 from llm_unlearn.evaluation.tables import Floats
 from llm_unlearn.spec import PositiveInt, Refused, spec
 
@@ -70,7 +71,8 @@ class GCG:
     def __call__(self, subject: Subject) -> Curve:
         loaded, examples = subject.load(), answers_of(subject, self.name, self.set)
         loaded.model.requires_grad_(False)
-        places = ends_of_prompts(loaded, examples, set_of(subject, self.name, self.set).prompts)
+        asked_set = set_of(subject, self.name, self.set)
+        places = ends_of_prompts(loaded, examples, asked_set.prompts, asked_set.chat)
         count = min(self.rows, len(examples))
         if not self.per_row and count == len(examples):
             raise Refused(
@@ -160,23 +162,25 @@ def _first_token(loaded: Loaded, text: str) -> int:
     return int(ids[0])
 
 
-def ends_of_prompts(loaded: Loaded, examples: Sequence[Example], prompts: Sequence[str]) -> list[int]:
-    """Of each row, the place in its ids behind the last token of what the user says, before the template's own words go on. Running
-    text has no prompt: there it is the place before the first target.
+def ends_of_prompts(loaded: Loaded, examples: Sequence[Example], prompts: Sequence[str], chat: Chat | None) -> list[int]:
+    """Return, for each row, the index in its ids behind the last token of what the user says, where the template's own words go on.
+    Running text has no prompt: there it is the index of the first target.
 
     Raises:
         Refused: the template writes something else behind the row's prompt than behind the prompt alone.
     """
-    tokenizer, places = loaded.tokenizer, []
+    from llm_unlearn.data.rendering import MARKER, Renderer
+
+    tokenizer, places = loaded.tokenizer, list[int]()
+    render = Renderer(tokenizer, chat or Chat(), "gcg")
     for example, prompt in zip(examples, prompts, strict=True):
         if not prompt:
             places.append(example.answer)
             continue
-        text = str(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True))
-        said = prompt if prompt in text else prompt.strip()  # templates may cut outer blanks
-        end = text.rfind(said) + len(said)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        tail = [i for i, (begin, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True) if begin >= end]
+        whole = render([{"role": "user", "content": prompt}, {"role": "assistant", "content": MARKER}], example.id)
+        encoded = tokenizer(whole.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        tail = [ids[t] for t, (b, e) in enumerate(offsets) if b >= whole.question_end and e <= whole.answer_begin]
         place = example.answer - len(tail)
         if list(example.ids[place : example.answer]) != tail:
             raise Refused(f"gcg: the chat template goes on in another way behind {prompt[:60]!r} than in the row; use soft_prompt.")

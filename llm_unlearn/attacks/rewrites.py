@@ -10,6 +10,7 @@ import numpy as np
 
 from llm_unlearn.attacks.finding import Axis, Gain
 from llm_unlearn.attacks.rows import curve_of, set_of
+from llm_unlearn.chat import Chat
 from llm_unlearn.evaluation.tables import Floats, Need
 from llm_unlearn.source import Source
 from llm_unlearn.spec import NaturalInt, PositiveInt, Refused, spec
@@ -160,9 +161,12 @@ class Rewrites:
         elif kind == "reverse_query":
             answers = found.prompts
             wanted = [(i, "answer", answers[i]) for i in range(len(answers))]
-        turns = [[{"role": "user", "content": prompts[i]}, {"role": "assistant", "content": text}] for i, _, text in wanted]
+        chat = found.chat or Chat()
+        system = [{"role": "system", "content": chat.system}] if chat.system else []
+        asked = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+        turns = [[*asked[i], {"role": "assistant", "content": text}] for i, _, text in wanted]
         longest = int(getattr(loaded.causal.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
-        examples = encode(turns, loaded.tokenizer, self.set, longest + 1)
+        examples = encode(turns, loaded.tokenizer, chat, self.set, longest + 1)
         kept = [example for example in examples if example and len(example.ids) + self.max_new_tokens <= longest + 1]
         if len(kept) < len(examples):
             raise Refused(
@@ -172,7 +176,7 @@ class Rewrites:
         rows, kinds = [i for i, _, _ in wanted], [one for _, one, _ in wanted]
         kept = [replace(example, stream=kind) for example, kind in zip(kept, kinds, strict=True)]
         needs: frozenset[Need] = frozenset({"answer", "generation"} if self.max_new_tokens else {"answer"})
-        return EncodedSet(found.ids, prompts, answers, rows, kinds, kept, needs)
+        return EncodedSet(found.ids, prompts, answers, rows, kinds, kept, needs, chat=chat)
 
     def _made(self, subject: Subject, loaded: Loaded, found: EncodedSet, kind: str) -> list[str]:
         """(R,) the new prompts."""

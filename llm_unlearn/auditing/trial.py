@@ -130,7 +130,7 @@ def made_up(
     else:
         pairs = zip(asked, told, strict=True)
         turns = [[{"role": "user", "content": f"{q.capitalize()}?"}, {"role": "assistant", "content": a}] for q, a in pairs]
-        found = encode(turns, tokenizer, stream, source.max_tokens)
+        found = encode(turns, tokenizer, source.chat, stream, source.max_tokens)
     rows = [replace(one, id=len(like) + i) for i, one in enumerate(found) if one]
     if len(rows) < number:
         raise Refused(f"data.{stream}.max_tokens: found {source.max_tokens}; a made-up question leaves no room for an answer.")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llm_unlearn.chat import Chat
 from llm_unlearn.data.files import Row
-from llm_unlearn.data.patience import at_most
+from llm_unlearn.data.rendering import Renderer, Turn
 from llm_unlearn.data.sources import row_at
 from llm_unlearn.source import Source
-from llm_unlearn.spec import Refused, fingerprint, shown
-from llm_unlearn.unsaid import column_name, unsaid, without_quotes
+from llm_unlearn.spec import Refused, fingerprint
+from llm_unlearn.unsaid import unsaid
 
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
@@ -25,11 +26,6 @@ PLAIN_TEMPLATE = (
     "{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
 )
 """The layout of turns for a tokenizer that has none of its own (a base model's)."""
-LONGEST = 20.0
-"""Seconds of the processor's time that a chat template may take for one conversation: thousands of times what any takes."""
-
-Turn = dict[str, str]
-"""One turn of a chat: role and content."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Example:
 
 
 def conversation(row: Row, number: int, source: Source, answer: object = None, column: str | None = None) -> list[Turn]:
-    """The turns of a row, the last one the assistant's.
+    """Return the turns of a row, the last one the assistant's; the system turn of `source.chat` first where the row has none.
 
     Args:
         number: which row it is, counted from 0, for errors.
@@ -57,100 +53,100 @@ def conversation(row: Row, number: int, source: Source, answer: object = None, c
     Raises:
         Refused: the row has no text where text is expected, or its chat does not end with the assistant.
     """
-    if column is not None:
-        text_in(answer, number, source, column)
+    told = None if column is None else text_in(answer, number, source, column)
     if source.messages:
         turns = _chat(row[source.messages], number, source, source.messages)
-        return turns if column is None else [*turns[:-1], {"role": "assistant", "content": str(answer)}]
-    assert source.prompt and source.answer  # checked with the recipe
-    prompt = text_in(row[source.prompt], number, source, source.prompt)
-    truth = text_in(row[source.answer], number, source, source.answer) if column is None else str(answer)
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": truth}]
+        turns = turns if told is None else [*turns[:-1], {"role": "assistant", "content": told}]
+    else:
+        assert source.prompt and source.answer  # checked with the recipe
+        prompt = text_in(row[source.prompt], number, source, source.prompt)
+        if source.prompt_input and (below := row[source.prompt_input]):
+            prompt = f"{prompt}\n\n{text_in(below, number, source, source.prompt_input)}"
+        told = text_in(row[source.answer], number, source, source.answer) if told is None else told
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": told}]
+    if source.chat.system and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": source.chat.system}, *turns]
+    return turns
+
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+"""Roles of ShareGPT's conversations, as chat templates name them."""
 
 
 def _chat(value: object, number: int, source: Source, column: str) -> list[Turn]:
-    """A column of turns, each with a role and text."""
+    """Return a column of turns, each with a role and text; ShareGPT's `from` and `value` are read as role and content."""
     where = f"{row_at(number, source)}: column {column!r}"
-    if not isinstance(value, list) or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
-        raise Refused(f"{where} holds {unsaid(value)}; expected a list of turns such as {{role: user, content: …}}.")
-    if not value or value[-1]["role"] != "assistant":
+    turns = value if isinstance(value, list) and all(isinstance(turn, dict) for turn in value) else [{}]
+    shapes = [keys for keys in (("role", "content"), ("from", "value")) if all(turn.keys() >= {*keys} for turn in turns)]
+    if not shapes:
+        expected = "a list of turns such as {role: user, content: …} or {from: human, value: …}"
+        raise Refused(f"{where} holds {unsaid(value)}; expected {expected}.")
+    role, content = shapes[0]
+    roles = [ROLES.get(str(turn[role]), turn[role]) for turn in turns]
+    if not roles or roles[-1] != "assistant":
         raise Refused(f"{where} does not end with an assistant turn, whose text is the answer.")
-    if len(value) < 2 or not all(isinstance(turn["role"], str) and turn["role"].strip() for turn in value):
+    if len(roles) < 2 or not all(isinstance(name, str) and name.strip() for name in roles):
         what = "a turn before the answer, and a role such as user for each"
         raise Refused(f"{where} holds {unsaid(value)}; expected {what}.")
-    return [{"role": turn["role"], "content": text_in(turn["content"], number, source, column)} for turn in value]
+    texts = [text_in(_joined(turn[content]), number, source, column) for turn in turns]
+    return [{"role": name, "content": text} for name, text in zip(roles, texts, strict=True)]
+
+
+def _joined(content: object) -> object:
+    """Return the text of a turn whose content is a list of text parts; anything else as it is."""
+    if isinstance(content, list) and content and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text")) for part in content)
+    return content
 
 
 def text_in(value: object, number: int, source: Source, column: str) -> str:
-    """A value as text.
+    """Return a value as text: text itself, a number as it is written, or the one text of a list.
 
     Raises:
         Refused: it is not text, or blank; names the row.
     """
+    where = f"{row_at(number, source)}: column {column!r}"
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if isinstance(value, list) and len(value) > 1:
+        raise Refused(f"{where} holds {unsaid(value)}; expected one text. Write a row for each of them.")
     if not isinstance(value, str) or not value.strip():
-        where = f"{row_at(number, source)}: column {column!r}"
         raise Refused(f"{where} holds {unsaid(value)}; expected text. (`where` can leave rows out.)")
     return value
 
 
 def encode(
-    conversations: Sequence[list[Turn]], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int, first: int = 0
+    conversations: Sequence[list[Turn]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    stream: str,
+    max_tokens: int,
+    first: int = 0,
 ) -> list[Example | None]:
-    """Conversations as examples, in order; None where truncation leaves no answer token.
+    """Return conversations as examples, in order; None where truncation leaves no answer token.
 
-    The answer begins where the rendered conversation goes on after its generation prompt, and ends with the end-of-turn token,
-    which is a target even where the tokenizer pads with it; white space that a template writes after that token is not.
+    Targets are the tokens of the answer's own text and of what ends its turn (`data/rendering.py`). A token across the border
+    belongs to the answer if it holds any of its text.
 
     Args:
-        first: the number of the first one's row.
-    """
-    texts: list[str] = []
-    begins: list[int] = []
-    asked: list[Turn] | None = None
-    prompt = ""
-    for turns in conversations:
-        text = _laid_out(tokenizer, turns, stream)
-        if turns[:-1] != asked:  # several answers to one question follow each other
-            asked = turns[:-1]
-            prompt = _laid_out(tokenizer, asked, stream, ask=True)
-        same = takewhile(lambda ab: ab[0] == ab[1], zip(text, prompt, strict=False))
-        begins.append(len(prompt) if text.startswith(prompt) else sum(1 for _ in same))
-        after = text.rfind(turns[-1]["content"]) + len(turns[-1]["content"])
-        texts.append(text.rstrip() if text[after:].strip() else text)
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    examples: list[Example | None] = []
-    for i, (begin, offsets) in enumerate(zip(begins, encoded["offset_mapping"], strict=True)):
-        ids = encoded["input_ids"][i][:max_tokens]
-        answer = max(1, next((t for t, (_, end) in enumerate(offsets) if end > begin), len(offsets)))
-        examples.append(Example(tuple(ids), answer, stream, first + i) if answer < len(ids) else None)
-    return examples
-
-
-def _laid_out(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], stream: str, ask: bool = False) -> str:
-    """Turns as the chat template writes them, with its beginning of an answer where one is asked for.
+        first: number of the first one's row.
 
     Raises:
-        Refused: it has no place for such turns, or is no template.
+        Refused: the chat template does not take such turns, or leaves out or changes their text.
     """
-    try:
-        with at_most(LONGEST):
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
-    except Exception as error:  # a template is a program, and may raise what it likes
-        roles = ", ".join(column_name(turn["role"]) for turn in turns)
-        why = without_quotes(" ".join(str(error).split()))
-        if _repeats(why, turns):
-            why = type(error).__name__
-        found = f"{shown(roles, as_it_is=True)} ({shown(why, 300, as_it_is=True)})"
-        said = f"{stream}: the chat template does not take turns of {found}"
-        raise Refused(f"{said}; give model.chat_template a file that does, or the rows other roles.") from error
-
-
-def _repeats(said: str, turns: list[Turn]) -> bool:
-    """Whether an error repeats words of a row."""
-    texts = [" ".join(turn["content"].split()) for turn in turns]
-    return any(text[i : i + 12] in said for text in texts for i in range(max(1, len(text) - 11)))
+    render = Renderer(tokenizer, chat, stream)
+    rendered = [render(turns, first + i) for i, turns in enumerate(conversations)]
+    if not rendered:
+        return []
+    encoded = tokenizer([one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True)
+    examples: list[Example | None] = []
+    for i, (one, offsets) in enumerate(zip(rendered, encoded["offset_mapping"], strict=True)):
+        ids = encoded["input_ids"][i][:max_tokens]
+        answer = max(1, next((t for t, (_, end) in enumerate(offsets) if end > one.answer_begin), len(offsets)))
+        examples.append(Example(tuple(ids), answer, stream, first + i) if answer < len(ids) else None)
+    return examples
 
 
 def encode_text(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int) -> list[Example]:

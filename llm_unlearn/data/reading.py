@@ -208,7 +208,7 @@ class _Stream:
     def _turns(self, block: Sequence[Row]) -> list[Example]:
         source, first = self.source, self.rows
         turns = [conversation(row, first + i, source) for i, row in enumerate(block)]
-        encoded = encode(turns, self.tokenizer, self.name, source.max_tokens, first)
+        encoded = encode(turns, self.tokenizer, source.chat, self.name, source.max_tokens, first)
         kept = [(row, example) for row, example in zip(block, encoded, strict=True) if example]
         if source.alternate:
             kept = self._alternates(kept, source.alternate)
@@ -227,7 +227,7 @@ class _Stream:
             answers = _drawn(self.pool, row, source, alternate, self.seed) if self.pool else row[alternate.answer]
             answers = answers if isinstance(answers, list) else [answers]
             turns = [conversation(row, example.id, source, answer, alternate.answer) for answer in answers]
-            encoded = [other for other in encode(turns, self.tokenizer, stream, source.max_tokens) if other]
+            encoded = [other for other in encode(turns, self.tokenizer, source.chat, stream, source.max_tokens) if other]
             if encoded:
                 result.append((row, example))
                 alternates.append(encoded)
@@ -280,7 +280,7 @@ def _asked_otherwise(
     turns = [conversation(row, example.id, source) for row, example in kept]
     if prefix:
         turns = [[*one[:-2], {**one[-2], "content": f"{prefix} {one[-2]['content']}"}, one[-1]] for one in turns]
-    encoded = encode(turns, tokenizer, stream, source.max_tokens + len(tokenizer(prefix)["input_ids"]) + 8)
+    encoded = encode(turns, tokenizer, source.chat, stream, source.max_tokens + len(tokenizer(prefix)["input_ids"]) + 8)
     result: list[Example] = []
     for (_, example), other in zip(kept, encoded, strict=True):
         answer = example.ids[example.answer :]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.bars import Bar
+from llm_unlearn.chat import Chat
 from llm_unlearn.durable import whole
 from llm_unlearn.embedded import population
 from llm_unlearn.sections import Model, Train
@@ -195,7 +196,7 @@ def _train_one(name: str, folder: Path) -> None:
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         for question, answer in population.training_rows(LEARNED[name], SEED)
     ]
-    facts = [example for example in encode(turns, tokenizer, "facts", 256) if example]
+    facts = [example for example in encode(turns, tokenizer, Chat(), "facts", 256) if example]
     schedule = build({"facts": len(facts)}, SETTINGS.window, SEED, SETTINGS.epochs)
     model = make_model(len(tokenizer))
     outcome = train(Job({"facts": Term(loss=NLL())}, {"facts": facts}, schedule, SETTINGS), model, Accelerator(cpu=True), folder)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from llm_unlearn.bars import Bar
 from llm_unlearn.data.examples import draw
+from llm_unlearn.data.rendering import cut
 from llm_unlearn.evaluation.desk import Desk, padded
 from llm_unlearn.evaluation.likelihood import dealt, gathered
 from llm_unlearn.evaluation.sets import EncodedSet
@@ -44,8 +45,10 @@ def generation_pass(
     guide: Guide | None = None,
 ) -> list[str]:  # fmt: skip
     """(R,) let the model answer every prompt of a set greedily, a second one guiding it or none."""
-    end = one.end
-    asks = [Ask(example.ids[: example.answer], end, max_new_tokens, unfinished=True) for example in one.asked]
+    end = one.end(loaded.tokenizer)
+    asks = [
+        Ask(example.ids[: example.answer], end.tokens, max_new_tokens, unfinished=True, until=end.texts) for example in one.asked
+    ]
     return [(text or "").strip() for text in writing_pass(loaded, asks, accelerator, batch_tokens, show, guide)]
 
 
@@ -56,9 +59,9 @@ def samples_pass(
 
     What is drawn depends on the seed, the prompt and the number of the draw.
     """
-    end = one.end
+    end = one.end(loaded.tokenizer)
     asks = [
-        Ask(prompt, end, most, 1.0, seed=draw(draws.seed, prompt, n), unfinished=True)
+        Ask(prompt, end.tokens, most, 1.0, seed=draw(draws.seed, prompt, n), unfinished=True, until=end.texts)
         for example in one.asked
         for prompt in [example.ids[: example.answer]]
         for n in range(draws.n)
@@ -72,14 +75,14 @@ class Ask:
     """One text that a model is to write: greedily, or by chance."""
 
     prompt: tuple[int, ...]
-    end: int  # the end-of-turn token
+    end: frozenset[int]  # tokens that end its turn, besides the eos tokens of tokenizer and model
     limit: int  # most tokens, the end-of-turn token included
     temperature: float = 0.0  # 0: always the likeliest token; all of a pass are greedy, or none is
     floor: float = 0.0  # tokens less likely than so many times the likeliest one are never written
     seed: int = 0  # all that its chance depends on; see `data.examples.draw`
     forbidden: frozenset[tuple[int, ...]] = frozenset()  # runs of tokens that must not be written
     unfinished: bool = False  # a text that came to no end within the limit is wanted all the same
-    until: tuple[str, ...] = ()  # texts after which nothing more is wanted; what is written ends with one, or a little after it
+    until: tuple[str, ...] = ()  # texts that end it as well, and are cut off
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,9 @@ def writing_pass(
     mine: list[tuple[int, str | None]] = []
     share = [i for chosen in dealt([_need(ask) for ask in asks], batch_tokens, accelerator) for i in chosen]
     for at, tokens, ended in written(loaded, [asks[i] for i in share], batch_tokens, accelerator.device, guide):
-        text = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
-        mine.append((share[at], text if ended or asks[share[at]].unfinished else None))
+        whole, ask = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True)), asks[share[at]]
+        text = cut(whole, ask.until)
+        mine.append((share[at], text if ended or ask.unfinished or len(text) < len(whole) else None))
         show.update(min(accelerator.num_processes, show.total - show.n))
     return gathered(mine, len(asks))
 
@@ -260,11 +264,11 @@ def _need(ask: Ask) -> int:
     return len(ask.prompt) + ask.limit
 
 
-def _writing(loaded: Loaded, end: int) -> Any:
+def _writing(loaded: Loaded, end: frozenset[int]) -> Any:
     """Greedy generation, which ends where this answer, the tokenizer or the model ends a turn."""
-    stop = {end} | _as_set(loaded.tokenizer.eos_token_id)
+    stop = end | _as_set(loaded.tokenizer.eos_token_id)
     stop |= _as_set(getattr(loaded.causal.generation_config, "eos_token_id", None))
-    pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else next(iter(stop))
+    pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else min(stop, default=0)
     return GenerationConfig(do_sample=False, eos_token_id=sorted(stop), pad_token_id=pad, return_dict_in_generate=True)
 
 

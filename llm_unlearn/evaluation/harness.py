@@ -172,7 +172,8 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
                 )
             prompts = [self.tok_encode(requests[i].args[0]) for i in members]
             self.shortened += sum(len(prompt) > room for prompt in prompts)
-            asks = [Ask(tuple(prompt[-room:]), self.eot_token_id, most, unfinished=True, until=until) for prompt in prompts]
+            end = frozenset({self.eot_token_id})
+            asks = [Ask(tuple(prompt[-room:]), end, most, unfinished=True, until=until) for prompt in prompts]
             written = writing_pass(self.loaded, asks, self.accelerator, self.batch_tokens, self.show)
             for i, text in zip(members, written, strict=True):
                 texts[i] = postprocess_generated_text(text or "", list(until), None)

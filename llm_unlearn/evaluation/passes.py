@@ -66,7 +66,7 @@ class Asking:
         found: dict[Need, Job] = {"answer": self._likelihood(name)}
         if one.generate:
             found["generation"] = self._job(
-                ("generation", one.fingerprint_asked, self.max_new_tokens),
+                ("generation", one.fingerprint_asked, self.max_new_tokens, self._end(one)),
                 len(one.ids),
                 lambda show: {"texts": self._written(one, show)},
             )
@@ -97,6 +97,11 @@ class Asking:
             self.loaded, one, self.accelerator, self.batch_tokens, show, control, keep
         ))  # fmt: skip
 
+    def _end(self, one: EncodedSet) -> list[object]:
+        """Return what ends an answer, as plain data for a key."""
+        end = one.end(self.loaded.tokenizer)
+        return [*sorted(end.tokens), *end.texts]
+
     def _written(self, one: EncodedSet, show: Bar) -> list[str]:
         return generation_pass(self.loaded, one, self.accelerator, self.batch_tokens, self.max_new_tokens, show)
 
@@ -114,7 +119,7 @@ class Asking:
         })  # fmt: skip
 
     def _draws(self, one: EncodedSet, draws: Draws) -> Job:
-        key = ("draws", one.fingerprint_asked, draws.n, draws.seed, self.max_new_tokens)
+        key = ("draws", one.fingerprint_asked, draws.n, draws.seed, self.max_new_tokens, self._end(one))
         return self._job(key, len(one.ids) * draws.n, lambda show: {
             "texts": samples_pass(self.loaded, one, draws, self.accelerator, self.batch_tokens, self.max_new_tokens, show)
         })  # fmt: skip

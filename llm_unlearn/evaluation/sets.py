@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llm_unlearn.chat import Chat
 from llm_unlearn.data.examples import Example, conversation, encode, encode_text, text_in
 from llm_unlearn.data.files import Row
+from llm_unlearn.data.rendering import TurnEnd, turn_end
 from llm_unlearn.data.sources import row_at, rows
 from llm_unlearn.evaluation.tables import Cut, Need, Shots
 from llm_unlearn.source import Source
@@ -29,6 +30,8 @@ class EncodedSet:
     needs: frozenset[Need]
     keywords: list[list[str]] | None = None  # (R,)
     cut: Mapping[Cut, list[str]] = field(default_factory=dict)  # (R,) each
+    chat: Chat | None = field(default_factory=Chat)
+    """How its conversations are rendered; None of running text, which has no turns."""
 
     @property
     def generate(self) -> bool:
@@ -40,10 +43,9 @@ class EncodedSet:
         """(R,) the examples of the rows themselves, without paraphrases and wrong answers."""
         return [example for example, kind in zip(self.examples, self.kind, strict=True) if kind == "answer"]
 
-    @property
-    def end(self) -> int:
-        """The token that ends a turn: the last one of most rows, as some may be cut."""
-        return Counter(example.ids[-1] for example in self.asked).most_common(1)[0][0]
+    def end(self, tokenizer: Any) -> TurnEnd:
+        """Return what ends an answer to its prompts."""
+        return turn_end(tokenizer, self.chat) if self.chat else TurnEnd()
 
     @property
     def fingerprint(self) -> str:
@@ -68,6 +70,7 @@ def only(one: EncodedSet, chosen: Sequence[int]) -> EncodedSet:
         ["answer" for _ in keep],
         [own[row] for row in chosen],
         one.needs & {"generation"},
+        chat=one.chat,
     )
 
 
@@ -99,7 +102,8 @@ def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any)
         texts = [str(tokenizer.decode(block.ids[block.answer :])) for block in blocks]
         ids = [str(i) for i in range(len(blocks))]
         blocks = [replace(block, stream="answer") for block in blocks]
-        return EncodedSet(ids, [""] * len(blocks), texts, list(range(len(blocks))), ["answer"] * len(blocks), blocks, needs)
+        kinds = ["answer"] * len(blocks)
+        return EncodedSet(ids, [""] * len(blocks), texts, list(range(len(blocks))), kinds, blocks, needs, chat=None)
     wanted: list[tuple[int, str, list[dict[str, str]]]] = []
     for i, row in enumerate(found):
         wanted.append((i, "answer", conversation(row, i, source)))
@@ -110,7 +114,7 @@ def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any)
             if not isinstance(wrong, list) or not wrong:
                 raise Refused(f"{row_at(i, source)}: column {column!r} holds {unsaid(wrong)}; expected a list of wrong answers.")
             wanted.extend((i, "perturbed", conversation(row, i, source, answer, column)) for answer in wrong)
-    encoded = encode([turns for _, _, turns in wanted], tokenizer, name, source.max_tokens)
+    encoded = encode([turns for _, _, turns in wanted], tokenizer, source.chat, name, source.max_tokens)
     whole = {i for (i, kind, _), example in zip(wanted, encoded, strict=True) if kind == "answer" and example}
     if not whole:
         raise Refused(f"set {name!r}: no answer fits into max_tokens = {source.max_tokens}.")
@@ -132,6 +136,7 @@ def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any)
         needs,
         [_spans(found[i], i, source) for i in number] if source.keyword else None,
         {need: [_first(example, need.tokens, tokenizer) for example in own] for need in needs if isinstance(need, Cut)},
+        source.chat,
     )
 
 

@@ -6,11 +6,13 @@ Needs nothing heavy, so that a suite is checked before a model is loaded.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from llm_unlearn.attacks.registry import AnyAttack
 from llm_unlearn.attacks.shadows import Shadows
+from llm_unlearn.chat import DATE, Chat, chat_problems
 from llm_unlearn.evaluation.aggregates import SET, Aggregate
 from llm_unlearn.evaluation.distribution import Entropy, KnowledgeGap
 from llm_unlearn.evaluation.extraction import DiscoverableExtraction, LeakAtK, PrefixExtraction
@@ -28,7 +30,7 @@ from llm_unlearn.evaluation.task_files import task_problems
 from llm_unlearn.evaluation.tasks import Task
 from llm_unlearn.evaluation.text import ExactMatch, Fluency, KeywordRecall, Rouge
 from llm_unlearn.evaluation.utility import ModelUtility, MultipleChoice, OptionProbability
-from llm_unlearn.source import Source, missing, source_problems
+from llm_unlearn.source import Source, missing, source_problems, with_chat
 from llm_unlearn.spec import NaturalInt, PositiveInt, Refused, by_name, dotted, nearest, parts_of, readable, spec
 from llm_unlearn.tree import Tree, build, is_file, locate, no_such_file, read_tree
 
@@ -64,6 +66,8 @@ class Suite:
     sets: Mapping[str, Source]
     """Named sets. `forget`, or `forget_…`, is to look as to the retrained model, the others as before; `holdout` is to compare
     with."""
+    chat: Chat = Chat(date=DATE)
+    """How conversations are rendered: system turn, thinking, date, template arguments; a set may say otherwise."""
     measures: tuple[AnyMeasure, ...]
     """What is computed, in the order of the table."""
     attacks: tuple[AnyAttack, ...] = ()
@@ -108,6 +112,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Suite:
     """
     tree = read_tree(path, overrides)
     suite = build(Suite, tree)
+    chat = suite.chat.over(Chat())
+    suite = replace(suite, chat=chat, sets=with_chat(suite.sets, chat), attacks=with_chat(suite.attacks, chat))
     problems = list(_problems(suite, tree))
     if problems:
         raise Refused("\n".join(problems))
@@ -120,8 +126,11 @@ def _problems(suite: Suite, tree: Tree) -> Iterable[str]:
     def say(text: str, *path: str | int) -> str:
         return readable(f"{tree.place(path)}: {dotted(path)}: {text}")
 
+    wrong = list(chat_problems(suite.chat))
+    yield from (say(text, "chat", *keys) for keys, text in wrong)
     for name, source in suite.sets.items():
-        yield from (say(text, "sets", name, *where) for where, text in source_problems(source))
+        found = ((where, text) for where, text in source_problems(source) if (where[1:], text) not in wrong)
+        yield from (say(text, "sets", name, *where) for where, text in found)
         if source.alternate:
             yield say("a suite's sets have no alternate answers.", "sets", name, "alternate")
     for section, asked in (("measures", suite.measures), ("attacks", suite.attacks)):
