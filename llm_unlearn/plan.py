@@ -54,13 +54,7 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     Args:
         show_example: also show the first example of each stream as the model reads it, its targets marked.
     """
-    if recipe.model.base.startswith("embedded:"):
-        tokenizer = target.make_tokenizer()
-        net: Any = target.make_model(len(tokenizer))
-    else:
-        tokenizer = read_tokenizer(recipe.model)
-        with torch.device("meta"):
-            net = AutoModelForCausalLM.from_config(read_config(recipe.model))
+    tokenizer, net = _without_weights(recipe)
     examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=False)
     job = make_job(recipe, examples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,12 +89,7 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
         lines.append(
             f"offload    about {size_of(offload=False)['activations'] / GIB:.2f} GiB of CPU memory per process, for activations"
         )
-    lines.append(f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}")
-    if recipe.evaluation and (name := recipe.evaluation.retrained) and is_recipe(name):
-        there = (home_of(load(locate(name)), cache) / folder.MODEL).is_dir()
-        lines.append(f"retrained  {name}: {'is in the cache' if there else 'is trained on first use, and kept in the cache'}")
-    if Path(recipe.output).exists():
-        lines.append(f"note       {recipe.output} exists already")
+    lines += _measures(recipe, cache)
     facts = {
         "output": recipe.output,
         "recipe_hash": recipe.hash,
@@ -117,6 +106,27 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
         lines += [line for name, one in shown.items() for line in _marked(name, one)]
         facts["example"] = shown
     return Plan("\n".join(lines), facts)
+
+
+def _without_weights(recipe: Recipe) -> tuple[Any, Any]:
+    """Return the tokenizer of a recipe's model, and the model without its weights."""
+    if recipe.model.base.startswith("embedded:"):
+        tokenizer = target.make_tokenizer()
+        return tokenizer, target.make_model(len(tokenizer))
+    tokenizer = read_tokenizer(recipe.model)
+    with torch.device("meta"):
+        return tokenizer, AutoModelForCausalLM.from_config(read_config(recipe.model))
+
+
+def _measures(recipe: Recipe, cache: Path) -> list[str]:
+    """Return what the run is measured by, and what is there already."""
+    lines = [f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}"]
+    if recipe.evaluation and (name := recipe.evaluation.retrained) and is_recipe(name):
+        there = (home_of(load(locate(name)), cache) / folder.MODEL).is_dir()
+        lines.append(f"retrained  {name}: {'is in the cache' if there else 'is trained on first use, and kept in the cache'}")
+    if Path(recipe.output).exists():
+        lines.append(f"note       {recipe.output} exists already")
+    return lines
 
 
 ROUTERS = "router; it stays as it is unless the recipe names it"
