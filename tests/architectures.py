@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 import peft
 import torch
-from small_models import KINDS, small_model
+from small_models import IDS, KINDS, small_model
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
@@ -114,7 +114,8 @@ def command(*words: str) -> Command:
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         code = main(words)
-    return Command(code, "\n".join(line for line in errors.getvalue().splitlines() if line.startswith("error:")))
+    lines = errors.getvalue().splitlines()
+    return Command(code, "\n".join(line for line in lines if line.startswith("error:")) if code == 2 else "\n".join(lines[-8:]))
 
 
 # ------------------------------------------------------------------------------------------------ plain transformers and peft
@@ -134,7 +135,7 @@ def likelihood(logp: Tensor, row: Row) -> Tensor:
 @torch.no_grad()
 def write(model: Any, row: Row, tokenizer: Any) -> str:
     """The answer that the model writes greedily, read anew for every token."""
-    ids, end = list(row.ids[: row.start]), {tokenizer.eos_token_id}
+    ids, end = list(row.ids[: row.start]), {tokenizer.eos_token_id, IDS["eos_token_id"]}
     while len(ids) < row.start + LIMIT and (len(ids) == row.start or ids[-1] not in end):
         ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return str(tokenizer.decode(ids[row.start :], skip_special_tokens=True)).strip()
@@ -254,7 +255,7 @@ def examine(kind: str, bench: Bench, folder: Path) -> str:
 
 def main_() -> None:
     """Examine architectures, and print of each whether it is right, or why not."""
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("error")
     with tempfile.TemporaryDirectory() as place:
         bench = Bench.of(Path(place))
         for kind in sys.argv[1:] or KINDS:

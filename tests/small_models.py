@@ -15,7 +15,7 @@ KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """The model types of transformers that have a causal language model."""
 
 _NAMES = {
-    1024: "vocab_size unpadded_vocab_size vocab_size_per_layer_input",
+    1088: "vocab_size unpadded_vocab_size vocab_size_per_layer_input",
     256: "max_position_embeddings n_positions max_seq_len n_ctx max_sequence_length model_max_length "
     "original_max_position_embeddings",
     128: "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff ffn_hidden_size d_inner",
