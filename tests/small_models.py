@@ -22,7 +22,8 @@ _NAMES = {
     64: "hidden_size n_embd d_model embedding_size d_embed word_embed_proj_dim attention_hidden_size lru_width kv_lora_rank "
     "q_lora_rank o_lora_rank",
     32: "image_size moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size "
-    "moe_shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size hidden_size_per_layer_input mamba_d_head",
+    "moe_shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size"
+    " hidden_size_per_layer_input mamba_d_head",
     16: "head_dim kv_channels v_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim "
     "index_head_dim global_head_dim swa_head_dim dim_head mamba_d_state state_size mamba_dt_rank time_step_rank",
     8: "patch_size qk_rope_head_dim rotary_dim sliding_window sliding_window_size window_size attention_chunk_size local_attention",
