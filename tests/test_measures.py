@@ -64,7 +64,8 @@ def make(*rows, truth=None, generated=None, mean=-1.0, std=1.0, more=None, **fac
                 row.append(i)
                 kind.append(name)
                 pieces.append(np.array(answer, dtype=float))
-                hits.append(np.array(one.get("hit", [0] * len(answer)) if name == "answer" else [0] * len(answer), bool))
+                own = one.get("hit", [0] * len(answer))[: len(answer)] if name in ("answer", "peer") else [0] * len(answer)
+                hits.append(np.array(own, bool))
     n = sum(map(len, pieces))
     start = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     return SetTable(
@@ -128,20 +129,26 @@ def test_a_collapsed_model_has_a_finite_perplexity_and_no_probability():
 @pytest.mark.parametrize(
     ("hit", "exact", "strength", "peer"),
     [
-        ([1, 1, 1, 1], 1, 1, 1),
-        ([0, 0, 0, 0], 0, 0, 1 / 4),
-        ([1, 1, 1, 0], 3 / 4, 0, 1 / 4),
-        ([0, 0, 0, 1], 1 / 4, 1 / 4, 1 / 4),
-        ([1, 0, 1, 1], 3 / 4, 1 / 2, 1 / 2),
-        ([1], 1, 1, 1),
-        ([0], 0, 0, 1),
+        ([1, 1, 1, 1], 1, 1, (1, 1)),
+        ([0, 0, 0, 0], 0, 0, (0, 1 / 3)),
+        ([1, 1, 1, 0], 3 / 4, 0, (1, 1)),
+        ([0, 0, 0, 1], 1 / 4, 1 / 4, (0, 1 / 3)),
+        ([1, 0, 1, 1], 3 / 4, 1 / 2, (2 / 3, 1 / 3)),
+        ([1], 1, 1, (None, 0)),
+        ([0], 0, 0, (None, 0)),
     ],
 )
 def test_exact_memorization_and_extraction_strength_of_one_answer(hit, exact, strength, peer):
-    table = make({"answer": [-1.0] * len(hit), "hit": hit})
+    """The peer leaves out the last token: it reads nothing of an answer of one, which it does not count, or counts as 0."""
+    table = make({"answer": [-1.0] * len(hit), "hit": hit} | ({"peer": [-1.0] * (len(hit) - 1)} if len(hit) > 1 else {}))
     assert value(ExactMemorization(set="forget"), table) == exact
     assert value(ExtractionStrength(set="forget"), table) == strength
-    assert value(ExtractionStrength(set="forget", floor="peer"), table) == peer
+    assert value(ExtractionStrength(set="forget", variant="peer"), table) == pytest.approx(peer[1])
+    if peer[0] is None:
+        with pytest.raises(Unavailable, match="no answer has a token that OpenUnlearning counts"):
+            value(ExactMemorization(set="forget", variant="peer"), table)
+    else:
+        assert value(ExactMemorization(set="forget", variant="peer"), table) == peer[0]
 
 
 def test_likelihood_measures_equal_their_definitions_on_random_tables():
@@ -956,9 +963,10 @@ def test_every_measure_of_the_registry_is_held_to_these_rules():
 @pytest.mark.parametrize("collapsed", [0, 1])
 def test_extraction_strength_gives_a_collapsed_and_a_never_trained_model_nothing(collapsed):
     """The peer's floor of 1/T gives both the inverse of the answer's length, as if they knew something of short ones."""
-    table = make({"answer": [-1e5 if collapsed else -6.0] * 4})
+    logps = [-1e5 if collapsed else -6.0] * 4
+    table = make({"answer": logps, "peer": logps[:-1]})
     assert value(ExtractionStrength(set="forget"), table) == 0
-    assert value(ExtractionStrength(set="forget", floor="peer"), table) == 1 / 4
+    assert value(ExtractionStrength(set="forget", variant="peer"), table) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -90,12 +90,14 @@ def test_like_measures_are_told_apart(tmp_path: Path) -> None:
         "name: rouge, set: forget, stem: false, cut: 3",
         "name: rouge, set: holdout",
         "name: extraction_strength, set: forget",
-        "name: extraction_strength, set: forget, floor: peer",
+        "name: extraction_strength, set: forget, variant: peer",
+        "name: membership, attack: {name: min_k, variant: peer}, set: forget, against: holdout",
         "name: leak_at_k, set: forget, by: exact, k: 3",
         "name: membership, attack: {name: loss}, set: forget, against: holdout",
     )
     assert titles(suite) == [
-        "rouge", "rouge (no stem, cut 3)", "rouge", "extraction strength", "extraction strength (floor peer)", "leak@3 exact",
+        "rouge", "rouge (no stem, cut 3)", "rouge", "extraction strength", "extraction strength peer", "membership min_k peer",
+        "leak@3 exact",
         "membership loss",
     ]  # fmt: skip
 

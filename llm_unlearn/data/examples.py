@@ -149,6 +149,31 @@ def encode(
     return examples
 
 
+def encode_as_peer(
+    conversations: Sequence[list[Turn]], tokenizer: PreTrainedTokenizerBase, chat: Chat, stream: str, max_tokens: int
+) -> list[Example | None]:
+    """Return conversations with the targets that OpenUnlearning's (2506.12618) token-wise measures read; None where it has none.
+
+    There the answer begins after as many tokens as the prompt has with its generation prompt; all that the template writes
+    behind it belongs to the answer; an eos token is added where the last token is none; and the last target is left out.
+    """
+    write = Renderer(tokenizer, chat, stream).write
+    asked = [tokenizer(write(turns[:-1], ask=True), add_special_tokens=False)["input_ids"] for turns in conversations]
+    examples: list[Example | None] = []
+    for i, turns in enumerate(conversations):
+        ids = tokenizer(write(turns), add_special_tokens=False)["input_ids"][:max_tokens]
+        if tokenizer.eos_token_id is None or ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]  # else the eos token would be added, and left out again
+        examples.append(Example(tuple(ids), len(asked[i]), stream, i) if 0 < len(asked[i]) < len(ids) else None)
+    return examples
+
+
+def as_peer_text(block: Example, tokenizer: PreTrainedTokenizerBase) -> Example | None:
+    """Return a block of running text as OpenUnlearning's token-wise measures read it: without eos token and last target."""
+    ids = block.ids[:-1] if block.ids[-1] == tokenizer.eos_token_id else block.ids
+    return Example(ids[:-1], block.answer, block.stream, block.id) if len(ids) - 1 > block.answer else None
+
+
 def encode_text(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, stream: str, max_tokens: int) -> list[Example]:
     """Running text cut into blocks of at most `max_tokens`; every token but a block's first is a target, the end of a text too."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

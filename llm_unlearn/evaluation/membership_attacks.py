@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from llm_unlearn.evaluation.memorization import Variant, needs_of
 from llm_unlearn.evaluation.tables import Floats, Likelihood, Need, Neighbours, PerRow, SetTable, Shots, Unavailable
 from llm_unlearn.spec import Portion, PositiveInt, by_name, spec
 
@@ -26,6 +27,13 @@ def loss_of(answers: Likelihood) -> Floats:
 def lowest(values: list[Floats], k: float) -> Floats:
     """(A,) mean of the lowest share k of each answer's tokens: ⌊kT⌋ of them, at least one."""
     return np.array([np.sort(value)[: max(1, int(k * len(value)))].mean() for value in values])
+
+
+def _of_rows(table: SetTable, answers: Likelihood, scores: Floats) -> Floats:
+    """(A,) -> (R,) the scores by row; 0, as in OpenUnlearning, for a row of which its variant reads no token."""
+    found = np.zeros(len(table.ids))
+    found[answers.row] = scores
+    return found
 
 
 def made_for(attack: str, table: SetTable, need: PerRow) -> Floats:
@@ -76,14 +84,16 @@ class MinK:
     name: Literal["min_k"] = "min_k"
     k: Portion = 0.2
     """The share of an answer's tokens, the least likely ones, that count."""
+    variant: Variant | None = None
+    """`peer`: score the tokens that OpenUnlearning scores. It leaves out the last one, usually the end of the turn."""
 
     def needs(self, against: str) -> tuple[Need, ...]:
-        """As in `loss`."""
-        return ("answer",)
+        """Return the answers, and again as the variant encodes them."""
+        return needs_of(self.variant)
 
     def __call__(self, table: SetTable, against: str, unseen: SetTable | None) -> Floats:
-        answers = table.likelihood.of("answer")
-        return -lowest([logp.astype(float) for logp in answers.split(answers.logp)], self.k)
+        answers = table.likelihood.of(self.variant or "answer")
+        return _of_rows(table, answers, -lowest([logp.astype(float) for logp in answers.split(answers.logp)], self.k))
 
 
 @spec
@@ -94,15 +104,17 @@ class MinKPlusPlus:
     name: Literal["min_k++"] = "min_k++"
     k: Portion = 0.2
     """The share of an answer's tokens, the least likely ones, that count."""
+    variant: Variant | None = None
+    """`peer`: score the tokens that OpenUnlearning scores. It leaves out the last one, usually the end of the turn."""
 
     def needs(self, against: str) -> tuple[Need, ...]:
-        """As in `loss`."""
-        return ("answer",)
+        """Return the answers, and again as the variant encodes them."""
+        return needs_of(self.variant)
 
     def __call__(self, table: SetTable, against: str, unseen: SetTable | None) -> Floats:
-        answers = table.likelihood.of("answer")
+        answers = table.likelihood.of(self.variant or "answer")
         surprise = (answers.logp - answers.mean) / np.maximum(answers.std, STD_FLOOR)
-        return -lowest([value.astype(float) for value in answers.split(surprise)], self.k)
+        return _of_rows(table, answers, -lowest([value.astype(float) for value in answers.split(surprise)], self.k))
 
 
 @spec

@@ -19,6 +19,9 @@ Knowing = Literal["raises", "lowers", "moves"]
 MeasureKind = Literal["likelihood", "distribution", "extraction", "choice", "text", "membership", "forget quality", "utility"]
 """What a measure is evidence of. Measures of one kind count once in the verdict (`report/verdict.py`)."""
 
+Variant = Literal["peer"]
+"""A published variant of a measure: `peer` is OpenUnlearning's (2506.12618), to compare with its numbers (docs/metrics.md)."""
+
 LARGEST_LOG = 709.0  # its exp is still a float64: a collapsed model has a very large perplexity, not an infinite one
 
 
@@ -72,15 +75,23 @@ class ExactMemorization:
     name: Literal["exact_memorization"] = "exact_memorization"
     set: str
     """The set that is measured."""
+    variant: Variant | None = None
+    """`peer`: count the tokens that OpenUnlearning counts. It leaves out the last one, usually the end of the turn."""
 
     kind: ClassVar[MeasureKind] = "extraction"
-    needs: ClassVar[tuple[Need, ...]] = ("answer",)
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Return the answers, and again as the variant encodes them."""
+        return needs_of(self.variant)
+
     def __call__(self, model: Tables, retrained: Tables | None) -> Sample:
-        answers = model[self.set].likelihood.of("answer")
-        return mean_of(answers.sum(answers.hit) / answers.length)
+        answers = model[self.set].likelihood.of(self.variant or "answer")
+        if not len(answers.row):
+            raise Unavailable(f"exact_memorization of {self.set!r}: no answer has a token that OpenUnlearning counts.")
+        return mean_over(answers.sum(answers.hit) / answers.length, model[self.set], answers.row)
 
 
 @spec
@@ -91,20 +102,31 @@ class ExtractionStrength:
     name: Literal["extraction_strength"] = "extraction_strength"
     set: str
     """The set that is measured."""
-    floor: Literal["zero", "peer"] = "zero"
-    """What an answer gets whose last token is not the first choice: 0, or OpenUnlearning's 1/T, to compare numbers."""
+    variant: Variant | None = None
+    """`peer`: read the tokens that OpenUnlearning reads, which leaves out the last one, usually the end of the turn; and give an
+    answer whose last token is not the first choice 1/T in place of 0."""
 
     kind: ClassVar[MeasureKind] = "extraction"
-    needs: ClassVar[tuple[Need, ...]] = ("answer",)
     unit: ClassVar[str] = "share"
     knowing: ClassVar[Knowing] = "raises"
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Return the answers, and again as the variant encodes them."""
+        return needs_of(self.variant)
+
     def __call__(self, model: Tables, retrained: Tables | None) -> Sample:
-        answers = model[self.set].likelihood.of("answer")
+        answers = model[self.set].likelihood.of(self.variant or "answer")
         misses = [np.flatnonzero(~hit.astype(bool)) for hit in answers.split(answers.hit)]
-        prefix = np.array([miss[-1] + 1 if len(miss) else 0 for miss in misses])  # (R,)
-        strength = 1 - prefix / answers.length
-        return mean_of(np.maximum(strength, 1 / answers.length) if self.floor == "peer" else strength)
+        prefix = np.array([miss[-1] + 1 if len(miss) else 0 for miss in misses])  # (A,)
+        strength = np.zeros(len(model[self.set].ids))  # the peer gives 0 to an answer without tokens
+        strength[answers.row] = np.maximum(1 - prefix / answers.length, 1 / answers.length if self.variant == "peer" else 0)
+        return mean_of(strength)
+
+
+def needs_of(variant: Variant | None) -> tuple[Need, ...]:
+    """Return what a measure on the answers' own tokens needs in this variant."""
+    return ("answer", variant) if variant else ("answer",)
 
 
 # ------------------------------------------------------------------------------------------------ against wrong answers

@@ -118,7 +118,12 @@ def _setting(key: str, value: object) -> str:
 
 
 def title(measure: AnyMeasure) -> str:
-    """The name of a measure with the setting that makes it another one: `membership min_k`, `truth ratio`, `leak@10 keyword`."""
+    """Return the name of a measure with what makes it another one: `membership min_k`, `leak@10 keyword`, `privleak peer`."""
+    variant = getattr(getattr(measure, "attack", measure), "variant", None)
+    return f"{_name(measure)} {variant}" if variant else _name(measure)
+
+
+def _name(measure: AnyMeasure) -> str:
     name = measure.name.replace("_", " ")
     match measure:
         case Membership():

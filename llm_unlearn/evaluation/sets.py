@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llm_unlearn.chat import Chat
-from llm_unlearn.data.examples import Example, conversation, encode, encode_text, text_in
+from llm_unlearn.data.examples import Example, as_peer_text, conversation, encode, encode_as_peer, encode_text, text_in
 from llm_unlearn.data.files import Row
 from llm_unlearn.data.rendering import TurnEnd, turn_end
 from llm_unlearn.data.sources import row_at, rows
@@ -101,9 +101,12 @@ def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any)
         )
         texts = [str(tokenizer.decode(block.ids[block.answer :])) for block in blocks]
         ids = [str(i) for i in range(len(blocks))]
-        blocks = [replace(block, stream="answer") for block in blocks]
-        kinds = ["answer"] * len(blocks)
-        return EncodedSet(ids, [""] * len(blocks), texts, list(range(len(blocks))), kinds, blocks, needs, chat=None)
+        scored = [(i, replace(block, stream="answer")) for i, block in enumerate(blocks)]
+        if "peer" in needs:
+            read = [(i, as_peer_text(block, tokenizer)) for i, block in enumerate(blocks)]
+            scored += [(i, replace(one, stream="peer")) for i, one in read if one]
+        at, examples = [i for i, _ in scored], [one for _, one in scored]
+        return EncodedSet(ids, [""] * len(ids), texts, at, [one.stream for one in examples], examples, needs, chat=None)
     wanted: list[tuple[int, str, list[dict[str, str]]]] = []
     for i, row in enumerate(found):
         wanted.append((i, "answer", conversation(row, i, source)))
@@ -125,6 +128,9 @@ def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any)
         if example and i in whole
     ]
     turns = {i: turns for i, kind, turns in wanted if kind == "answer"}
+    if "peer" in needs:
+        peer = encode_as_peer([turns[i] for i in number], tokenizer, source.chat, name, source.max_tokens)
+        kept += [(row, "peer", replace(example, stream="peer")) for row, example in enumerate(peer) if example]
     own = [example for _, kind, example in kept if kind == "answer"]
     return EncodedSet(
         [str(found[i].get("id", i)) for i in number],

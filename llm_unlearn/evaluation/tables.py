@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Kind = Literal["answer", "paraphrase", "perturbed"]
+Kind = Literal["answer", "paraphrase", "perturbed", "peer"]
+"""`peer`: the row's own answer with the targets that OpenUnlearning reads (`data/examples.py`)."""
 Distance = Literal["kl", "js"]
 
 
@@ -61,7 +62,7 @@ class Cut:
 
 PerRow = Literal["gradient"] | Shots | Neighbours
 """Passes that give one number per row: the norm of the gradient of NLL/T, or NLL/T of the answer in other company."""
-Need = Literal["answer", "paraphrase", "perturbed", "generation", "keyword", "distance"] | PerRow | Sampler | Draws | Cut
+Need = Literal["answer", "paraphrase", "perturbed", "peer", "generation", "keyword", "distance"] | PerRow | Sampler | Draws | Cut
 """What a measure must have of a set: answers to score, texts to write, and what is kept only where it is asked for."""
 Column = Distance | Sampler
 """Further numbers per answer token."""
@@ -71,8 +72,8 @@ Column = Distance | Sampler
 class Likelihood:
     """Numbers per answer token from one teacher-forced pass; answers are laid end to end, answer a is `start[a]:start[a + 1]`."""
 
-    row: Ints  # (A,) the row of the set that an answer belongs to, ascending
-    kind: NDArray[np.str_]  # (A,) "answer" | "paraphrase" | "perturbed"
+    row: Ints  # (A,) the row of the set that an answer belongs to, ascending within a kind
+    kind: NDArray[np.str_]  # (A,) of `Kind`
     start: Ints  # (A + 1,)
     logp: Floats  # (N,) log p of the target, nats
     hit: NDArray[np.bool_]  # (N,) the target is the model's first choice
