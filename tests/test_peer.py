@@ -142,5 +142,8 @@ def test_the_peers_numbers(template: str, models: dict[str, Any], tmp_path: Path
     expected = peer_numbers(models, {name: [labelled(row, tokenizer, is_text) for row in rows] for name, rows in ROWS.items()})
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert 0.2 < found["exact memorization peer"] < 1, "knows some of it, so that a wrong token would show"
+    if template == "eos":  # a model that ends its answers right: the end is one token that it knows, and the peer leaves it out
+        assert found["exact memorization peer"] < found["exact memorization"]
+        assert found["extraction strength peer"] < found["extraction strength"]
     same = found["exact memorization peer"] == pytest.approx(found["exact memorization"], abs=1e-3)
     assert same == (template == "headers"), "the end of the turn that it leaves out is one that this template does not write"

@@ -191,7 +191,7 @@ class TruthRatio:
     """`closer_to_one_better`: mean min(R, 1/R), for forget sets. `true_better`: mean max(0, 1 − R), for sets to keep.
     `prob_mean`: mean 1/(1 + R), which is correct/(correct + wrong), ½ when the model cannot tell them apart."""
     wrong_mean: Literal["arithmetic", "geometric"] = "arithmetic"
-    """How the wrong answers' p^(1/T) are averaged: as in TOFU's equation, or through their losses (OpenUnlearning)."""
+    """How the wrong answers' p^(1/T) are averaged: as in TOFU's equation 1, or through their losses (OpenUnlearning)."""
 
     kind: ClassVar[MeasureKind] = "choice"
     needs: ClassVar[tuple[Need, ...]] = ("answer", "paraphrase", "perturbed")
@@ -223,7 +223,8 @@ class ForgetQuality:
     set: str
     """The forget set."""
     wrong_mean: Literal["arithmetic", "geometric"] = "geometric"
-    """How the wrong answers' p^(1/T) are averaged; here TOFU's code averages losses, which is the geometric mean."""
+    """How the wrong answers' p^(1/T) are averaged: `geometric` as in TOFU's code, which made the published p-values;
+    `arithmetic` as in TOFU's equation 1."""
 
     kind: ClassVar[MeasureKind] = "forget quality"
     needs: ClassVar[tuple[Need, ...]] = ("answer", "paraphrase", "perturbed")
