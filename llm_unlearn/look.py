@@ -72,7 +72,13 @@ class Look:
         from llm_unlearn.evaluation.harness import answers_of  # an extra that only suites with tasks need
 
         return answers_of(
-            self.suite.tasks, loaded, self.accelerator, batch_tokens=self.suite.batch_tokens, cache=self.cache, title=title
+            self.suite.tasks,
+            loaded,
+            self.accelerator,
+            batch_tokens=self.suite.batch_tokens,
+            cache=self.cache,
+            title=title,
+            chat=self.suite.chat,
         )
 
     def __call__(self, loaded: Loaded, title: str, keep: bool = True) -> Tables:

@@ -19,6 +19,7 @@ from pyarrow import parquet
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm_unlearn import run
+from llm_unlearn.chat import Chat
 from llm_unlearn.data.sources import rows
 from llm_unlearn.embedded.target import make_tokenizer
 from llm_unlearn.evaluation import harness, task_files
@@ -100,7 +101,7 @@ def loaded(make_model: Callable[..., Any], tokenizer: Any, seed: int = 0) -> Loa
 
 def ask(model: Loaded, *tasks: Task, batch_tokens: int = 600, cache: Path | None = None) -> tuple[Answered, ...]:
     accelerator = Accelerator(cpu=True)
-    return answers_of(tasks, model, accelerator, batch_tokens=batch_tokens, cache=cache, title="")
+    return answers_of(tasks, model, accelerator, batch_tokens=batch_tokens, cache=cache, title="", chat=Chat())
 
 
 def reference(model: Loaded, task: Task, max_length: int | None = None) -> Any:

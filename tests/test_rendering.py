@@ -265,3 +265,15 @@ def test_a_model_that_never_ends_its_turns_is_stopped_by_the_next_header() -> No
     model.generate = lambda **given: own(**{**given, "logits_processor": LogitsProcessorList([recite])})
     (written,) = generation_pass(Loaded(model, tokenizer, ()), rows, Accelerator(cpu=True), 4096, 60, Bar("x", 1, "x", quiet=True))
     assert written == ANSWER
+
+
+def test_a_task_of_the_harness_is_asked_with_the_suites_chat() -> None:
+    """lm-evaluation-harness renders conversations through the same function: date, system turn, no clock."""
+    from llm_unlearn.evaluation.harness import Harness
+
+    loaded = Loaded(make_llama(vocabulary=400), tokenizer_of(DATED), ())
+    lm = Harness(loaded, Accelerator(cpu=True), 100, Bar("x", 1, "x", quiet=True), Chat(system="Be brief.", date="2025-04-10"))
+    text = lm.apply_chat_template([TURNS[0]])
+    assert text.startswith("10 April 2025, a Thursday|10 Apr 2025|<|im_start|>system\nBe brief.<|im_end|>")
+    assert text.endswith(f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
+    assert lm.apply_chat_template(TURNS, add_generation_prompt=False).endswith(ANSWER)

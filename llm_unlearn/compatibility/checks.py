@@ -38,7 +38,9 @@ def check(recipe: Recipe, suite: Suite | None, suite_name: str, retrained: str |
             problems += str(error).splitlines()
     if problems:
         raise Refused("\n".join(f"{place}: {problem}" for problem in problems))
-    return fit.notes
+    differs = suite is not None and recipe.chat != suite.chat
+    note = f"chat of the recipe and of {suite_name} differ: the model is trained on other prompts than it is asked"
+    return [*fit.notes, note] if differs else fit.notes
 
 
 def check_control(recipe: Recipe, suite: Suite, retrained: str, texts: Iterable[str]) -> None:

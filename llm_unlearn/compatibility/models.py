@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm_unlearn.chat import Chat
 from llm_unlearn.data.examples import content_of
+from llm_unlearn.data.rendering import apply_template
 from llm_unlearn.data.sources import rows
 from llm_unlearn.embedded import target
 from llm_unlearn.evaluation.suite import Suite
@@ -130,4 +132,4 @@ def texts_of(suite: Suite) -> list[str]:
 def layout_of(one: Architecture) -> str:
     """Return one question and answer as the model's chat template writes them."""
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
-    return str(one.tokenizer.apply_chat_template(turns, tokenize=False))
+    return apply_template(one.tokenizer, turns, Chat())

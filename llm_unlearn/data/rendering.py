@@ -134,8 +134,13 @@ class Renderer:
             raise Refused(f"{said}; give model.chat_template a file that does, or the rows other roles.") from error
 
 
-def apply_template(tokenizer: Any, turns: Sequence[Any], chat: Chat, ask: bool = False) -> str:
-    """Return turns as the chat template writes them. The date is that of the settings; the clock is never read."""
+def apply_template(tokenizer: Any, turns: Sequence[Any], chat: Chat, ask: bool = False, unfinished: bool = False) -> str:
+    """Return turns as the chat template writes them. The date is that of the settings; the clock is never read.
+
+    Args:
+        ask: end with the generation prompt.
+        unfinished: end with the text of the last turn, which is to be continued.
+    """
     template, day = tokenizer.get_chat_template(), chat.day
     arguments: dict[str, Any] = dict(chat.arguments)
     if chat.thinking is not None:
@@ -143,7 +148,8 @@ def apply_template(tokenizer: Any, turns: Sequence[Any], chat: Chat, ask: bool =
     if "strftime_now" in template:
         template, arguments["codes_of_the_day"] = STRFTIME + template, _codes(day)
     arguments["date_string"] = f"{day.day:02d} {MONTHS[day.month - 1][:3]} {day.year}"
-    return str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=ask, **arguments))
+    arguments |= {"chat_template": template, "add_generation_prompt": ask, "continue_final_message": unfinished}
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, **arguments))
 
 
 STRFTIME = (

@@ -25,7 +25,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 
 from llm_unlearn.bars import Bar
+from llm_unlearn.chat import Chat
 from llm_unlearn.data.examples import Example
+from llm_unlearn.data.rendering import apply_template
 from llm_unlearn.evaluation.generation import Ask, writing_pass
 from llm_unlearn.evaluation.kept import Part
 from llm_unlearn.evaluation.likelihood import teacher_forced
@@ -48,8 +50,9 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
     """A loaded model with the three questions that the library asks of one. Every process gets all requests, takes its share of
     them, and ends with all answers; to the library there is only one process."""
 
-    def __init__(self, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: Bar) -> None:
+    def __init__(self, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: Bar, chat: Chat) -> None:
         super().__init__()
+        self.chat = chat
         self.loaded, self.accelerator, self.batch_tokens, self.show = loaded, accelerator, batch_tokens, show
         self.tokenizer: Any = loaded.tokenizer
         self.asked = self.lost = self.shortened = 0
@@ -89,12 +92,10 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Turns as one text, up to where the model goes on."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )  # fmt: skip
+        turns = chat_history
+        if self.chat.system and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": self.chat.system}, *turns]
+        return apply_template(self.tokenizer, turns, self.chat, add_generation_prompt, unfinished=not add_generation_prompt)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log p, whether greedy decoding would write it) of each continuation behind its context."""
@@ -186,7 +187,14 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
 
 
 def answers_of(
-    tasks: Sequence[Task], loaded: Loaded, accelerator: Accelerator, *, batch_tokens: int, cache: Path | None, title: str
+    tasks: Sequence[Task],
+    loaded: Loaded,
+    accelerator: Accelerator,
+    *,
+    batch_tokens: int,
+    cache: Path | None,
+    title: str,
+    chat: Chat,
 ) -> tuple[Answered, ...]:
     """What a model scores on each task: from the cache where it was asked before, and then without reading the task's data.
 
@@ -194,11 +202,16 @@ def answers_of(
         Refused: a task cannot be had, or this model cannot be asked it.
     """
 
+    def told(task: Task) -> list[Chat]:
+        return [chat] if task.chat_template else []
+
     def job(task: Task) -> Job:
         what = content(task)
-        key = fingerprint("harness", FORMAT, lm_eval.__version__, loaded.identity, accelerator.mixed_precision, task.asked, what)
+        key = fingerprint(
+            "harness", FORMAT, lm_eval.__version__, loaded.identity, accelerator.mixed_precision, task.asked, what, *told(task)
+        )
         return Job(key, 0, lambda show: asdict(
-            replace(_answered(task, loaded, accelerator, batch_tokens, show), library=lm_eval.__version__, content=what)
+            replace(_answered(task, loaded, accelerator, batch_tokens, show, chat), library=lm_eval.__version__, content=what)
         ))  # fmt: skip
 
     parts = made({i: job(task) for i, task in enumerate(tasks)}, loaded, accelerator, cache, title)
@@ -210,11 +223,11 @@ def _from(part: Part) -> Answered:
     return Answered(**{**part, "scores": [Score(**one) for one in part["scores"]]})
 
 
-def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: Bar) -> Answered:
+def _answered(task: Task, loaded: Loaded, accelerator: Accelerator, batch_tokens: int, show: Bar, chat: Chat) -> Answered:
     show.update(0, {"task": task.task})
     with _seeded():
         found = _found(task)
-        lm = Harness(loaded, accelerator, batch_tokens, show)
+        lm = Harness(loaded, accelerator, batch_tokens, show, chat)
         try:
             with quiet():
                 results = evaluate(
