@@ -174,15 +174,16 @@ class Again:
     def _asked(self, column: str, accelerator: Accelerator, rows: int, draw: Any) -> Tables:
         """One model on some rows of each set, nothing taken from the cache."""
         from llm_unlearn.embedded.target import embedded
+        from llm_unlearn.evaluation.encoding import encode_sets, suite_capacity
         from llm_unlearn.evaluation.passes import tables_of
-        from llm_unlearn.evaluation.sets import encode_set, only
+        from llm_unlearn.evaluation.sets import only
         from llm_unlearn.models.load import load
 
         model, adapter = self.models[column]
         loaded = load(embedded(model, self.cache), accelerator.device, adapter)
         sets = {}
-        for name, source in self.suite.sets.items():
-            whole = encode_set(name, source, self.suite.needs(name), loaded.tokenizer)
+        capacity = suite_capacity(self.suite.sets, loaded)
+        for name, whole in encode_sets(self.suite.sets, self.suite.needs, loaded, capacity).items():
             sets[name] = only(whole, sorted(draw.sample(range(len(whole.ids)), min(rows, len(whole.ids)))))
         return tables_of(
             loaded, sets, accelerator, batch_tokens=self.suite.batch_tokens, max_new_tokens=self.suite.max_new_tokens,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.attacks.audit import Target, audit
-from llm_unlearn.data.examples import spelling
 from llm_unlearn.embedded.target import embedded
+from llm_unlearn.evaluation.encoding import encode_sets, encoding_key, suite_capacity
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.passes import tables_of
-from llm_unlearn.evaluation.sets import EncodedSet, encode_set
+from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.evaluation.tables import Tables
 from llm_unlearn.evaluation.tasks import Answered
@@ -38,7 +39,7 @@ class Seen:
 
 
 Encoded = dict[str, Mapping[str, EncodedSet]]
-"""A suite's sets by the tokenizer that encoded them: models with the same one share them."""
+"""A suite's sets by tokenizer and capacity: models with the same ones share them."""
 
 
 class Look:
@@ -54,11 +55,13 @@ class Look:
     ) -> None:  # fmt: skip
         self.suite, self.accelerator, self.cache = suite, accelerator, cache / "tables" if cache else None
         self.controls, self.leave = controls, leave
-        encoded, key = {} if encoded is None else encoded, spelling(loaded.tokenizer)
+        capacity = suite_capacity(suite.sets, loaded)
+        encoded, key = {} if encoded is None else encoded, encoding_key(capacity, loaded)
         if key not in encoded:
-            encoded[key] = {
-                name: encode_set(name, source, suite.needs(name), loaded.tokenizer) for name, source in suite.sets.items()
-            }
+            encoded[key] = encode_sets(suite.sets, suite.needs, loaded, capacity)
+            for text in capacity.warnings({name: one.examples for name, one in encoded[key].items()}):
+                if accelerator.is_main_process:
+                    print(f"warning: set {text}", file=sys.stderr)
         self.sets = encoded[key]
 
     def seen(self, loaded: Loaded, title: str, name: str, model: Model, adapter: str | None = None) -> Seen:

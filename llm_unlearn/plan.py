@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from llm_unlearn import folder
 from llm_unlearn.data.examples import Example
@@ -21,7 +20,8 @@ from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
-from llm_unlearn.models.load import add_adapter, dtype_of, read_config, read_tokenizer, trainable
+from llm_unlearn.models.load import add_adapter, dtype_of, read_tokenizer, trainable
+from llm_unlearn.models.outline import outline_of, planned_capacity
 from llm_unlearn.models.reference import LOGPS
 from llm_unlearn.models.scores import CHUNK
 from llm_unlearn.models.trainable_weights import Group, adapted, choose_weights, frozen_routers, trained
@@ -55,7 +55,8 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
         show_example: also show the first example of each stream as the model reads it, its targets marked.
     """
     tokenizer, net = _without_weights(recipe)
-    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=False)
+    capacity = planned_capacity(recipe.model, recipe.model.base, recipe.sources, net)
+    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=False, capacity=capacity)
     job = make_job(recipe, examples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = sum(weight.numel() for weight in net.parameters())
@@ -90,6 +91,7 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
             f"offload    about {size_of(offload=False)['activations'] / GIB:.2f} GiB of CPU memory per process, for activations"
         )
     lines += _measures(recipe, cache)
+    lines += [f"warning    {text}" for text in capacity.warnings(examples.streams)]
     facts = {
         "output": recipe.output,
         "recipe_hash": recipe.hash,
@@ -113,9 +115,7 @@ def _without_weights(recipe: Recipe) -> tuple[Any, Any]:
     if recipe.model.base.startswith("embedded:"):
         tokenizer = target.make_tokenizer()
         return tokenizer, target.make_model(len(tokenizer))
-    tokenizer = read_tokenizer(recipe.model)
-    with torch.device("meta"):
-        return tokenizer, AutoModelForCausalLM.from_config(read_config(recipe.model))
+    return read_tokenizer(recipe.model), outline_of(recipe.model)
 
 
 def _measures(recipe: Recipe, cache: Path) -> list[str]:

@@ -16,7 +16,8 @@ from llm_unlearn import durable
 from llm_unlearn import folder as run_folder
 from llm_unlearn.at_work import at_work, claim, turn
 from llm_unlearn.compatibility.models import check_columns
-from llm_unlearn.data.reading import Examples, read_examples
+from llm_unlearn.data.capacity import Capacity
+from llm_unlearn.data.reading import Examples, read_examples, summary
 from llm_unlearn.data.schedule import Schedule, build, poisson
 from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import Control
@@ -30,6 +31,7 @@ from llm_unlearn.models import combined, fila
 from llm_unlearn.models.given import check_place
 from llm_unlearn.models.kernels import put_in
 from llm_unlearn.models.load import Loaded, add_adapter, causal, dtype_of, load, read_tokenizer, trainable
+from llm_unlearn.models.outline import planned_capacity
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.models.sharded import is_sharded, state_of
 from llm_unlearn.models.trainable_weights import choose_weights
@@ -70,8 +72,9 @@ def run(
     accelerator = start(recipe.model)
     sharded.check(recipe)
     seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
-    tokenizer, main = read_tokenizer(embedded(recipe.model, cache)), accelerator.is_main_process
-    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not main)
+    model_before, main = embedded(recipe.model, cache), accelerator.is_main_process
+    tokenizer, capacity = read_tokenizer(model_before), planned_capacity(model_before, recipe.model.base, recipe.sources)
+    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not main, capacity=capacity)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
     job = make_job(recipe, examples, key, lambda name: folder_of(name, cache))
     if suite and (control := retrained or (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
@@ -84,10 +87,10 @@ def run(
         del first, other
     elif recipe.train.stop and recipe.train.stop.until == "retrained":
         raise Refused("train.stop.until: compares with the retrained model, and neither evaluation nor its suite names one.")
-    loaded = load(model_before := embedded(recipe.model, cache), accelerator.device, train=True)
+    loaded = load(model_before, accelerator.device, train=True)
     check(job, loaded.model)
     look = Look(suite, loaded, accelerator, cache, controls, encoded=encoded) if suite else None
-    _begin(recipe, job, examples, accelerator, resume, overwrite)
+    _begin(recipe, job, examples, capacity, accelerator, resume, overwrite)
     with at_work(folder, job.schedule.steps, accelerator.is_main_process) as ended, tracked(recipe, accelerator):
         if look:
             seen["before"] = look.seen(loaded, "the model before", recipe.model.base, model_before)
@@ -115,7 +118,9 @@ def run(
         return outcome
 
 
-def _begin(recipe: Recipe, job: Job, examples: Examples, accelerator: Accelerator, resume: bool, overwrite: bool) -> None:
+def _begin(
+    recipe: Recipe, job: Job, examples: Examples, capacity: Capacity, accelerator: Accelerator, resume: bool, overwrite: bool
+) -> None:
     """The run folder, from which on there is a run; one process makes it and says what was read.
 
     Raises:
@@ -131,7 +136,7 @@ def _begin(recipe: Recipe, job: Job, examples: Examples, accelerator: Accelerato
             run_folder.write(folder / run_folder.RECIPE, flattened(recipe))
             claim(folder)
         secret.begin(job.noisy, folder)
-        _say_what_was_read(examples)
+        print("\n".join(summary(examples, capacity)))
     accelerator.wait_for_everyone()
 
 
@@ -309,11 +314,3 @@ def save(
                 loaded.tokenizer.save_pretrained(str(unfinished))
     accelerator.wait_for_everyone()
     return final
-
-
-def _say_what_was_read(examples: Examples) -> None:
-    for name, found in examples.streams.items():
-        left_out = f", {examples.dropped[name]} dropped (no answer within max_tokens)" if examples.dropped[name] else ""
-        print(f"{name}: {len(found)} examples{left_out}")
-    if examples.overlap:
-        print(f"retain: {examples.overlap} rows also stood in the forget set and were left out")

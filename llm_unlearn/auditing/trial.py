@@ -26,6 +26,7 @@ from llm_unlearn.durable import remove
 from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import loss_pass
 from llm_unlearn.models.load import Loaded, load, read_tokenizer
+from llm_unlearn.models.outline import planned_capacity
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.run import make_job, prepare, start
 from llm_unlearn.source import Source
@@ -65,13 +66,16 @@ def trial(asked: Asked, cache: Path, overwrite: bool) -> bool:
     recipe, folder = asked.recipe, asked.output
     accelerator = start(recipe.model)
     sharded.check(recipe)
-    tokenizer = read_tokenizer(embedded(recipe.model, cache))
-    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not accelerator.is_main_process)
+    tokenizer, capacity = (
+        read_tokenizer(model := embedded(recipe.model, cache)),
+        planned_capacity(model, recipe.model.base, recipe.sources),
+    )
+    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not accelerator.is_main_process, capacity=capacity)
     plain = make_job(recipe, examples)
     planted = plant(asked, examples, tokenizer)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume=not overwrite)
     job = make_job(as_it_stands(recipe, plain), planted.examples, key, lambda name: folder_of(name, cache))
-    loaded = load(embedded(recipe.model, cache), accelerator.device, train=True)
+    loaded = load(model, accelerator.device, train=True)
     check(job, loaded.model)
     if accelerator.is_main_process:
         if overwrite:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn.bars import Bar
+from llm_unlearn.data.capacity import Capacity
 from llm_unlearn.data.examples import Example, content_of, conversation, draw, encode, encode_text, spelling, text_in
 from llm_unlearn.data.files import Row
 from llm_unlearn.data.sources import BLOCK, chosen, identity_of, read, row_at, rows
@@ -47,17 +48,29 @@ class Examples:
 
 
 def read_examples(
-    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path | None = None, quiet: bool = True
-) -> Examples:
+    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path | None = None, quiet: bool = True,
+    capacity: Capacity | None = None,
+) -> Examples:  # fmt: skip
     """Read, compare and encode the streams of a recipe.
 
     Args:
         cache: where what takes long is kept; None keeps it in memory.
         quiet: show no progress.
+        capacity: of the model that is to read them; rows are cut to its positions.
 
     Raises:
-        Refused: a source cannot be read, a stream has no examples, or rows stand in both sets and the recipe says that is an error.
+        Refused: a source cannot be read, a stream has no examples, rows stand in both sets and the recipe says that is an error, or
+            the model cannot read a row.
     """
+    if capacity is None:
+        return _read(data, tokenizer, seed, cache, quiet)
+    found = _read(capacity.fit_all(data), tokenizer, seed, cache, quiet)
+    capacity.check({**found.streams, **{name: one.flat for name, one in found.companions.items()}}, tokenizer)
+    return found
+
+
+def _read(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path | None, quiet: bool) -> Examples:
+    """Read, compare and encode, or take what the cache has."""
     sources = {"forget": data.forget} | ({"retain": data.retain} if data.retain else {})
     sources |= {"holdout": data.holdout} if data.holdout else {}
     found = {name: rows(source) for name, source in sources.items()}
@@ -289,3 +302,14 @@ def _asked_otherwise(
             raise Refused(f"{row_at(example.id, source)}: {said}; change that.")
         result.append(Example(other.ids[: other.answer + len(answer)], other.answer, stream, example.id))
     return result
+
+
+def summary(examples: Examples, capacity: Capacity) -> list[str]:
+    """Return the lines that say what was read: examples of each stream, rows left out, and what the model cannot read well."""
+    lines = []
+    for name, found in examples.streams.items():
+        left_out = f", {examples.dropped[name]} dropped (no answer within max_tokens)" if examples.dropped[name] else ""
+        lines.append(f"{name}: {len(found)} examples{left_out}")
+    if examples.overlap:
+        lines.append(f"retain: {examples.overlap} rows also stood in the forget set and were left out")
+    return lines + [f"warning: {text}" for text in capacity.warnings(examples.streams)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from llm_unlearn.evaluation.likelihood import dealt, gathered
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Draws
 from llm_unlearn.models.load import Loaded
+from llm_unlearn.models.outline import capacity_of
 from llm_unlearn.models.readings import next_logits
+from llm_unlearn.spec import Refused
 
 FULL = 4  # a batch is filled up once one text of so many has ended
 HALF = 2  # the same for making it smaller
@@ -187,6 +190,7 @@ def written(
     smaller batch once half has ended. Where what was computed cannot be cut, or a CPU has `MANY` at once, a batch is written to its
     end before the next.
     """
+    asks = _within(asks, capacity_of(loaded.model).positions)
     writer, waiting = _Writer(loaded, asks, device, guide), deque(range(len(asks)))
     refilled = device.type != "cpu" or MANY * max(map(_need, asks), default=0) > batch_tokens
     desk: Desk | None = None
@@ -245,10 +249,11 @@ class _Writer:
         enough = _Enough(here, self.loaded.tokenizer, begin, limits, stop, share, torch.zeros_like(begin))
         guided = [_Guided(self.guide, skip)] if self.guide else []
         chance = [_Chance(here, desk.numbers, begin)] if desk.numbers.shape[1] else []
-        out = self.loaded.model.generate(
-            input_ids=desk.ids, attention_mask=desk.mask, generation_config=settings, past_key_values=desk.cache,
-            logits_processor=LogitsProcessorList([*guided, *chance]), stopping_criteria=StoppingCriteriaList([enough]),
-        )  # fmt: skip
+        with without_defaults(self.loaded.causal):
+            out = self.loaded.model.generate(
+                input_ids=desk.ids, attention_mask=desk.mask, generation_config=settings, past_key_values=desk.cache,
+                logits_processor=LogitsProcessorList([*guided, *chance]), stopping_criteria=StoppingCriteriaList([enough]),
+            )  # fmt: skip
         mask = torch.nn.functional.pad(desk.mask, (0, out.sequences.shape[1] - desk.mask.shape[1]), value=1)
         found = []
         for i, row, at, length in zip(desk.rows, out.sequences.tolist(), begin.tolist(), enough.length.tolist(), strict=True):
@@ -257,6 +262,33 @@ class _Writer:
         after = Desk(desk.rows, out.sequences, mask, desk.numbers, out.past_key_values)
         on = (enough.length == 0).nonzero()[:, 0]
         return after.only(on) if len(on) else None, found
+
+
+@contextmanager
+def without_defaults(net: Any) -> Iterator[None]:
+    """Hide the model's generation_config.json, from which `generate` fills every setting that is left unset (penalties, forced and
+    suppressed tokens, minimal lengths)."""
+    own = net.generation_config
+    try:
+        net.generation_config = GenerationConfig()
+        yield
+    finally:
+        net.generation_config = own
+
+
+def _within(asks: Sequence[Ask], positions: int | None) -> Sequence[Ask]:
+    """Return the asks limited to the positions that the model has; the last token of a text needs none.
+
+    Raises:
+        Refused: a prompt alone has more tokens.
+    """
+    if positions is None:
+        return asks
+    longest = max((len(ask.prompt) for ask in asks), default=0)
+    if longest > positions:
+        text = f"a prompt of {longest} tokens is longer than the {positions} positions of this model"
+        raise Refused(f"{text}. Set a smaller max_tokens.")
+    return [replace(ask, limit=min(ask.limit, positions - len(ask.prompt) + 1)) for ask in asks]
 
 
 def _need(ask: Ask) -> int:
@@ -268,7 +300,9 @@ def _writing(loaded: Loaded, end: frozenset[int]) -> Any:
     """Greedy generation, which ends where this answer, the tokenizer or the model ends a turn."""
     stop = end | _as_set(loaded.tokenizer.eos_token_id)
     stop |= _as_set(getattr(loaded.causal.generation_config, "eos_token_id", None))
-    pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else min(stop, default=0)
+    pad = loaded.tokenizer.pad_token_id
+    if pad is None or pad >= capacity_of(loaded.model).tokens:  # of a tokenizer with tokens that the model lacks
+        pad = min(stop, default=0)
     return GenerationConfig(do_sample=False, eos_token_id=sorted(stop), pad_token_id=pad, return_dict_in_generate=True)
 
 

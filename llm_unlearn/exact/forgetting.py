@@ -26,6 +26,7 @@ from llm_unlearn.folder import BEFORE
 from llm_unlearn.look import Looks, attacked
 from llm_unlearn.methods.exact import S3T, Exact
 from llm_unlearn.models.load import add_adapter, load, trainable
+from llm_unlearn.models.outline import capacity_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.results import flattened, publish, results_of, run_facts, versions, without_texts
 from llm_unlearn.run import start
@@ -66,6 +67,8 @@ class Session:
         self.model: Model = embedded(recipe.model, cache)
         loaded = load(self.model, self.accelerator.device, train=True)
         self.known = read_known(recipe, self.method, loaded.tokenizer)
+        rows = [example for one in self.known.values() for example in one.examples]
+        capacity_of(loaded.model, recipe.model.base).check({"data": rows}, loaded.tokenizer)
         assert recipe.model.adapter
         net = add_adapter(loaded.model, recipe.model.adapter, recipe.seed)
         self.base = fingerprint(*loaded.parts)

@@ -153,7 +153,6 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     if model.quantize in ("nf4", "fp4") and device.type == "cpu":
         _prepare_4bit_on_cpu(net)
     tokenizer = read_tokenizer(model)
-    sound.check_vocabulary(net, tokenizer, model.base)
     if model.start:
         if model.quantize:
             raise Refused(

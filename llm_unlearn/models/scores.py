@@ -20,11 +20,13 @@ from llm_unlearn.data.batch import Batch, Packing
 from llm_unlearn.models.depth import Layers, Nudge, watched
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
+from llm_unlearn.models.outline import capacity_of
 from llm_unlearn.models.packing import arguments
 from llm_unlearn.models.structure import body_of
 from llm_unlearn.models.tokenwise import CACHED, OfDistribution, OfLikelihood, parts, tokenwise
 from llm_unlearn.objectives.terms import AnyLoss, skipped
 from llm_unlearn.objectives.views import TOP, beside
+from llm_unlearn.spec import Refused
 
 CHUNK = 1 << 25
 """Logits held at once, rows × vocabulary; 128 MiB in float32."""
@@ -55,10 +57,21 @@ class Scorer(nn.Module):
             packing: how sequences lie end to end, for a model that `can_pack`.
         """
         _, net = body_of(causal(self.model))
+        self._check_length(packing.longest if packing else (torch.as_tensor(input_ids) if embeds is None else embeds).shape[1])
         with watched(net, layers, nudge, (swap, at) if swap else None) as outputs:
             last = net(input_ids=input_ids, inputs_embeds=embeds, use_cache=False, **arguments(packing)).last_hidden_state
         outputs[TOP] = torch.as_tensor(last)  # (B, L, D)
         return {layer: outputs[layer].flatten(0, 1)[at] for layer in layers}
+
+    def _check_length(self, tokens: int) -> None:
+        if self.positions is not None and tokens > self.positions:
+            text = f"a sequence of {tokens} tokens, with all that stands before the answer, is longer than the {self.positions}"
+            raise Refused(f"{text} positions of this model. Set a smaller max_tokens, or fewer demonstrations.")
+
+    @cached_property
+    def positions(self) -> int | None:
+        """Most tokens of a sequence; None where positions are computed."""
+        return capacity_of(self.model).positions
 
 
 def head_of(model: Any) -> Head:

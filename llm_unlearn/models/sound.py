@@ -58,15 +58,6 @@ def check_model(net: Any, report: Mapping[str, Any], name: str) -> None:
     _check_numbers(dict(net.named_parameters()), name)
 
 
-def check_vocabulary(net: Any, tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer that says what the model has no row for."""
-    rows, most = net.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1)
-    if most >= rows:
-        word = tokenizer.convert_ids_to_tokens(most)
-        found = f"its tokenizer has token {most} ({word!r}), and the model only {rows} rows of embeddings"
-        raise Refused(f"{name}: {found}; take the tokenizer that belongs to it.")
-
-
 def check_adapter_files(folder: Path) -> None:
     """Refuse an adapter's folder of which nothing could be made.
 
