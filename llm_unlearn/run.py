@@ -28,6 +28,7 @@ from llm_unlearn.methods.combination import Combination
 from llm_unlearn.methods.contrast import ADAPTER
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models import combined, fila
+from llm_unlearn.models.adapter_files import save_adapter
 from llm_unlearn.models.given import check_place
 from llm_unlearn.models.kernels import put_in
 from llm_unlearn.models.load import Loaded, add_adapter, causal, dtype_of, load, read_tokenizer, trainable
@@ -306,8 +307,10 @@ def save(
         with durable.whole(final) as unfinished:
             if fila.begun(model):
                 fila.save(model, unfinished)
+            elif whole:
+                model.save_pretrained(str(unfinished), state_dict=weights)
             else:
-                model.save_pretrained(str(unfinished / ADAPTER if combination else unfinished), state_dict=weights)
+                save_adapter(model, unfinished / ADAPTER if combination else unfinished, weights)
             if combination:
                 combined.write(combination, unfinished)
             if whole:

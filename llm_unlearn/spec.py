@@ -66,12 +66,15 @@ def record(cls: type[T]) -> type[T]:
     return cast(type[T], made)
 
 
-PositiveInt = Annotated[int, pydantic.Field(gt=0)]
-NaturalInt = Annotated[int, pydantic.Field(ge=0)]
-AtLeastTwo = Annotated[int, pydantic.Field(ge=2)]
-PositiveFloat = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-FiniteFloat = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+LARGEST, LARGEST_INT = 1e30, 2**63 - 1
+"""No setting is beyond these: 1e30, divided by what optimizers divide by, is still a number in float32, in which models compute;
+and torch has no whole numbers beyond 2⁶³."""
+PositiveInt = Annotated[int, pydantic.Field(gt=0, le=LARGEST_INT)]
+NaturalInt = Annotated[int, pydantic.Field(ge=0, le=LARGEST_INT)]
+AtLeastTwo = Annotated[int, pydantic.Field(ge=2, le=LARGEST_INT)]
+PositiveFloat = Annotated[float, pydantic.Field(gt=0, le=LARGEST, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, pydantic.Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 PositiveFloats = Annotated[tuple[PositiveFloat, ...], pydantic.Field(min_length=1)]
 NaturalInts = Annotated[tuple[NaturalInt, ...], pydantic.Field(min_length=1)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]

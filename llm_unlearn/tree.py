@@ -268,6 +268,7 @@ def _explain(errors: list[Any], tree: Tree, path: Path_, schema: dict[str, Any])
             return f"{where}: {key}: found {found}; {nearest(_at(tree.data, path), options)}"
         case _:
             messages = [one["msg"].removeprefix("Input should be ").removeprefix("Value error, ").rstrip(".") for one in errors]
+            messages = [re.sub(r"\b10{6,}\b", lambda found: f"1e{len(found[0]) - 1}", text) for text in messages]
             return f"{where}: {key}: found {found}; expected {', or '.join(dict.fromkeys(messages))}."
 
 

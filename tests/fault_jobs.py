@@ -3,6 +3,7 @@ run bit by bit."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -91,8 +92,17 @@ def _numbers(path: Path) -> Any:
     return json.loads((path / run_folder.RESULTS).read_text())["numbers"] if (path / run_folder.RESULTS).is_file() else None
 
 
-def _weights(path: Path) -> dict[str, str]:
-    return {one.relative_to(path).as_posix(): run_folder.sha256(one) for one in sorted(path.rglob("*.safetensors"))}
+TIMES = re.compile(rb'"seconds": [0-9.e-]+|<dt>time</dt><dd>[^<]*</dd>')
+"""How long something took, which is all that may differ between two runs of one recipe."""
+
+
+def contents(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file in a folder, without times; `hashes.json` counts those, too, and is checked by itself."""
+    found = {}
+    for one in sorted(path.rglob("*")):
+        if one.is_file() and one.name != run_folder.HASHES and one.suffix != ".lock":
+            found[one.relative_to(path).as_posix()] = hashlib.sha256(TIMES.sub(b"", one.read_bytes())).hexdigest()
+    return found
 
 
 def files(home: Path, *below: str) -> list[str]:
@@ -105,7 +115,7 @@ def facts_of_run(home: Path) -> Facts:
     along = run / run_folder.ALONG
     return {
         "files": files(home, "run", "cache"),
-        "weights": _weights(run / run_folder.ADAPTER),
+        "contents": contents(run),
         "numbers": _numbers(run),
         "log": _log(run / run_folder.LOG),
         "along": along.read_text() if along.is_file() else None,
@@ -120,7 +130,7 @@ def facts_of_pieces(home: Path) -> Facts:
     return {
         "files": names,
         "cache": files(home, "cache"),
-        "weights": _weights(run / run_folder.ADAPTER),
+        "contents": contents(run / run_folder.ADAPTER),
         "numbers": _numbers(run),
         "unlike": run_folder.unlike(run),
         "problems": verify.problems(run),
@@ -142,7 +152,7 @@ def facts_of_requests(home: Path) -> Facts:
         "certificates": sorted((request, run) for request, run, _ in ledger.each_certificate()),
         "chain": chain.problems(ledger),
         "files": files(home, "runs", "cache"),
-        "weights": _weights(runs),
+        "contents": {path.name: contents(path / run_folder.ADAPTER) for path in sorted(runs.iterdir())},
         "numbers": {path.name: _numbers(path) for path in sorted(runs.iterdir())},
         "unlike": {path.name: run_folder.unlike(path) for path in sorted(runs.iterdir())},
         "rows": {one.id: [row.id for row in ledger.rows_of(one.id)] for one in ledger.requests()},
@@ -288,6 +298,8 @@ def difference(expected: Facts, found: Facts) -> list[str]:
             if isinstance(value, list) and all(isinstance(one, str) for one in value):
                 lines.append(f"{key}: lost {sorted(set(value) - set(found[key]))}, more {sorted(set(found[key]) - set(value))}")
             else:
+                if isinstance(value, dict):
+                    value = {one: it for one, it in value.items() if found[key].get(one) != it}
                 lines.append(f"{key}: {str(found[key])[:300]} instead of {str(value)[:300]}")
     return lines
 

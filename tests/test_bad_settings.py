@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_unlearn import recipe
+from llm_unlearn.cli import main
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.lines import LARGEST, Lines
 from llm_unlearn.requests import service
@@ -390,3 +391,19 @@ def test_any_data_stands_in_yaml_as_it_is(value: Any) -> None:
     said = refusal(lambda: found.append(Lines(text, "x").data))
     assert said is None or "holds U+" in said or "not valid YAML" in said, text
     assert not found or found[0] == {"x": value}
+
+
+@pytest.mark.parametrize(
+    "word", ["train.lr=1e39", "train.clip=1e31", "objective.forget.loss.beta=1e39", "objective.retain.weight=-1e39"]
+)
+def test_a_number_that_models_cannot_compute_with_is_refused_before_anything_is_read(
+    tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = "  retain: {loss: {name: nll}}\n"
+    text = RECIPE.replace("runs/x", str(tmp_path / "run")).replace("VALUE", "1.0") + kept
+    (tmp_path / "r.yaml").write_text(text)
+    assert main(["run", str(tmp_path / "r.yaml"), word]) == 2
+    key, _, value = word.partition("=")
+    bound = "greater than or equal to -1e30" if value.startswith("-") else "less than or equal to 1e30"
+    assert f": {key}: found {float(value):g}; expected {bound}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llm_unlearn.models.adapter_files import save_config
 from llm_unlearn.spec import Refused
 
 START = "start"
@@ -96,7 +97,7 @@ def save(model: Any, folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(joined, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    save_config(config, folder)
 
 
 def _layers(model: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llm_unlearn.hub.fetching import COMBINATION_FILE
 from llm_unlearn.methods.combination import Combination
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.models import combined
+from llm_unlearn.models.adapter_files import save_config
 from llm_unlearn.models.load import trainable
 
 WEIGHTS = "adapter_model.safetensors"
@@ -42,7 +43,7 @@ class Served:
         config.r, config.lora_alpha, config.inference_mode = config.r * self.ranks, config.lora_alpha * self.ranks, True
         for name, weights in self.adapters.items():
             (folder / name).mkdir(parents=True)
-            config.save_pretrained(str(folder / name))
+            save_config(config, folder / name)
             save_file(weights, str(folder / name / WEIGHTS), metadata={"format": "pt"})
         if self.combination:
             combined.write(self.combination, folder)
