@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from llm_unlearn.data.examples import spelling
+from llm_unlearn.data.rendering import TurnEnd
 from llm_unlearn.evaluation import passes
 from llm_unlearn.evaluation.extraction import PrefixExtraction
 from llm_unlearn.evaluation.passes import tables_of
@@ -89,13 +90,14 @@ def test_generations_equal_one_call_per_prompt(make_model: Callable[..., Any], t
 
 
 def test_a_row_that_is_cut_does_not_end_the_others(make_model: Callable[..., Any], tokenizer: Any) -> None:
-    """The first row's last token, once an ordinary word as the row is cut, would end every answer that holds it."""
+    """The last token of a row that is cut is an ordinary word, and ends no answer."""
     longest = max(len(example.ids) for example in encode_set("forget", SOURCE, ("answer",), tokenizer).asked)
     cut = encode_set("forget", replace(SOURCE, max_tokens=longest - 1), ("answer",), tokenizer)
     asked = sorted(range(len(cut.ids)), key=lambda row: -len(cut.asked[row].ids))
     first = replace(cut, examples=[cut.examples[row] for row in asked])
-    assert len(first.asked[0].ids) == longest - 1 and first.asked[0].ids[-1] != first.end
-    assert first.end == tokenizer.eos_token_id == cut.end
+    end = first.end(tokenizer)
+    assert len(first.asked[0].ids) == longest - 1 and first.asked[0].ids[-1] not in end.tokens
+    assert end == TurnEnd(tokens=frozenset({tokenizer.eos_token_id})) == cut.end(tokenizer)
 
 
 def test_models_with_one_tokenizer_share_what_it_encoded(tokenizer: Any) -> None:
