@@ -24,6 +24,7 @@ from llm_unlearn.catalogue import Method
 from llm_unlearn.children import Child, carry_out
 from llm_unlearn.durable import make_folder
 from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.places import check_place
 from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import same_data
 from llm_unlearn.spec import Refused, fingerprint
@@ -100,6 +101,7 @@ def bench(asked: Asked, environment: Mapping[str, str]) -> Reply:
     _check_retrained(asked)
     print(_summary(asked, runs), flush=True)
     waiting = [Child(run.name, command_of(run), run.log) for run in runs if run.state != "finished"]
+    check_place(asked.output, "--output")
     make_folder(asked.output)
     with at_work(asked.output, len(runs), active=True) as ended:
         failures = carry_out(waiting, asked.jobs, environment, done=len(runs) - len(waiting))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_unlearn import folder
 from llm_unlearn.bars import Bar
+from llm_unlearn.places import check_place, check_replaced, no_way_out
 from llm_unlearn.spec import Refused
 
 if TYPE_CHECKING:
@@ -54,10 +55,11 @@ def check_output(output: Path | None, overwrite: bool) -> None:
     Raises:
         Refused: there is one, or the name is not that of a folder.
     """
-    if output and output.exists() and not output.is_dir():
-        raise Refused(f"--output: {output} is a file; expected a folder, which is made where there is none.")
     if output:
-        folder.no_way_out(output)
+        check_place(output, "--output")
+        no_way_out(output)
+    if output and overwrite and (output / RESULTS).is_file():
+        check_replaced(output / RESULTS, ("runs",))
     if output and not overwrite:
         for name in (RESULTS, PAGE):
             if (output / name).exists():

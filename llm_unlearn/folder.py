@@ -33,7 +33,9 @@ from llm_unlearn import held as shape
 from llm_unlearn import recipe
 from llm_unlearn.durable import remove, settle, sweep_up, whole
 from llm_unlearn.outward import without_known
-from llm_unlearn.spec import Refused, shown
+from llm_unlearn.places import check_place, check_replaced, no_way_out
+from llm_unlearn.spec import Refused, fingerprint, shown
+from llm_unlearn.tree import read_tree
 from llm_unlearn.written import object_in
 
 RECIPE, ADAPTER, MODEL, LOG = "recipe.yaml", "adapter", "model", "log.jsonl"
@@ -63,8 +65,7 @@ def check(wanted: recipe.Recipe, resume: bool, overwrite: bool) -> bool:
     folder = Path(wanted.output)
     if resume and overwrite:
         raise Refused("resume, overwrite: one goes on with an earlier run, the other replaces it; give one of them.")
-    if blocked := in_the_way(folder.parent):
-        raise Refused(f"output: {blocked} is a file, and {folder} is to be a folder. Nothing was changed; choose another output.")
+    check_place(folder, "output")
     if not folder.exists() or (folder.is_dir() and all(path.name.startswith(f".{RECIPE}.") for path in folder.iterdir())):
         return False  # nothing is there, or a run that was killed while it wrote its very first file
     if not (folder / RECIPE).is_file():
@@ -113,9 +114,43 @@ def _may_be_cleared(folder: Path) -> None:
         said = NOBODY
     elif any(place.is_relative_to(where) for place in (Path.cwd(), Path.home())):
         said = "is the folder from which this is run, or one above it"
+    elif (folder / RECIPE).is_file() and not _is_as_written(folder / RECIPE):
+        said = f"has a {RECIPE} that is not what its run wrote (its first line has the hash of something else)"
+    elif foreign := _foreign(folder):
+        said = (
+            f"holds what no run wrote: {', '.join(foreign[:NAMED])}{f' and {len(foreign) - NAMED} more' * (len(foreign) > NAMED)}"
+        )
     else:
         return
     raise Refused(f"output: {folder} {said}, so all that is in it is not removed. Nothing was changed; choose another output.")
+
+
+NAMED = 5
+"""So many foreign files are named."""
+OWN = {*SEALED, CHECKPOINTS, TRACKERS, PROCESS, HASHES, BEFORE, "privacy_audit.json", "manifest.json", "pieces", "work"}
+"""All that lies in the folder of a run, an audit, or a run in pieces."""
+
+
+def _is_as_written(path: Path) -> bool:
+    """Return whether a run's recipe has the hash that its first line names, by what stands in it: later versions have other
+    defaults."""
+    try:
+        tree = read_tree(path)
+    except Refused:
+        return False
+    told = {key: value for key, value in tree.data.items() if key not in ("output", "track")}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().split()[2:3] == [fingerprint(told)]
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Return what lies in a run's folder and is of no run: by its name, or, beside a finished run's weights, without a hash."""
+    names = sorted(one.name for one in folder.iterdir())
+    foreign = [name for name in names if name not in OWN and not name.startswith(tuple(f".{own}." for own in OWN))]
+    if (folder / HASHES).is_file():
+        listed = object_in(folder / HASHES, "").get("files", {})
+        foreign += [name for name in _sealed(folder) if "/" in name and name not in listed]
+    return foreign
 
 
 def tidy(folder: Path) -> None:
@@ -125,32 +160,11 @@ def tidy(folder: Path) -> None:
     sweep_up(folder)
 
 
-def in_the_way(folder: Path) -> Path | None:
-    """The file that stands where a folder, or one above it, would have to be."""
-    there = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), None)
-    return there if there and not there.is_dir() else None
-
-
 def clear(folder: Path) -> None:
     """Remove what an earlier run or audit left; what looks into it before (`check`) has seen that it is one's folder."""
     if folder.is_dir():
         _may_be_cleared(folder)
         shutil.rmtree(folder)
-
-
-def no_way_out(folder: Path) -> None:
-    """A folder that is written to or cleared holds no link to what lies elsewhere.
-
-    Raises:
-        Refused: it does: whoever wrote through it would write there.
-    """
-    where = folder.resolve()
-    for place, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(place, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(where):
-                said = f"{path}: a link that leads out of {folder}, to {path.resolve()}"
-                raise Refused(f"{said}. Nothing was changed; put a copy in its place, or take it out.")
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -159,9 +173,10 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         Refused: it is a file, holds an evaluation that may not be replaced, or a link leads out of it.
     """
-    if output.exists() and not output.is_dir():
-        raise Refused(f"output: {output} is a file; expected a folder, which is made where there is none.")
+    check_place(output, "output")
     no_way_out(output)
+    if (output / RESULTS).is_file() and overwrite:
+        check_replaced(output / RESULTS, KEYS)
     if (output / RESULTS).exists() and not overwrite:
         how = "add --overwrite (from Python, overwrite=True), or choose another"
         raise Refused(f"output: {output} has an {RESULTS} already. Nothing was changed; {how}.")

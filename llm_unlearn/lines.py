@@ -56,6 +56,13 @@ class _Yaml(yaml.SafeLoader):
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 
+def _without_content(error: yaml.YAMLError) -> str:
+    """Return what is wrong with a file and where, without its words: it may be no settings file, but one that holds secrets."""
+    mark, problem = getattr(error, "problem_mark", None), str(getattr(error, "problem", None) or "it cannot be read as text")
+    words = re.sub(r"'(?!<)[^']*'|\"[^\"]*\"", "…", " ".join(problem.split()))
+    return f"Line {mark.line + 1}, column {mark.column + 1}: {words}." if mark else f"{words}."
+
+
 class Lines:
     """The data of one YAML text, and where in it each key was written."""
 
@@ -76,7 +83,8 @@ class Lines:
             self._loader = _Yaml(text)
             self.node = self._loader.get_single_node()
         except yaml.YAMLError as error:
-            raise Refused(f"{file}: not valid YAML. {shown(' '.join(str(error).split()), 400, as_it_is=True)}") from None
+            said = _without_content(error) if numbered else shown(" ".join(str(error).split()), 400, as_it_is=True)
+            raise Refused(f"{file}: not valid YAML. {said}") from None
         self.data = None if self.node is None else self._plain(self.node, (), ())
 
     def _place(self, node: yaml.Node) -> str:

@@ -19,6 +19,7 @@ from llm_unlearn import compare, folder, sections
 from llm_unlearn.candidates import Candidate, as_it_is_now
 from llm_unlearn.durable import make_folder
 from llm_unlearn.evaluation.suite import Suite
+from llm_unlearn.places import check_place, no_way_out
 from llm_unlearn.reply import DONE, UNFIT, Reply
 from llm_unlearn.spec import Refused, fingerprint, reason
 from llm_unlearn.troubles import is_out_of_memory
@@ -150,7 +151,8 @@ def _known(
         raise Refused(f"--model: the models compute in {found}; evaluate each precision by itself, and compare the folders.")
     known: dict[str, dict[str, Any]] = {}
     if asked.output:
-        folder.no_way_out(asked.output)
+        check_place(asked.output, "--output")
+        no_way_out(asked.output)
     problems = _other_comparison(asked.output, asked.overwrite)
     for name, one in zip(names, asked.candidates, strict=True):
         place = folders[name]
@@ -179,8 +181,6 @@ def _other_comparison(output: Path | None, overwrite: bool) -> list[str]:
     """A comparison of runs that lie elsewhere, or a single evaluation, is not replaced unasked; that of this folder is."""
     if output is None or overwrite:
         return []
-    if output.exists() and not output.is_dir():
-        return [f"--output: {output} is a file; expected a folder."]
     if (output / folder.RESULTS).is_file():
         return [f"--output: {output} has an {folder.RESULTS} already. Nothing was changed; add --overwrite, or choose another."]
     file = output / compare.RESULTS

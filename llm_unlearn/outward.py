@@ -18,17 +18,20 @@ from llm_unlearn.streams import be_patient
 
 HIDDEN = "…"
 """What stands in the place of a secret."""
-SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY)S?$", re.IGNORECASE)
+SECRET_NAMES = re.compile(
+    r"((TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY|CREDENTIAL)S?|(^|_)(AUTH|CREDS|PAT|DSN)|_(PWD|PW|PASS))$", re.IGNORECASE
+)
 """Names of environment variables whose values are secrets."""
 SHORTEST = 8
 """What is shorter is a word that may stand anywhere."""
 TELLING = re.compile(r"(?=.*[^A-Za-z])(?![\d.eE+\-]*$)")
 """And so is what has nothing but letters, or is a number: `postgres` as a password would be cut out of names of files."""
 SHAPES = re.compile(
-    r"(?P<before>://)[^\s/@'\"<>]+(?P<after>@)"  # who logs in, in an address
-    r"|(?P<key>[?&][\w.\-]*(?:token|key|password|secret|signature|credential|sig)=)[^&\s'\"<>]+"
+    r"(?P<before>\b[a-z][a-z0-9+.\-]+:/{1,2})[^\s/@'\"<>]+(?P<after>@)"  # who logs in, in an address, or a path made of one
+    r"|(?P<key>[?&][\w.\-]*(?:token|key|password|passwd|pwd|secret|signature|credentials?|auth|sig)=)[^&\s'\"<>]+"
     r"|(?P<bearer>\bauthorization\W{1,5}(?:bearer|basic)\s+)[^\s'\"]+"
-    r"|hf_[A-Za-z0-9]{20,}"
+    r"|\b(?:hf_[a-z0-9]{20,}|gh[pousr]_[a-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w\-]{20,}|xox[abeoprs]-[\w\-]{10,}|npm_[a-z0-9]{36})"
+    r"|\bsk-(?=[\w\-]*\d)[\w\-]{20,}|\b(?-i:(?:AKIA|ASIA)[A-Z0-9]{16})\b|\b(?-i:AIza[\w\-]{35}|eyJ[\w\-]{8,}\.eyJ[\w\-]{8,}\.[\w\-]+)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     re.IGNORECASE | re.DOTALL,
 )

@@ -278,6 +278,21 @@ def _schema_of(kind: type[object]) -> dict[str, Any]:
     return TypeAdapter(kind).json_schema()
 
 
+def _foreign(tree: Tree, schema: dict[str, Any]) -> str:
+    """Return what is said of a file of which no key is known, and "" where there is none: it is no settings file, and may hold
+    secrets, so its keys are not quoted."""
+    keys: dict[str, set[str]] = {}
+    for path, place in tree.places.items():
+        if path and place != "command line":
+            keys.setdefault(place.rpartition(":")[0] or place, set()).add(str(path[0]))
+    valid = schema.get("properties", {})
+    for file, names in keys.items():
+        if not names & valid.keys():
+            count = f"none of its {len(names)} keys is" if len(names) > 1 else "its only key is not"
+            return f"{file}: {count} a setting here; expected some of: {', '.join(valid)}."
+    return ""
+
+
 SAID = 50
 """So many wrong keys are said one by one."""
 
@@ -297,6 +312,8 @@ def build(kind: type[T], tree: Tree) -> T:
         by_path: dict[Path_, list[Any]] = {}
         for one in error.errors(include_url=False):
             by_path.setdefault(_loc_to_path(one["loc"], tree.data, one["type"] in ABOUT_A_KEY), []).append(one)
+        if foreign := _foreign(tree, schema):
+            raise Refused(foreign) from None
         said = [_explain(found, tree, path, schema) for path, found in list(by_path.items())[:SAID]]
         more = [f"{tree.file}: and {len(by_path) - SAID} more."] if len(by_path) > SAID else []
         raise Refused("\n".join([*said, *more])) from None

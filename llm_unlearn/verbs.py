@@ -15,6 +15,7 @@ from llm_unlearn.auditing import request as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
 from llm_unlearn.outward import without_secrets
+from llm_unlearn.places import in_the_way
 from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import is_recipe, missing
 from llm_unlearn.spec import Refused, dotted, schema
@@ -302,7 +303,7 @@ def new(options: argparse.Namespace) -> Reply:
     path = Path(options.name if options.name.endswith((".yaml", ".yml")) else f"{options.name}.yaml")
     if path.exists():
         raise Refused(f"{path}: exists already. Nothing was changed; choose another name.")
-    if blocked := folder.in_the_way(path.parent):
+    if blocked := in_the_way(path.parent):
         raise Refused(f"{path}: {blocked} is a file, where a folder would have to be. Nothing was changed; choose another name.")
     pattern = (shipped() / MAIN).read_text(encoding="utf-8")
     body = pattern[pattern.index(LAUNCH_FIRST) :].replace("output: runs/forget_lora", f"output: runs/{path.stem}")

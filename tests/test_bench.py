@@ -373,7 +373,7 @@ assert not folder.check(wanted, how == "--resume", how == "--overwrite")
 if how == "--overwrite": folder.clear(pathlib.Path(wanted.output))
 if plan.get(name) == "refuse":
     print("many words"); print("error: data.forget: row 7 is empty", file=sys.stderr); print("late words"); sys.exit(2)
-folder.write(pathlib.Path(wanted.output) / "recipe.yaml", "# hash 0\\n" + spec.to_yaml(spec.plain(wanted)))
+folder.write(pathlib.Path(wanted.output) / "recipe.yaml", f"# hash {wanted.hash}\\n" + spec.to_yaml(spec.plain(wanted)))
 if plan.get(name) == "crash": raise KeyError("lost")
 if plan.get(name) == "hang":
     def end(*_): pathlib.Path("ended.txt").write_text(name); sys.exit(130)

@@ -562,7 +562,7 @@ def test_what_is_no_run_folder_is_never_touched(resume: bool, overwrite: bool, k
     before = left(here)
     with pytest.raises(
         Refused,
-        match=r"output: runs/x (exists and is not a run folder|is a file, and runs/x is to be a folder).* Nothing was changed",
+        match=r"output: runs/x (exists and is not a run folder|is a file; runs/x must be a folder).* Nothing was changed",
     ):
         folder.check(recipe.load(path), resume, overwrite)
     assert left(here) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llm_unlearn.exact.forgetting import Session
 from llm_unlearn.models.combined import read as read_combination
 from llm_unlearn.report.columns import write_columns
 from llm_unlearn.requests.records import run_of
+from llm_unlearn.results import flattened
 from llm_unlearn.spec import Refused
 
 RECIPE = """\
@@ -49,7 +51,7 @@ def run(tmp_path: Path) -> tuple[recipe.Recipe, Path]:
     output.mkdir(parents=True)
     path.write_text(RECIPE.replace("OUTPUT", str(output)))
     wanted = recipe.load(path)
-    folder.write(output / folder.RECIPE, f"# hash {wanted.hash}\n{path.read_text()}")
+    folder.write(output / folder.RECIPE, flattened(wanted))
     return wanted, output
 
 
@@ -120,8 +122,8 @@ def test_a_link_in_the_place_of_the_folder(run: tuple[recipe.Recipe, Path], outs
 
 def test_clearing_takes_links_and_leaves_what_they_lead_to(run: tuple[recipe.Recipe, Path], outside: Path) -> None:
     _, output = run
-    (output / "link").symlink_to(outside)
-    (output / "file").symlink_to(outside / "work" / "thesis.tex")
+    (output / "checkpoints").symlink_to(outside)
+    (output / "log.jsonl").symlink_to(outside / "work" / "thesis.tex")
     folder.clear(output)
     assert not output.exists()
 
@@ -185,3 +187,83 @@ def test_keys_are_read_by_nobody_else(tmp_path: Path) -> None:
     signing_key(tmp_path / "config")
     (found,) = (path for path in (tmp_path / "config").iterdir() if b"PRIVATE" in path.read_bytes())
     assert stat.S_IMODE(found.stat().st_mode) == 0o600
+
+
+def of_a_run(place: Path) -> recipe.Recipe:
+    """A folder that a killed run left, and its recipe."""
+    file = place.parent / "r.yaml"
+    file.write_text(RECIPE.replace("OUTPUT", str(place)))
+    wanted = recipe.load(file)
+    place.mkdir()
+    (place / "recipe.yaml").write_text(flattened(wanted))
+    (place / "log.jsonl").write_text("")
+    return wanted
+
+
+def test_only_what_a_run_wrote_is_removed(tmp_path: Path) -> None:
+    """Once the first line of a recipe was enough, whatever it said."""
+    wanted = of_a_run(place := tmp_path / "run")
+    folder.check(wanted, resume=False, overwrite=True)  # as it was written
+    (place / "precious").touch()
+    with pytest.raises(Refused, match=r"holds what no run wrote: precious, so all that is in it is not removed"):
+        folder.check(wanted, resume=False, overwrite=True)
+    (place / "precious").unlink()
+    (place / "adapter").mkdir()
+    (place / "adapter" / "notes.txt").touch()
+    (place / "hashes.json").write_text('{"files": {}}')
+    with pytest.raises(Refused, match=r"holds what no run wrote: adapter/notes\.txt"):
+        folder.check(wanted, resume=False, overwrite=True)
+    (place / "adapter" / "notes.txt").unlink()
+    for text in ("# hash 00\nseed: 0\n", (place / "recipe.yaml").read_text().replace("seed: 0", "seed: 1"), "# hash 00\n]"):
+        (place / "recipe.yaml").write_text(text)
+        with pytest.raises(Refused, match="is not what its run wrote"):
+            folder.clear(place)
+    assert place.is_dir()
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").rglob("*.yaml")), ids=str)
+def test_the_recipe_of_every_shipped_run_has_its_hash(path: Path, tmp_path: Path) -> None:
+    """By what stands in it, as settings that later versions add are not in it."""
+    (tmp_path / "recipe.yaml").write_text(flattened(recipe.load(path, ["output=" + str(tmp_path / "x")])))
+    assert folder._is_as_written(tmp_path / "recipe.yaml")
+
+
+def test_all_that_runs_write_is_known() -> None:
+    from llm_unlearn.auditing import request
+    from llm_unlearn.exact import manifest
+
+    assert {request.FILE, manifest.FILE, manifest.PIECES, manifest.WORK} <= folder.OWN
+
+
+@pytest.mark.parametrize("verb", ["run", "evaluate", "compare", "audit"])
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a link to itself", "below a file", "below a link to nothing"])
+def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_read(
+    tmp_path: Path, kind: str, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "out"
+    if "link" in kind:
+        place.symlink_to(place if "itself" in kind else tmp_path / "gone")
+    else:
+        place.write_text("mine")
+    output = place / "run" if kind.startswith("below") else place
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    words = {
+        "run": ["run", str(tmp_path / "r.yaml"), f"output={output}"],
+        "audit": ["audit", str(tmp_path / "r.yaml"), "objective.forget.loss={name: nll}", "--output", str(output)],
+        "evaluate": ["evaluate", "eval/quick.yaml", "--model", "embedded:target", "--output", str(output)],
+        "compare": ["compare", str(tmp_path), "--output", str(output)],
+    }
+    assert main(words[verb]) == 2
+    said = capsys.readouterr().err
+    assert f"output: {place} is a {'link to ' if 'link' in kind else 'file'}" in said and "must be a folder" in said
+    assert os.path.lexists(place) and not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "compare"])
+def test_a_foreign_file_of_the_same_name_is_not_replaced(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("evaluation.json", "comparison.json"):
+        (tmp_path / name).write_text('{"mine": 1}')
+    more = ["eval/quick.yaml", "--model", "embedded:target"] if verb == "evaluate" else [str(tmp_path)]
+    assert main([verb, *more, "--output", str(tmp_path), "--overwrite"]) == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    assert (tmp_path / "evaluation.json").read_text() == '{"mine": 1}' == (tmp_path / "comparison.json").read_text()

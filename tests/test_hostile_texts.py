@@ -258,3 +258,29 @@ def test_every_row_is_read_as_it_stands(here: Path) -> None:
     """Against a test that cannot fail: the canaries are what the recipe reads."""
     assert rows(Source(source="forget.jsonl", prompt="question", answer="answer"))[0]["answer"] == f"{CANARIES['answer']} 0."
     assert os.environ["HF_TOKEN"] == SECRETS["HF_TOKEN"] and planted(SECRETS["HF_TOKEN"] + CANARIES["note"])
+
+
+FOREIGN = {
+    "passwords": "root:$6$hunter2x$hash:19000:0:99999:7:::\nada:$6$hunter2x:19000:0:99999:7:::\n",
+    "settings of another program": "hunter2x: 1\nkeys: {hunter2x: 2}\n",
+    "one key": '{"hunter2x": {"a": 1}}',
+    "no YAML": "root: $6$hunter2x: 19000\n",
+    "open quotes": 'seed: 0\n"hunter2x: 1\n',
+    "an alias": "a: 1\nb: *hunter2x\n",
+    "sections": "[a]\nkey = hunter2x\n",
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize(
+    "command", ["plan extends.yaml", "plan FILE", "run FILE", "evaluate FILE --model x", "requests list --service FILE"]
+)
+def test_a_file_that_is_no_settings_file_is_not_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shadow").write_text(FOREIGN[kind])
+    (tmp_path / "extends.yaml").write_text("extends: shadow\nseed: 0\n")
+    assert main(command.replace("FILE", "shadow").split()) == 2
+    said = capsys.readouterr()
+    assert "hunter2x" not in said.out + said.err and "shadow" in said.err

@@ -22,6 +22,7 @@ ROOMS = (
     "spec",
     "unsaid",  # what errors may say of rows
     "written",  # JSON of programs, read as an object
+    "places",  # folders that are to be written to
     "durable",  # how files are written that vouch for something
     "bars",  # what long work shows of itself
     "troubles",  # what is said of an error that no verb refused

@@ -15,7 +15,8 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from llm_unlearn import outward
-from llm_unlearn.outward import Guarded, canvas, guarded, harmless, without_secrets
+from llm_unlearn.cli import main
+from llm_unlearn.outward import Guarded, canvas, guarded, harmless, secrets_of, without_secrets
 from llm_unlearn.report.verdict import printable
 from llm_unlearn.spec import Refused
 
@@ -158,3 +159,49 @@ def test_what_a_program_sees_is_a_stream() -> None:
     stream = Guarded(io.StringIO())
     assert stream.write("a\x1b[2Jb") == 6 and stream.beneath.getvalue() == "a\\u001b[2Jb"  # type: ignore[attr-defined]
     assert not stream.isatty() and stream.writable()
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "https:/ada:hunter2x@example.invalid/x",  # as a path has it
+        "https://ada:hunter2x@example.invalid/x",
+        "postgresql:/ada:hunter2x@db/x",
+        "https:/hunter2xhunter2x@example.invalid",
+        "ghp_hunter2xABCDEFGHIJKLMNOPQRSTUVWXYZ01",
+        "github_pat_hunter2xABCDEFGHIJKLMNOP",
+        "glpat-hunter2xABCDEFGHIJKL",
+        "sk-proj-hunter2xABCDEFGHIJKL",
+        "xoxb-hunter2x-123456",
+        "hf_hunter2xABCDEFGHIJKLM",
+        "eyJhunter2xx.eyJhunter2x0.hunter2x",
+        "https://x/y?db_pwd=hunter2x",
+    ],
+)
+def test_what_looks_like_a_secret_is_left_out(secret: str) -> None:
+    assert "hunter2x" not in without_secrets(f"found {secret}; expected a folder")
+    assert "AKIA" not in without_secrets("key AKIAIOSFODNN7EXAMPLE is")
+
+
+@pytest.mark.parametrize(
+    "plain", ["runs/x@main", "risk-assessment-of-2024-models", "a: b@c", "C:/x@y", "hub/model@v1", "task-2024-05-06-forget"]
+)
+def test_plain_words_stay(plain: str) -> None:
+    assert without_secrets(plain) == plain
+
+
+@pytest.mark.parametrize("name", ["GITHUB_PAT", "DB_PWD", "PROXY_AUTH", "AWS_CREDENTIALS", "SENTRY_DSN", "DB_PASS"])
+def test_names_of_secrets(name: str) -> None:
+    assert secrets_of({name: "hunter2-hunter2", "HOME": "/nowhere"}) == {"hunter2-hunter2"}
+    assert secrets_of({"PWD": "/gone/for-good1", "PATH": "/x/y-z/bin1", "AUTHOR": "ada-2-brisk", "HOME": "/nowhere"}) == set()
+
+
+@pytest.mark.parametrize(
+    "words", [["show"], ["verify"], ["plan"], ["run"], ["forget", "{}", "--ids", "1"], ["evaluate", "{}", "--model", "x"]]
+)
+def test_no_command_repeats_a_login(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    address = "https://ada:hunter2x@example.invalid/x"
+    put = [word.replace("{}", address) for word in words]
+    assert main(put if "{}" in words else [*put, address]) == 2
+    said = capsys.readouterr()
+    assert "hunter2x" not in said.out + said.err and "example.invalid" in said.err

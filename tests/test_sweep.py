@@ -140,7 +140,7 @@ def test_what_can_be_counted_is_counted() -> None:
             "r.yaml: evaluation: missing; a sweep compares what a suite finds.",
         ),
         (["train.lr=1e-5,1e-4", "--output", "taken"], "--output: taken exists and is not the folder of a sweep."),
-        (["train.lr=1e-5,1e-4", "--output", "r.yaml"], "--output: r.yaml is a file; expected a folder"),
+        (["train.lr=1e-5,1e-4", "--output", "r.yaml"], "--output: r.yaml is a file; r.yaml must be a folder"),
     ],
 )
 def test_what_is_refused_before_anything_runs(

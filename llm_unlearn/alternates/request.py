@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -70,7 +71,19 @@ def check(
         raise Refused(f"--output: {output} is a folder; expected the name of a file.")
     if output.exists() and not overwrite:
         raise Refused(f"--output: {output} exists already. Nothing was changed; add --overwrite, or choose another.")
+    if output.is_file() and output.stat().st_size and not _is_own(output):
+        raise Refused(f"--output: {output} was not written by this command (no {COLUMN!r} in its first line). Choose another name.")
     return Request(recipe, stream, source, k, temperature, _template(prompt), output, show_text)
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file begins with a row that has the column of other answers."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        try:
+            row = json.loads(file.readline(1 << 20))
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(row, dict) and COLUMN in row
 
 
 def _template(prompt: str) -> str | None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_unlearn.folder import no_way_out
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.objectives.terms import stream_of
+from llm_unlearn.places import check_place, no_way_out
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.spec import Refused
 from llm_unlearn.written import object_in
@@ -72,6 +72,7 @@ def held(asked: Asked, overwrite: bool) -> dict[str, Any] | None:
         Refused: the folder holds another audit, or something that is no audit at all.
     """
     output = asked.output
+    check_place(output, "--output")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / FILE).is_file():
@@ -79,7 +80,9 @@ def held(asked: Asked, overwrite: bool) -> dict[str, Any] | None:
             f"--output: {output} exists and is not an audit's folder (it has no {FILE}). Nothing was changed; choose another."
         )
     no_way_out(output)
-    if overwrite:
+    if overwrite:  # all that is in it is removed
+        if not asked.key.keys() <= object_in(output / FILE, "choose another --output").keys():
+            raise Refused(f"--output: {output / FILE} was written by no audit. Nothing was changed; choose another.")
         return None
     found = object_in(output / FILE, "add --overwrite to make the audit again")
     if other := [key for key, value in asked.key.items() if found.get(key) != value]:

@@ -27,6 +27,7 @@ from llm_unlearn.look import Looks, attacked
 from llm_unlearn.methods.exact import S3T, Exact
 from llm_unlearn.models.load import add_adapter, load, trainable
 from llm_unlearn.models.outline import capacity_of
+from llm_unlearn.places import no_way_out
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.results import flattened, publish, results_of, run_facts, versions, without_texts
 from llm_unlearn.run import start
@@ -63,7 +64,7 @@ class Session:
         self.recipe, self.method, self.folder, self.cache = recipe, method_of(recipe), Path(recipe.output), cache
         self.accelerator: Accelerator = start(recipe.model)
         sharded.check(recipe)
-        run_folder.no_way_out(self.folder)
+        no_way_out(self.folder)
         self.model: Model = embedded(recipe.model, cache)
         loaded = load(self.model, self.accelerator.device, train=True)
         self.known = read_known(recipe, self.method, loaded.tokenizer)

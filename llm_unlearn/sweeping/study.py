@@ -19,6 +19,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_unlearn.folder import write
+from llm_unlearn.places import check_place
 from llm_unlearn.spec import Refused, fingerprint, reason
 from llm_unlearn.sweeping.held import Held
 from llm_unlearn.sweeping.space import Dimension, Listed, Point, Space, text_of
@@ -262,8 +263,7 @@ def check_folder(output: Path) -> None:
     Raises:
         Refused: there is something else.
     """
-    if output.exists() and not output.is_dir():
-        raise Refused(f"--output: {output} is a file; expected a folder, which is made where there is none.")
+    check_place(output, "--output")
     if output.is_dir() and any(output.iterdir()) and not (output / LOCKS).is_dir():
         raise Refused(f"--output: {output} exists and is not the folder of a sweep. Nothing was changed; choose another.")
 
