@@ -1,12 +1,13 @@
-"""The words of the command line: every verb, what it takes, and which function carries it out. Nothing of ours is imported here, so
-that help and wrong words are answered at once."""
+"""The words of the command line: every verb, what it takes, and which function carries it out. Only what parses values is imported
+here, so that help and wrong words are answered at once."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
+
+from llm_unlearn import option_values
 
 EPILOG = "A recipe can also be launched itself, on one process or many: accelerate launch RECIPE [key=value ...]"
 METHODS = "recipes/methods"
@@ -15,6 +16,8 @@ QUESTION = "question"
 """How `alternates` asks unless told otherwise: the question itself."""
 SERVICE = "requests.yaml"
 """The service file that is meant where none is named."""
+FORMATS = ("auto", "qa", "messages", "sharegpt", "alpaca", "text")
+"""Of rows, for `new`; `starter/columns.py` says what they look like."""
 STATES = ("pending", "running", "fulfilled", "needs attention", "withdrawn")
 """Of deletion requests; `requests/records.py` says what they mean."""
 SCORE = 90.0
@@ -70,10 +73,28 @@ def _begin(verb: Verb) -> None:
     one.add_argument("--online", action="store_true", help="also ask the hub whether the login is valid")
     one = verb("completion", "completion:completion", "print a script that lets a shell complete verbs, options and recipe keys")
     one.add_argument("shell", choices=("bash", "zsh", "tcsh"))
-    one = verb("new", "verbs:new", "write a recipe to start from")
-    one.add_argument("name", metavar="NAME", help="the recipe is written to NAME.yaml")
+    _new(verb)
     one = verb("schema", "verbs:show_schema", "print the JSON Schema of recipes, or of suites, for editors")
     one.add_argument("kind", nargs="?", choices=("recipe", "suite"), default="recipe")
+
+
+def _new(verb: Verb) -> None:
+    one = verb(
+        "new", "starter.verb:new", "write a recipe to start from; with --model, --forget and --retain, for your model and data"
+    )
+    one.epilog = (
+        "With a model and data, NAME_suite.yaml is written, too: a suite that measures these data. Of the model only config and "
+        "tokenizer are read. The settings depend on its size and kind and on the rows; each is written with its reason."
+    )
+    one.add_argument("name", metavar="NAME", help="the recipe is written to NAME.yaml")
+    one.add_argument("--model", metavar="BASE", help="the model that is to forget: a hub id or a folder")
+    data = "a json, jsonl, csv, parquet or txt file, a folder, or ID[:CONFIG[:SPLIT]] of a hub"
+    one.add_argument("--forget", metavar="DATA", help=f"rows to be forgotten: {data}")
+    one.add_argument("--retain", metavar="DATA", help="rows to be kept")
+    one.add_argument("--holdout", metavar="DATA", help="rows of the same kind that the model never saw: how far to forget")
+    one.add_argument(
+        "--format", choices=FORMATS, default="auto", help="how rows are read; default: by the names and values of their columns"
+    )
 
 
 def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
@@ -107,7 +128,7 @@ def _exact(verb: Verb) -> None:
         "--ids", nargs="+", action="extend", default=[], metavar="ID", help="rows, by the column that the method names as id"
     )
     one.add_argument(
-        "--where", nargs="+", action="extend", type=_pair, default=[], metavar="column=value",
+        "--where", nargs="+", action="extend", type=option_values.pair, default=[], metavar="column=value",
         help="rows that say so in all of these; each column once",
     )  # fmt: skip
     one.add_argument("--no-evaluation", action="store_true", help="do not measure the run's suite again, before and after")
@@ -115,7 +136,7 @@ def _exact(verb: Verb) -> None:
     one.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     one.add_argument(
         "--rows",
-        type=_rows,
+        type=option_values.rows,
         default=4,
         metavar="N",
         help="rows of each set that are asked again: 0 none, all for every number",
@@ -127,8 +148,10 @@ def _exact(verb: Verb) -> None:
 def _audit(verb: Verb) -> None:
     one = verb("audit", "verbs:audit", "try a recipe's claimed privacy: train it with made-up rows, and guess which it saw")
     _takes_recipe(one)
-    one.add_argument("--canaries", type=_count, default=200, metavar="N", help="made-up rows; default 200")
-    one.add_argument("--guesses", type=_count, metavar="K", help="guess at so many of them, half in, half out; default: half")
+    one.add_argument("--canaries", type=option_values.count, default=200, metavar="N", help="made-up rows; default 200")
+    one.add_argument(
+        "--guesses", type=option_values.count, metavar="K", help="guess at so many of them, half in, half out; default: half"
+    )
     one.add_argument("--seed", type=int, default=0, metavar="S", help="what the rows and their coins are drawn from; default 0")
     one.add_argument(
         "--output", type=Path, metavar="FOLDER", help="folder for privacy_audit.json; default: the recipe's output and _audit"
@@ -147,9 +170,9 @@ def _many(verb: Verb) -> None:
     one.add_argument("folder", metavar="FOLDER", help=f"a folder of recipes, such as {METHODS}")
     one.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in every recipe, such as train.steps=50")
     one.add_argument("--suite", required=True, help="the suite that every run is measured by, such as eval/quick.yaml")
-    one.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds 0 to N-1 of each recipe; default 3")
+    one.add_argument("--seeds", type=option_values.count, default=3, metavar="N", help="seeds 0 to N-1 of each recipe; default 3")
     one.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for runs and leaderboard; default runs/bench")
-    one.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time; default 1")
+    one.add_argument("--jobs", type=option_values.count, default=1, metavar="N", help="runs at a time; default 1")
     one.add_argument(
         "--write", type=Path, metavar="PAGE", help="the leaderboard's page; default leaderboard.md in the output folder"
     )
@@ -168,8 +191,8 @@ def _sweep(verb: Verb) -> None:
     one.add_argument(
         "--output", type=Path, default=Path("runs/sweep"), metavar="DIR", help="folder of the sweep; default runs/sweep"
     )
-    one.add_argument("--trials", type=_count, metavar="N", help="so many in the end; default: all of a grid, else 20")
-    one.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at a time; default 1")
+    one.add_argument("--trials", type=option_values.count, metavar="N", help="so many in the end; default: all of a grid, else 20")
+    one.add_argument("--jobs", type=option_values.count, default=1, metavar="N", help="trials at a time; default 1")
     one.add_argument("--sampler", choices=("tpe", "nsga2", "random", "grid"), help="default: grid for lists alone, else tpe")
     one.add_argument("--seed", type=int, default=0, metavar="S", help="what they are drawn from; default 0")
     one.add_argument(
@@ -227,7 +250,11 @@ def _requests(parser: argparse.ArgumentParser) -> None:
     one = verb("add", "requests.verbs:add", "find the rows that are to be forgotten, show which they are, and put the request in")
     which = one.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--where", action="append", type=_pair, metavar="column=value", help="rows with this value; again, for several columns"
+        "--where",
+        action="append",
+        type=option_values.pair,
+        metavar="column=value",
+        help="rows with this value; again, for several columns",
     )
     which.add_argument(
         "--ids", nargs="+", action="extend", metavar="ID", help="rows by their id; - reads them from standard input, one a line"
@@ -235,7 +262,7 @@ def _requests(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--text", help="rows that nearly repeat this text; @FILE reads it from a file, - from standard input")
     one.add_argument("--score", type=float, default=SCORE, help=f"likeness from which a row counts for --text; default {SCORE:g}")
     one.add_argument("--model", help="the model that is to forget; default: model.base of the service's recipe, or its store")
-    one.add_argument("--due", type=_day, metavar="YYYY-MM-DD", help="the day by which it must be served")
+    one.add_argument("--due", type=option_values.day, metavar="YYYY-MM-DD", help="the day by which it must be served")
     one.add_argument("--key", help="your own name for the request; the same key again is the same request")
     one.add_argument("--dry-run", action="store_true", help="show what would be found, and change nothing")
     one.add_argument("--show-text", action="store_true", help="show what the rows say, too")
@@ -259,32 +286,6 @@ def _requests(parser: argparse.ArgumentParser) -> None:
         ("retry", "requests.verbs:retry", "let a request that needs attention be served again"),
     ):
         verb(name, function, text).add_argument("request", type=int, metavar="N", help="its number in `list`")
-
-
-def _day(word: str) -> str:
-    try:
-        return date.fromisoformat(word).isoformat()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {word!r}; expected a day such as 2026-12-01") from None
-
-
-def _pair(word: str) -> tuple[str, str]:
-    column, sign, value = word.partition("=")
-    if not column or not sign:
-        raise argparse.ArgumentTypeError("expected column=value, such as person='Ada Lovelace'")  # the word may be a row's
-    return column, value
-
-
-def _count(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"found {word!r}; expected a whole number from 1 on")
-    return int(word)
-
-
-def _rows(word: str) -> int | str:
-    if word != "all" and not word.isdigit():
-        raise argparse.ArgumentTypeError(f"found {word!r}; expected a whole number from 0 on, or all")
-    return word if word == "all" else int(word)
 
 
 def _takes_recipe(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ from llm_unlearn.objectives.terms import Ramp, Term
 from llm_unlearn.recipe import Recipe, load
 from llm_unlearn.retrained import home_of
 from llm_unlearn.run import make_job
+from llm_unlearn.sections import Model
 from llm_unlearn.source import is_recipe
 from llm_unlearn.spec import readable
 from llm_unlearn.training.before import choices
@@ -54,7 +55,7 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     Args:
         show_example: also show the first example of each stream as the model reads it, its targets marked.
     """
-    tokenizer, net = _without_weights(recipe)
+    tokenizer, net = skeleton_of(recipe.model)
     capacity = planned_capacity(recipe.model, recipe.model.base, recipe.sources, net)
     examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=False, capacity=capacity)
     job = make_job(recipe, examples)
@@ -110,12 +111,16 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     return Plan("\n".join(lines), facts)
 
 
-def _without_weights(recipe: Recipe) -> tuple[Any, Any]:
-    """Return the tokenizer of a recipe's model, and the model without its weights."""
-    if recipe.model.base.startswith("embedded:"):
+def skeleton_of(model: Model) -> tuple[Any, Any]:
+    """Return the tokenizer of a model, and the model without its weights; of a hub id only small files are read.
+
+    Raises:
+        Refused: they cannot be read.
+    """
+    if model.base.startswith("embedded:"):
         tokenizer = target.make_tokenizer()
         return tokenizer, target.make_model(len(tokenizer))
-    return read_tokenizer(recipe.model), outline_of(recipe.model)
+    return read_tokenizer(model), outline_of(model)
 
 
 def _measures(recipe: Recipe, cache: Path) -> list[str]:

@@ -15,12 +15,12 @@ from llm_unlearn.auditing import request as auditing
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.exact import command
 from llm_unlearn.outward import without_secrets
-from llm_unlearn.places import in_the_way
 from llm_unlearn.reply import DONE, INTERRUPTED, UNFIT, Reply
 from llm_unlearn.source import is_recipe, missing
 from llm_unlearn.spec import Refused, dotted, schema
+from llm_unlearn.starter.verb import MAIN
 from llm_unlearn.thresholds import problems, reason_of
-from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, locate, shipped
+from llm_unlearn.tree import locate
 
 if TYPE_CHECKING:
     from llm_unlearn.training.guard import Outcome
@@ -129,10 +129,6 @@ def demo(options: argparse.Namespace) -> Reply:
         print(f"next: llm-unlearn evaluate eval/audit.yaml --model embedded:target --adapter {reply.facts['output']}")
         print("      llm-unlearn new my_recipe      # for a model and data of your own")
     return reply
-
-
-MAIN = "recipes/forget_lora.yaml"
-"""The main job on the embedded default."""
 
 
 def plan(options: argparse.Namespace) -> Reply:
@@ -297,20 +293,6 @@ def write_alternates(options: argparse.Namespace) -> Reply:
     )  # fmt: skip
     alternates.make(wanted, options.cache)
     return Reply(facts={"output": str(wanted.output)})
-
-
-def new(options: argparse.Namespace) -> Reply:
-    path = Path(options.name if options.name.endswith((".yaml", ".yml")) else f"{options.name}.yaml")
-    if path.exists():
-        raise Refused(f"{path}: exists already. Nothing was changed; choose another name.")
-    if blocked := in_the_way(path.parent):
-        raise Refused(f"{path}: {blocked} is a file, where a folder would have to be. Nothing was changed; choose another name.")
-    pattern = (shipped() / MAIN).read_text(encoding="utf-8")
-    body = pattern[pattern.index(LAUNCH_FIRST) :].replace("output: runs/forget_lora", f"output: runs/{path.stem}")
-    assert body.rstrip().endswith(LAUNCH_LAST)
-    folder.write(path, f"# What this makes a model forget, and how.\n#   accelerate launch {path} [key=value ...]\n{body}")
-    print(f"{path}\nnext: llm-unlearn plan {path}")
-    return Reply(facts={"path": str(path)})
 
 
 def show_schema(options: argparse.Namespace) -> Reply:

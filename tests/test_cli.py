@@ -740,7 +740,9 @@ def test_help_and_wrong_words_are_answered_before_anything_of_ours_is_read() -> 
     for words, status in (("'--help'", 0), ("'requests', 'add', '--help'", 0), ("'rn'", 2)):
         done = subprocess.run([sys.executable, "-c", code.replace("{words}", words)], capture_output=True, text=True, check=True)
         *_, said, modules = done.stdout.splitlines()
-        light = "['llm_unlearn.cli', 'llm_unlearn.options', 'llm_unlearn.outward', 'llm_unlearn.streams']"
+        light = (
+            "['llm_unlearn.cli', 'llm_unlearn.option_values', 'llm_unlearn.options', 'llm_unlearn.outward', 'llm_unlearn.streams']"
+        )
         assert (said, modules) == (str(status), light)
 
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm_unlearn"
 
 ROOMS = (
+    "option_values",  # values of the command line's options
     "options",  # the words of the command line: imports nothing
     "reply",  # what a verb answers
     "streams",
@@ -65,6 +66,7 @@ ROOMS = (
     "auditing",  # trains a recipe as `run` does
     "alternates",
     "plan",
+    "starter",  # writes a recipe and its suite for a model and data, by the memory that `plan` counts
     "compare",
     "candidates",
     "many",
@@ -289,7 +291,9 @@ LIGHT = {
     "__main__.py",
     "cli.py",
     "api.py",
+    "option_values.py",
     "options.py",
+    "starter/verb.py",
     "reply.py",
     "outward.py",
     "streams.py",

@@ -116,7 +116,7 @@ def _is_same(recipe: Recipe, forgotten: Sequence[_Set], kept: Sequence[_Set]) ->
 
 def _columns(source: Source) -> tuple[object, ...]:
     """What decides which rows are read, and what they say."""
-    columns = (source.prompt, source.answer, source.choices, source.messages, source.text)
+    columns = (source.prompt, source.prompt_input, source.answer, source.choices, source.messages, source.text)
     return (*columns, source.where, source.without, source.like, source.split)
 
 

@@ -216,8 +216,11 @@ def content_of(row: Row, source: Source) -> str:
     chat of these two turns."""
     if source.messages:
         texts = _texts_of(row[source.messages])
+    elif source.text:
+        texts = [row[source.text]]
     else:
-        texts = [row[column] for column in ([source.text] if source.text else [source.prompt, source.answer]) if column]
+        below = row[source.prompt_input] if source.prompt_input else None
+        texts = [f"{row[str(source.prompt)]} {below or ''}", row[str(source.answer)]]
     return json.dumps([" ".join(str(text).split()) for text in texts])
 
 
@@ -225,6 +228,8 @@ def _texts_of(turns: Any) -> list[Any]:
     """Of a chat, however its turns are written down; what is none is refused when it is encoded."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return [turns]
-    pairs = [(turn.get("role"), turn.get("content")) for turn in turns]
+    roles = [turn.get("role", turn.get("from")) for turn in turns]
+    contents = [_joined(turn.get("content", turn.get("value"))) for turn in turns]
+    pairs = [(ROLES.get(str(role), role), content) for role, content in zip(roles, contents, strict=True)]
     plain = [role for role, _ in pairs] == ["user", "assistant"]
     return [content for _, content in pairs] if plain else [part for pair in pairs for part in pair]
