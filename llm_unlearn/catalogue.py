@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read
-from llm_unlearn.objectives.views import TOP
+from llm_unlearn.objectives.views import WHOLE
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.spec import Refused
 from llm_unlearn.tree import no_such_file, shipped
@@ -99,7 +99,7 @@ def needs_of(recipe: Recipe) -> list[str]:
         needs.append("alternate answers")
     if "expert" in kinds:
         needs.append("two prompts")
-    if layers := sorted({layer for loss in losses for layer in layers_read(loss)} - {TOP}):
+    if layers := sorted({layer for loss in losses for layer in layers_read(loss)} - WHOLE):
         needs.append(f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}")
     needs.append("retain set" if recipe.data.retain else "forget set only")
     needs.append("LoRA" if recipe.model.adapter else "full weights")

@@ -20,12 +20,14 @@ from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
+from llm_unlearn.models.experts import recorded_routers
 from llm_unlearn.models.load import add_adapter, dtype_of, read_tokenizer, trainable
 from llm_unlearn.models.outline import outline_of, planned_capacity
 from llm_unlearn.models.reference import LOGPS
 from llm_unlearn.models.scores import CHUNK
 from llm_unlearn.models.trainable_weights import Group, adapted, choose_weights, frozen_routers, trained
 from llm_unlearn.objectives.terms import Ramp, Term
+from llm_unlearn.objectives.views import ROUTERS
 from llm_unlearn.recipe import Recipe, load
 from llm_unlearn.retrained import home_of
 from llm_unlearn.run import make_job
@@ -61,6 +63,8 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     job = make_job(recipe, examples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = sum(weight.numel() for weight in net.parameters())
+    routed = any(ROUTERS in layers for layers in job.layers.values())
+    routing = sum(router.rows for router in recorded_routers(net)) if routed else 0
     config = net.config.get_text_config()
     model = add_adapter(net, recipe.model.adapter, recipe.seed) if recipe.model.adapter else net
     if not recipe.model.adapter:
@@ -78,8 +82,8 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
         f"weights    {moved:,} trainable of {base + (moved if recipe.model.adapter else 0):,} ({100 * moved / base:.2f} %)"
     )
     changed, routers = adapted(model) or trained(model), frozen_routers(model)
-    lines += _listed("adapted" if recipe.model.adapter else "trained", changed) + _listed("frozen", routers, ROUTERS)
-    lines += _reference(job, bool(recipe.model.adapter), config, dtype_of(recipe.model, device), base)
+    lines += _listed("adapted" if recipe.model.adapter else "trained", changed) + _listed("frozen", routers, FROZEN)
+    lines += _reference(job, bool(recipe.model.adapter), config, dtype_of(recipe.model, device), base, routing)
     moves = recipe.train.offload is not None and device.type == "cuda"
     size_of = partial(memory, recipe, base, moved, config, job.longest, dtype_of(recipe.model, device), bool(job.needs))
     needed = size_of(offload=moves)
@@ -134,7 +138,7 @@ def _measures(recipe: Recipe, cache: Path) -> list[str]:
     return lines
 
 
-ROUTERS = "router; it stays as it is unless the recipe names it"
+FROZEN = "router; it stays as it is unless the recipe names it"
 
 
 def _listed(title: str, groups: list[Group], note: str = "") -> list[str]:
@@ -190,12 +194,15 @@ def _steps(recipe: Recipe, job: Job, examples: Examples) -> list[str]:
     return lines
 
 
-def _reference(job: Job, adapter: bool, config: Any, dtype: torch.dtype, base: int) -> list[str]:
+READ: dict[tuple[int, ...], str] = {(LOGPS,): "log-probabilities", (ROUTERS,): "router logits"}
+
+
+def _reference(job: Job, adapter: bool, config: Any, dtype: torch.dtype, base: int, routing: int) -> list[str]:
     """How the model as it was is asked, why, and what it costs."""
     size = torch.finfo(dtype).bits // 8
     lines: list[str] = []
-    for stream, one in choices(job, adapter, int(config.hidden_size), size).items():
-        what = "log-probabilities" if one.asked.columns == (LOGPS,) else "hidden states"
+    for stream, one in choices(job, adapter, int(config.hidden_size), size, routing).items():
+        what = READ.get(one.asked.columns, "hidden states")
         often = f"each is seen {one.visits / max(1, one.tokens):.1f} times"
         if one.way == "kept":
             room = f"{one.bytes / GIB:.2f} GiB" if one.bytes >= GIB / 100 else f"{one.bytes / 1024:.0f} KiB"

@@ -11,7 +11,7 @@ from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.methods.retrain import Retrain
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
-from llm_unlearn.objectives.views import TOP
+from llm_unlearn.objectives.views import ROUTERS, WHOLE
 from llm_unlearn.sections import Data, Evaluation, Model, Track, Train, missing_tracker
 from llm_unlearn.source import Source, missing, source_problems, unnameable, with_chat
 from llm_unlearn.spec import (
@@ -183,6 +183,8 @@ def _speed_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         yield say("layers of quantized weights are not compiled; give compile: null, or model.quantize: null.", *at)
     if recipe.train.compile and recipe.model.kernels:
         yield say("layers with kernels of their own are not compiled; give compile: null, or model.kernels: null.", *at)
+    if recipe.train.compile and any(ROUTERS in layers_read(term.loss) for term in recipe.objective.values()):
+        yield say("router logits cannot be read inside compiled layers. Set compile: null.", *at)
 
 
 def _stop_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
@@ -220,7 +222,7 @@ def _unable(rule: AnyRule, recipe: Recipe) -> Iterable[tuple[str | int, ...]]:
         case Latent():
             forget = [term.loss for name, term in recipe.objective.items() if stream_of(term, name) == "forget"]
             read = [layer for loss in forget for layer in layers_read(loss)]
-            if read and TOP not in read and rule.layer > max(read):
+            if read and WHOLE.isdisjoint(read) and rule.layer > max(read):
                 yield f"disturbs layer {rule.layer}, and the forget terms read no deeper than layer {max(read)}.", "layer"
         case Saliency() if recipe.train.weight_decay:
             yield ("decay would move the weights that saliency holds still; give train.weight_decay: 0.",)

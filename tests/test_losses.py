@@ -19,8 +19,9 @@ from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Marg
 from llm_unlearn.objectives.likelihood import IDK, NLL, TNPO, WGA, WTNPO, Ascent, SatImp
 from llm_unlearn.objectives.preference import AP, DPO, FLAT, NPO, SimNPO
 from llm_unlearn.objectives.representation import RMU, AdaptiveRMU, CircuitBreak, EmbedMatch, Lunar, RepNoise, _direction
+from llm_unlearn.objectives.routing import RouterKL
 from llm_unlearn.objectives.terms import AnyLoss, Term, count, layers_read, streams_read
-from llm_unlearn.objectives.views import TOP, beside, window_of
+from llm_unlearn.objectives.views import ROUTERS, TOP, beside, window_of
 
 LOSSES = get_args(get_args(AnyLoss)[0])
 KINDS = ("answer", "alternate", "expert", "novice")
@@ -58,6 +59,10 @@ class Numbers:
     def centre(self, layer: int) -> Tensor:
         return self.centres[layer]
 
+    @property
+    def routing(self) -> Tensor:
+        return self.states[ROUTERS]
+
 
 @dataclass
 class Given:
@@ -85,6 +90,7 @@ def random_views(seed: int, scale: float = 3.0) -> Sides:
         logits = scale * torch.randn(len(owner), 7, generator=draw, dtype=torch.float64)
         states = {layer: 2 + torch.randn(len(owner), 6, generator=draw, dtype=torch.float64) for layer in LAYERS}
         centres = {layer: torch.randn(6, generator=draw, dtype=torch.float64) for layer in LAYERS}
+        states[ROUTERS] = torch.randn(len(owner), 3, 5, generator=draw, dtype=torch.float64)
         found[stream] = Numbers(logits, targets, owner, states, centres)
     return found
 
@@ -100,7 +106,9 @@ def random_like(views: Sides, seed: int = 9) -> Sides:
         stream: replace(view, logits=noise(view.logits), states={layer: 1 + noise(one) for layer, one in view.states.items()})
         for stream, view in views.items()
     }
-    found[WINDOW] = whole_window(views, {layer: noise(one[:1].repeat(4, 1)) for layer, one in views["forget"].states.items()})
+    found[WINDOW] = whole_window(
+        views, {layer: noise(one[:1].expand(4, *one.shape[1:])) for layer, one in views["forget"].states.items()}
+    )
     return found
 
 
@@ -287,6 +295,17 @@ def rmu(loss: Any, w: World) -> list[float]:
     return found
 
 
+def router_kl(loss: RouterKL, w: World) -> list[float]:
+    found = []
+    for routers, before in zip(*(side["forget"].states[ROUTERS].tolist() for side in (w.now, w.ref)), strict=True):
+        total = 0.0
+        for z, z0 in zip(routers, before, strict=True):
+            a, b = (math.log(sum(math.exp(x) for x in logits)) for logits in (z, z0))
+            total += sum(math.exp(y - b) * ((y - b) - (x - a)) for x, y in zip(z, z0, strict=True))
+        found.append(total / len(routers))
+    return found
+
+
 def embed_match(loss: EmbedMatch, w: World) -> list[float]:
     total = [0.0] * len(w.now["forget"].owner)
     for layer in loss.layers:
@@ -359,6 +378,7 @@ PAPER: dict[type, Callable[[Any, World], list[float]]] = {
     CircuitBreak: circuit_break,
     Lunar: lunar,
     RepNoise: repnoise,
+    RouterKL: router_kl,
 }
 
 
@@ -406,7 +426,7 @@ def test_gradient_is_that_of_the_paper(loss: Any) -> None:
     slopes = torch.autograd.grad(loss(loose, ref, "forget").sum(), variables, allow_unused=True)
     step = 1e-5
     read = {beside("forget", kind) for kind in loss.needs.reads}
-    for (stream, which), slope in zip([(s, i) for s in now for i in (TOP, *LAYERS)], slopes, strict=True):
+    for (stream, which), slope in zip([(s, i) for s in now for i in (TOP, *LAYERS, ROUTERS)], slopes, strict=True):
         if stream not in read or which not in layers_read(loss):
             assert slope is None, f"{stream} {which} is not to be read"
             continue
@@ -505,6 +525,16 @@ def test_values_by_hand(loss: Any, expected: list[float]) -> None:
         "forget.novice": hand(B, B),
     }
     assert loss(now, ref, "forget").tolist() == pytest.approx(expected, rel=1e-9, abs=5e-8)
+
+
+def test_value_of_router_kl_by_hand() -> None:
+    """Two routers over two experts: (½, ½) against (½, ½), and (¼, ¾) against (½, ½): ½ log 2 + ½ log ⅔ = ½ log 4/3, halved."""
+    even, uneven = [0.0, 0.0], [0.0, math.log(3)]
+    now, ref = (
+        {"forget": replace(hand(A), states={ROUTERS: torch.tensor([[even, one]], dtype=torch.float64)})} for one in (uneven, even)
+    )
+    assert RouterKL()(now, ref, "forget").tolist() == pytest.approx([math.log(4 / 3) / 4])
+    assert RouterKL()(now, now, "forget").tolist() == [0.0]
 
 
 def test_values_by_hand_around_a_direction() -> None:
@@ -708,7 +738,7 @@ def extreme(targets: str, states: float) -> Numbers:
     logits = torch.full((3, 5), 1e4 if targets == "0" else -1e4)
     logits[:, 2] = -logits[:, 2]
     owner = torch.tensor([0, 0, 1])
-    hidden = {layer: torch.full((3, 4), states) for layer in LAYERS}
+    hidden = {layer: torch.full((3, 4), states) for layer in LAYERS} | {ROUTERS: torch.full((3, 2, 4), states)}
     return Numbers(logits, torch.full((3,), 2), owner, hidden, {layer: torch.zeros(4) for layer in LAYERS})
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.schedule import build
+from llm_unlearn.models.experts import experts_of
 from llm_unlearn.models.load import add_adapter, causal, has_adapter, trainable
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.models.trainable_weights import choose_weights
@@ -25,6 +26,7 @@ from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Marg
 from llm_unlearn.objectives.likelihood import IDK, NLL, TNPO, WGA, WTNPO, Ascent, SatImp
 from llm_unlearn.objectives.preference import AP, DPO, FLAT, NPO, SimNPO
 from llm_unlearn.objectives.representation import RMU, AdaptiveRMU, CircuitBreak, EmbedMatch, Lunar, RepNoise, _direction
+from llm_unlearn.objectives.routing import RouterKL
 from llm_unlearn.objectives.terms import AnyLoss, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import TOP, beside
 from llm_unlearn.sections import Adapter, Train
@@ -323,19 +325,37 @@ def repnoise(loss: Any, w: Whole) -> Tensor:
     return torch.as_tensor(total).expand(len(x))
 
 
+def router_kl(loss: Any, w: Whole) -> Tensor:
+    """By the logits that transformers itself returns."""
+    sides = []
+    for net in (w.model, w.before):
+        rows = []
+        for row in w.rows:
+            ids, first = torch.tensor([row["answer"].ids]), row["answer"].answer - 1
+            with torch.set_grad_enabled(net is w.model):
+                routers = causal(net)(input_ids=ids, output_router_logits=True).router_logits
+            rows.append(torch.stack([one.reshape(ids.shape[1], -1)[first:-1] for one in routers], 1))
+        sides.append(torch.cat(rows).log_softmax(-1))
+    now, then = sides
+    return (then.exp() * (then - now)).sum(-1).mean(-1)
+
+
 DEFINITIONS: dict[type, Callable[[Any, Whole], Tensor]] = {
     NLL: lambda loss, w: -w.logps_of(w.model),
     Ascent: lambda loss, w: w.logps_of(w.model),
     IDK: lambda loss, w: -w.logps_of(w.model, "alternate"),
     WGA: wga, SatImp: satimp, TNPO: tnpo, WTNPO: tnpo, NPO: npo, SimNPO: simnpo, DPO: dpo, AP: ap, FLAT: flat, KL: kl,
     Undial: undial, CEU: ceu, Entropy: entropy, IHL: ihl, Margin: margin, ELM: elm, RMU: rmu, AdaptiveRMU: rmu,
-    EmbedMatch: embed_match, CircuitBreak: circuit_break, Lunar: lunar, RepNoise: repnoise,
+    EmbedMatch: embed_match, CircuitBreak: circuit_break, Lunar: lunar, RepNoise: repnoise, RouterKL: router_kl,
 }  # fmt: skip
 
 
 def whole_batch(job: Job, step: int, model: Any, before: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The window's gradient in float64, sequence by sequence, from the definition: Σ_terms weight · mean over all units."""
     model, before = copy.deepcopy(model).double(), copy.deepcopy(before).double()
+    for net in (causal(model), causal(before)):
+        if experts_of(net).matrices:
+            net.set_experts_implementation("eager")  # expert by expert; the default kernel has no float64
     total, means = torch.zeros((), dtype=torch.float64), {}
     for name, term in job.terms.items():
         if type(term.loss) not in DEFINITIONS:

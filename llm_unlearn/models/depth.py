@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from llm_unlearn.models.combined import Members
 from llm_unlearn.models.structure import decoder_layers
-from llm_unlearn.objectives.views import TOP
+from llm_unlearn.objectives.views import WHOLE
 from llm_unlearn.spec import Refused
 
 Layers = tuple[int, ...]
-"""Decoder layers whose output is wanted, from 0; `TOP` for the last hidden states, which the head reads."""
+"""Decoder layers whose output is wanted, from 0; `TOP` for the last hidden states, which the head reads, `ROUTERS` for
+router logits."""
 
 Nudge = tuple[int, Tensor]
 """A layer, and what is added to its output, (B, L, D)."""
@@ -28,7 +29,7 @@ def watched(net: Any, layers: Layers, nudge: Nudge | None, swap: Swap | None = N
     """Inside, the outputs of some decoder layers are kept, one may be nudged, some may be swapped for others at some places, and
     those above the deepest are left out."""
     outputs: dict[int, Tensor] = {}
-    if layers == (TOP,) and nudge is None and swap is None:
+    if WHOLE.issuperset(layers) and nudge is None and swap is None:
         yield outputs
         return
     name, blocks = blocks_of(net)
@@ -49,13 +50,13 @@ def watched(net: Any, layers: Layers, nudge: Nudge | None, swap: Swap | None = N
 
         return hook
 
-    chosen = {layer for layer in layers if layer != TOP} | ({nudge[0]} if nudge else set()) | set(swap[0] if swap else ())
+    chosen = set(layers) - WHOLE | ({nudge[0]} if nudge else set()) | set(swap[0] if swap else ())
     if beyond := sorted(layer for layer in chosen if layer >= len(blocks)):
         known = f"the decoder layers of this model are 0 to {len(blocks) - 1}"
         raise Refused(f"layer {beyond[0]} is not there: {known}; see the objective's and rules' layers.")
     handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in chosen]
     try:
-        if TOP not in layers:
+        if WHOLE.isdisjoint(layers):
             setattr(net.get_submodule(owner), name, blocks[: max(chosen) + 1])
         yield outputs
     finally:

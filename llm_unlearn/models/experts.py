@@ -1,4 +1,4 @@
-"""Structure of mixtures of experts: which modules route, and which parameters are stacked expert matrices.
+"""Mixtures of experts: which modules route, what they say, and which parameters are stacked expert matrices.
 
 Routers are found by the structure of the loaded model, not by names of architectures: by the classes that transformers records as
 `router_logits`, and as the siblings of stacked expert matrices with one output row per expert.
@@ -6,14 +6,18 @@ Routers are found by the structure of the loaded model, not by names of architec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from llm_unlearn.spec import Refused
 
 RECORDED = "router_logits"
 """The name under which transformers records the outputs of routers."""
@@ -63,20 +67,80 @@ def experts_of(net: nn.Module) -> Experts:
     return Experts(dict(sorted(routers.items(), key=lambda one: order[one[0]])), matrices)
 
 
+@dataclass(frozen=True)
+class Router:
+    """A router whose logits transformers records."""
+
+    name: str
+    module: nn.Module
+    index: int
+    """Where they stand in what the module returns."""
+
+    @property
+    def rows(self) -> int:
+        """E, by the last of its matrices."""
+        return [len(one) for one in self.module.parameters() if one.ndim == 2][-1]
+
+    def logits(self, made: Any) -> Tensor:
+        """(…, E) of what the module has returned."""
+        found = made[self.index] if isinstance(made, (tuple, list)) else made
+        return torch.as_tensor(found)
+
+
+def recorded_routers(net: nn.Module) -> tuple[Router, ...]:
+    """Return the routers whose logits can be read, in the order of the model.
+
+    Raises:
+        Refused: the model has none.
+    """
+    classes = _recorded_classes(net)
+    routers = tuple(
+        Router(name, module, index)
+        for name, module in experts_of(net).routers.items()
+        for index in [index for kind, index in classes.items() if isinstance(module, kind)][:1]
+    )
+    if not routers:
+        raise Refused(
+            f"objective: router_kl needs a mixture of experts, and {type(net).__name__} has no routers. Take the term out."
+        )
+    return routers
+
+
+@contextmanager
+def recording(routers: Iterable[Router]) -> Iterator[dict[str, Tensor]]:
+    """Inside, collect the logits of routers as the model runs: name -> (B·L, E)."""
+    found: dict[str, Tensor] = {}
+
+    def keep(router: Router) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, made: Any) -> None:
+            logits = router.logits(made)
+            found[router.name] = logits.reshape(-1, logits.shape[-1])
+
+        return hook
+
+    handles = [router.module.register_forward_hook(keep(router)) for router in routers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _is_recorded(net: nn.Module, module: nn.Module) -> bool:
     """Whether transformers takes this module's output for router logits."""
     return any(isinstance(module, recorded) for recorded in _recorded_classes(net))
 
 
-def _recorded_classes(net: nn.Module) -> set[type[nn.Module]]:
-    found: set[type[nn.Module]] = set()
+def _recorded_classes(net: nn.Module) -> dict[type[nn.Module], int]:
+    """Class -> which of the outputs of its modules transformers records."""
+    found: dict[type[nn.Module], int] = {}
     for part in net.modules():
         if isinstance(part, PreTrainedModel):
             recorders: Any = (getattr(part, "_can_record_outputs", None) or {}).get(RECORDED, ())
             for recorder in recorders if isinstance(recorders, (list, tuple)) else (recorders,):
                 kind = getattr(recorder, "target_class", recorder)
                 if isinstance(kind, type):
-                    found.add(kind)
+                    found[kind] = int(getattr(recorder, "index", 0))
     return found
 
 

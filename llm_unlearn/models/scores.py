@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llm_unlearn.data.batch import Batch, Packing
 from llm_unlearn.models.depth import Layers, Nudge, watched
+from llm_unlearn.models.experts import Router, recorded_routers, recording
 from llm_unlearn.models.head import Head
 from llm_unlearn.models.load import causal
 from llm_unlearn.models.outline import capacity_of
@@ -25,7 +26,7 @@ from llm_unlearn.models.packing import arguments
 from llm_unlearn.models.structure import body_of
 from llm_unlearn.models.tokenwise import CACHED, OfDistribution, OfLikelihood, parts, tokenwise
 from llm_unlearn.objectives.terms import AnyLoss, skipped
-from llm_unlearn.objectives.views import TOP, beside
+from llm_unlearn.objectives.views import ROUTERS, TOP, beside
 from llm_unlearn.spec import Refused
 
 CHUNK = 1 << 25
@@ -39,6 +40,11 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
 
+    @cached_property
+    def routers(self) -> tuple[Router, ...]:
+        """The routers whose logits can be read."""
+        return recorded_routers(causal(self.model))
+
     def forward(
         self,
         input_ids: Tensor | None,
@@ -49,7 +55,8 @@ class Scorer(nn.Module):
         embeds: Tensor | None = None,
         packing: Packing | None = None,
     ) -> dict[int, Tensor]:
-        """(B, L), (N,) -> layer -> (N, D). Without `TOP`, the model runs no deeper than the deepest layer asked for.
+        """(B, L), (N,) -> layer -> (N, D); router logits are (N, R, E). Without these and `TOP`, the model runs no deeper than the
+        deepest layer asked for.
 
         Args:
             swap: layer -> (N, D), what its output is replaced by at the places `at`.
@@ -58,9 +65,12 @@ class Scorer(nn.Module):
         """
         _, net = body_of(causal(self.model))
         self._check_length(packing.longest if packing else (torch.as_tensor(input_ids) if embeds is None else embeds).shape[1])
-        with watched(net, layers, nudge, (swap, at) if swap else None) as outputs:
+        read = self.routers if ROUTERS in layers else ()
+        with watched(net, layers, nudge, (swap, at) if swap else None) as outputs, recording(read) as routing:
             last = net(input_ids=input_ids, inputs_embeds=embeds, use_cache=False, **arguments(packing)).last_hidden_state
         outputs[TOP] = torch.as_tensor(last)  # (B, L, D)
+        if read:
+            outputs[ROUTERS] = torch.stack([routing[one.name] for one in read], 1)[None]  # (1, B·L, R, E)
         return {layer: outputs[layer].flatten(0, 1)[at] for layer in layers}
 
     def _check_length(self, tokens: int) -> None:
@@ -100,7 +110,7 @@ def checkpoint_activations(model: Any) -> None:
 class Scores:
     """One stream's answer tokens as one model scores them: what a loss sees (`objectives.views.View`)."""
 
-    states: Mapping[int, Tensor]  # layer -> (N, D)
+    states: Mapping[int, Tensor]  # layer -> (N, D); ROUTERS -> (N, R, E)
     targets: Tensor  # (N,)
     owner: Tensor  # (N,)
     position: Tensor  # (N,)
@@ -127,6 +137,11 @@ class Scores:
     def hidden(self, layer: int) -> Tensor:
         """(N, D) the output of a decoder layer."""
         return self.states[layer].float()
+
+    @property
+    def routing(self) -> Tensor:
+        """(N, R, E) logits of the model's routers."""
+        return self.states[ROUTERS].float()
 
     def centre(self, layer: int) -> Tensor:
         """(D,) the mean of a layer's output over the run's examples."""

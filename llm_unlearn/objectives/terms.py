@@ -13,7 +13,8 @@ from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Marg
 from llm_unlearn.objectives.likelihood import IDK, NLL, TNPO, WGA, WTNPO, Ascent, SatImp
 from llm_unlearn.objectives.preference import AP, DPO, FLAT, NPO, SimNPO
 from llm_unlearn.objectives.representation import RMU, AdaptiveRMU, CircuitBreak, EmbedMatch, Lunar, RepNoise
-from llm_unlearn.objectives.views import TOP, Kind, beside
+from llm_unlearn.objectives.routing import RouterKL
+from llm_unlearn.objectives.views import ROUTERS, TOP, Kind, beside
 from llm_unlearn.spec import FiniteFloat, PositiveFloat, by_name, spec
 
 OnLikelihood = NLL | Ascent | IDK | WGA | TNPO | WTNPO | SatImp
@@ -21,7 +22,7 @@ OnPreference = NPO | SimNPO | DPO | AP | FLAT
 OnDistribution = KL | Undial | CEU | Entropy | IHL | Margin | ELM
 OnRepresentation = RMU | AdaptiveRMU | EmbedMatch | CircuitBreak | Lunar | RepNoise
 
-AnyLoss = Annotated[OnLikelihood | OnPreference | OnDistribution | OnRepresentation, by_name]
+AnyLoss = Annotated[OnLikelihood | OnPreference | OnDistribution | OnRepresentation | RouterKL, by_name]
 
 
 @spec
@@ -80,12 +81,14 @@ def streams_read(term: Term, name: str, kinds: Iterable[Kind] | None = None) -> 
 
 
 def layers_read(loss: AnyLoss) -> tuple[int, ...]:
-    """The layers whose output the loss reads; `TOP` for one that reads logits or log-probabilities."""
+    """The layers whose output the loss reads; `TOP` for one that reads logits or log-probabilities, `ROUTERS` for router logits."""
     match loss:
         case RMU() | AdaptiveRMU() | Lunar():
             return (loss.layer,)
         case EmbedMatch() | CircuitBreak() | RepNoise():
             return loss.layers
+        case RouterKL():
+            return (ROUTERS,)
     return (TOP,)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Unit = Literal["token", "sequence"]
 """What one value of a loss belongs to, and so what the loop divides by."""
 
-Need = Literal["none", "logps", "logits", "hidden"]
+Need = Literal["none", "logps", "logits", "hidden", "routing"]
 """What a loss reads of a model."""
 
 Kind = Literal["answer", "alternate", "expert", "novice"]
@@ -23,6 +23,12 @@ model speak as one who knows, or as one who does not."""
 
 TOP = -1
 """In place of a layer: the last hidden states, from which the output head gives logits."""
+
+ROUTERS = -3
+"""In place of a layer: the logits of all routers of a mixture of experts."""
+
+WHOLE = frozenset({TOP, ROUTERS})
+"""What stands for no single layer and needs the whole model."""
 
 
 class Needs(NamedTuple):
@@ -33,7 +39,7 @@ class Needs(NamedTuple):
     reads: tuple[Kind, ...] = ("answer",)
     """What the policy is asked about; the loss's units are those of the first."""
     policy: Need = "logps"
-    """What is read of the policy: log-probabilities of the answers, whole distributions, or hidden states."""
+    """What is read of the policy: log-probabilities of the answers, whole distributions, hidden states, or router logits."""
     reference: Need = "none"
     """What is read of the model as it was, about the same."""
     contrasts: tuple[Kind, ...] = ()
@@ -72,6 +78,11 @@ class View(Protocol):
 
     def hidden(self, layer: int) -> Tensor:
         """(N, D) the output of decoder layer `layer` (from 0, as in the names of its weights), float32."""
+        ...
+
+    @property
+    def routing(self) -> Tensor:
+        """(N, R, E) float32, the logits of the R routers of the model over their E experts, at the position of each token."""
         ...
 
     def by_sequence(self, values: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from llm_unlearn.models.reference import (
     together,
 )
 from llm_unlearn.models.scores import Scorer
+from llm_unlearn.objectives.views import ROUTERS
 from llm_unlearn.sections import Asking
 from llm_unlearn.spec import fingerprint
 from llm_unlearn.training.job import Job
@@ -73,13 +74,14 @@ class Choice:
     """Of the examples, each once, which `kept` passes through the model."""
 
 
-def choices(job: Job, adapter: bool, hidden: int, size: int) -> dict[str, Choice]:
+def choices(job: Job, adapter: bool, hidden: int, size: int, routing: int = 0) -> dict[str, Choice]:
     """Stream -> how the model as it was is asked about it.
 
     Args:
         adapter: an adapter is trained, which can be switched off.
         hidden: D.
         size: bytes of one number of a hidden state.
+        routing: logits of all routers for one token.
     """
     wanted, found = job.settings.reference, {}
     for stream, asked in job.needs.items():
@@ -90,7 +92,7 @@ def choices(job: Job, adapter: bool, hidden: int, size: int) -> dict[str, Choice
         of_stream = job.schedule.example[job.schedule.stream == job.schedule.streams.index(stream)]
         visits = int(lengths[of_stream].sum())
         targets = int(targets_of(job.examples[stream])[seen].sum())
-        size_kept = targets * sum(4 if column == LOGPS else hidden * size for column in asked.columns)
+        size_kept = targets * sum({LOGPS: 4, ROUTERS: routing * size}.get(column, hidden * size) for column in asked.columns)
         one = Choice("kept", asked, examples, visits, size_kept, tokens)
         if wanted or (adapter and (tokens >= visits or size_kept > MOST)):
             one = Choice(wanted or "adapter_off", asked, examples, visits, size_kept, tokens)
@@ -109,7 +111,9 @@ def reference_of(
     """
     device, size = accelerator.device, 2 if accelerator.mixed_precision == "bf16" else 4
     hidden = int(causal(scorer.model).config.get_text_config().hidden_size)
-    chosen = choices(job, has_adapter(scorer.model), hidden, size)
+    routed = any(ROUTERS in asked.layers for asked in job.needs.values())
+    routing = sum(router.rows for router in scorer.routers) if routed else 0
+    chosen = choices(job, has_adapter(scorer.model), hidden, size, routing)
     ways = {way: {name: one.asked for name, one in chosen.items() if one.way == way} for way in ("adapter_off", "kept", "copy")}
     asks: list[Reference] = []
     if needs := ways["adapter_off"]:

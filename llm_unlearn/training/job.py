@@ -90,6 +90,7 @@ def asked_by(term: Term, name: str) -> dict[str, Asked]:
         "logps": Asked(logps=True),
         "logits": Asked((TOP,)),
         "hidden": Asked(layers_read(loss)),
+        "routing": Asked(layers_read(loss)),
     }[loss.needs.reference]
     streams = streams_read(term, name, (*loss.needs.reads, *loss.needs.contrasts))
     return {stream: asked for stream in streams if asked.run}

@@ -15,12 +15,13 @@ from transformers import get_scheduler
 
 from llm_unlearn.bars import Bar
 from llm_unlearn.data.batch import Layout
-from llm_unlearn.models.load import earlier_directions, trainable
+from llm_unlearn.models.experts import recorded_routers
+from llm_unlearn.models.load import causal, earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of
 from llm_unlearn.models.trials import can_pack, check_depth, check_head, freeze_unreached
 from llm_unlearn.objectives.terms import Ramp, Term, stream_of
-from llm_unlearn.objectives.views import TOP
+from llm_unlearn.objectives.views import ROUTERS, TOP, WHOLE
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.before import Shelf, reference_of
@@ -105,7 +106,10 @@ def check(job: Job, model: Any) -> None:
         Refused: its architecture is not supported, or a layer that is named is not there.
     """
     check_head(model)
-    layers = {layer for read in job.layers.values() for layer in read} - {TOP}
+    read = {layer for layers in job.layers.values() for layer in layers}
+    if ROUTERS in read:
+        recorded_routers(causal(model))
+    layers = read - WHOLE
     for chosen in (layers, *({rule.layer} for rule in job.settings.rules if isinstance(rule, Latent))):
         if chosen:
             check_depth(model, tuple(sorted(chosen)))

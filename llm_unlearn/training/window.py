@@ -23,7 +23,7 @@ from llm_unlearn.models.reference import Reference
 from llm_unlearn.models.scores import Scorer, Scores, score, values
 from llm_unlearn.models.sharded import is_sharded, take_part
 from llm_unlearn.objectives.terms import Term, count, layers_read, skipped, stream_of, streams_read
-from llm_unlearn.objectives.views import TOP, window_of
+from llm_unlearn.objectives.views import TOP, WHOLE, window_of
 from llm_unlearn.training.gradients import Latent
 from llm_unlearn.training.job import Job, asked_by
 
@@ -207,7 +207,7 @@ class Window:
 
 
 def _depth(layers: set[int]) -> float:
-    return float("inf") if TOP in layers else max(layers)
+    return max(layers) if WHOLE.isdisjoint(layers) else float("inf")
 
 
 def _nothing(model: Model, layers: Layers, device: torch.device) -> Tensor:
