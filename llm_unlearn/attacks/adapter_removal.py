@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from llm_unlearn.attacks.asking import Asked, answers_of, curve_of, known
 from llm_unlearn.attacks.finding import Axis, Curve, Gain, Subject
@@ -38,6 +39,10 @@ class AdapterRemoval:
     @property
     def y(self) -> Gain:
         return Gain(self.measure)
+
+    def remark(self, curves: Mapping[str, Mapping[str, Any]], gap: Mapping[str, Any]) -> str:
+        """What may be released when the adapter can be taken off."""
+        return "Only merged weights may be released, or none." if gap["leaks"] else ""
 
     def __call__(self, subject: Subject) -> Curve:
         from llm_unlearn.models.forms import adapter_scaled

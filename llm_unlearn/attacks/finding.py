@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llm_unlearn.evaluation.memorization import Knowing
 from llm_unlearn.sections import Model
@@ -143,5 +143,19 @@ class Attack(Protocol):
         """
         Raises:
             Refused: this model cannot be attacked so, and why; the evaluation says it and goes on.
+        """
+        ...
+
+
+@runtime_checkable
+class Remarks(Protocol):
+    """An attack that has something of its own to say about what it found."""
+
+    def remark(self, curves: Mapping[str, Mapping[str, Any]], gap: Mapping[str, Any]) -> str:
+        """Return a sentence for the finding; "" for none.
+
+        Args:
+            curves: column -> curve, as plain data.
+            gap: what `gap.gap_of` makes of them.
         """
         ...

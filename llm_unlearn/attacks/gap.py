@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from llm_unlearn.attacks.finding import Attack
+from llm_unlearn.attacks.finding import Attack, Remarks
 
 Curves = Mapping[str, Mapping[str, Any]]
 
@@ -121,9 +121,9 @@ def finding_of(attack: Attack, curves: Curves, gap: Mapping[str, Any]) -> str:
         sentences.append(f"{100 * gap['came_back']:.0f} % of what was forgotten comes back {than}.")
     if half := gap["half"]:
         sentences.append(f"Half of what was forgotten is back: {_listed(half, attack)}.")
-    if attack.name == "adapter_removal" and gap["leaks"]:
-        sentences.append("Only merged weights may be released, or none.")
-    return " ".join(sentences)
+    if isinstance(attack, Remarks):
+        sentences.append(attack.remark(curves, gap))
+    return " ".join(filter(None, sentences))
 
 
 def _listed(half: Mapping[str, float | None], attack: Attack) -> str:

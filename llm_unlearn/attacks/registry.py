@@ -10,6 +10,7 @@ from llm_unlearn.attacks.layers import ActivationPatching, LayerProbe, LogitLens
 from llm_unlearn.attacks.quantization import Quantization
 from llm_unlearn.attacks.relearning import Relearning
 from llm_unlearn.attacks.rewrites import Rewrites
+from llm_unlearn.attacks.routing import ForcedRouting
 from llm_unlearn.attacks.shadows import Shadows
 from llm_unlearn.attacks.soft_prompt import SoftPrompt
 from llm_unlearn.attacks.two_model import TwoModel
@@ -19,4 +20,4 @@ OnWeights = Relearning | Quantization | AdapterRemoval
 OnStates = LogitLens | LayerProbe | ActivationPatching
 OnPrompts = SoftPrompt | GCG | Rewrites | TwoModel
 
-AnyAttack = Annotated[OnWeights | OnStates | OnPrompts | Shadows, by_name]
+AnyAttack = Annotated[OnWeights | OnStates | OnPrompts | Shadows | ForcedRouting, by_name]
