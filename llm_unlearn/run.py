@@ -35,7 +35,7 @@ from llm_unlearn.models.load import Loaded, add_adapter, causal, dtype_of, load,
 from llm_unlearn.models.outline import planned_capacity
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.models.sharded import is_sharded, state_of
-from llm_unlearn.models.trainable_weights import choose_weights, frozen_routers
+from llm_unlearn.models.trainable_weights import choose_weights, router_facts
 from llm_unlearn.models.trials import check_same
 from llm_unlearn.objectives.terms import stream_of
 from llm_unlearn.recipe import Recipe
@@ -105,9 +105,7 @@ def run(
                 return outcome
             saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
         facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
-        if routers := frozen_routers(model):
-            facts["frozen_routers"] = [group.facts for group in routers]
-        facts |= secret.spent(job.noisy, folder, outcome.kept, accelerator.is_main_process)
+        facts |= router_facts(model) | secret.spent(job.noisy, folder, outcome.kept, accelerator.is_main_process)
 
         if look and suite and recipe.evaluation:
             after = _become(loaded, model, combination, saved, whole)

@@ -124,6 +124,12 @@ def frozen_routers(net: nn.Module) -> list[Group]:
     return _grouped(found)
 
 
+def router_facts(net: nn.Module) -> dict[str, Any]:
+    """Return what a run says of routers that it left as they are; of a dense model, nothing."""
+    routers = frozen_routers(net)
+    return {"frozen_routers": [group.facts for group in routers]} if routers else {}
+
+
 def _own_name(name: str, layer: Any) -> str:
     """The name in the model without its adapter."""
     plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
