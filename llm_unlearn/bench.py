@@ -50,6 +50,7 @@ class Asked:
     page: Path
     """The markdown page; the plot stands beside it."""
     jobs: int
+    cache: Path
     overrides: Sequence[str]
     command: str
     """The line that asked, to be shown on the page."""
@@ -169,7 +170,7 @@ def _check_retrained(asked: Asked) -> None:
     for method in asked.methods:
         model = recipe.load(method.path, asked.overrides).model
         models = {"model": model, "retrained": compatibility.control_of(model, retrained)}
-        compatibility.check_models(models, asked.suite, f"{asked.suite_path}: retrained: {method.path}")
+        compatibility.check_models(models, asked.suite, f"{asked.suite_path}: retrained: {method.path}", asked.cache)
 
 
 def _setting_problems(asked: Asked) -> Iterable[str]:

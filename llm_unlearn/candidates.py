@@ -14,7 +14,7 @@ from typing import Literal
 
 from llm_unlearn import compare, folder, recipe, sections
 from llm_unlearn.hub.fetching import ADAPTER_FILE, COMBINATION_FILE, adapter_on_hub, base_of
-from llm_unlearn.source import missing
+from llm_unlearn.source import is_gguf, missing
 from llm_unlearn.spec import Refused
 
 Bits = Literal["nf4", "fp4", "int8"] | None
@@ -127,6 +127,8 @@ def _nothing(word: str, matches: Sequence[str]) -> str:
 def _of(word: str, quantize: Bits) -> list[Candidate]:
     """The models that one path or hub id stands for; a folder that is none itself stands for those below it."""
     path = Path(os.path.expanduser(word))
+    if is_gguf(word) and not missing(word):
+        return [Candidate(word, _model(word, quantize))]
     if not path.exists():
         return [] if missing(word) else [_on_hub(word, quantize)]
     if not path.is_dir():

@@ -173,14 +173,14 @@ class Again:
 
     def _asked(self, column: str, accelerator: Accelerator, rows: int, draw: Any) -> Tables:
         """One model on some rows of each set, nothing taken from the cache."""
-        from llm_unlearn.embedded.target import embedded
+        from llm_unlearn.bases import resolve_base
         from llm_unlearn.evaluation.encoding import encode_sets, suite_capacity
         from llm_unlearn.evaluation.passes import tables_of
         from llm_unlearn.evaluation.sets import only
         from llm_unlearn.models.load import load
 
         model, adapter = self.models[column]
-        loaded = load(embedded(model, self.cache), accelerator.device, adapter)
+        loaded = load(resolve_base(model, self.cache), accelerator.device, adapter)
         sets = {}
         capacity = suite_capacity(self.suite.sets, loaded)
         for name, whole in encode_sets(self.suite.sets, self.suite.needs, loaded, capacity).items():
@@ -210,7 +210,7 @@ class Again:
         from dataclasses import replace
         from tempfile import TemporaryDirectory
 
-        from llm_unlearn.embedded.target import embedded
+        from llm_unlearn.bases import resolve_base
         from llm_unlearn.evaluation.aggregates import SET, aggregates
         from llm_unlearn.evaluation.numbers import numbers
         from llm_unlearn.look import Looks
@@ -218,7 +218,7 @@ class Again:
         suite = replace(self.suite, attacks=(), tasks=())
         with TemporaryDirectory(prefix="llm-unlearn-") as empty:
             looks = Looks(suite, accelerator, Path(empty))
-            models = {column: (embedded(model, self.cache), adapter) for column, (model, adapter) in self.models.items()}
+            models = {column: (resolve_base(model, self.cache), adapter) for column, (model, adapter) in self.models.items()}
             tables = {column: one.tables for column, one in looks(models, str(self.home)).items()}
         found = numbers(suite, tables)
         known = {(one["set"], one["title"]) for one in found}

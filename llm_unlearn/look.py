@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_unlearn.attacks.audit import Target, audit
-from llm_unlearn.embedded.target import embedded
+from llm_unlearn.bases import resolve_base
 from llm_unlearn.evaluation.encoding import encode_sets, encoding_key, suite_capacity
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.passes import tables_of
@@ -130,7 +130,7 @@ class Looks:
 
     def _see(self, model: Model, adapter: str | None, name: str, leave: dict[str, Control] | None = None) -> Seen:
         """Load a model, look at it, and let it go."""
-        model = embedded(model, self.cache)
+        model = resolve_base(model, self.cache)
         loaded = load(model, self.accelerator.device, adapter=adapter)
         return self._look(loaded, self.cache, leave).seen(loaded, name, name, model, adapter)
 

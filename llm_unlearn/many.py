@@ -197,12 +197,12 @@ def _other_comparison(output: Path | None, overwrite: bool) -> list[str]:
 
 def _identities(asked: Asked, one: Candidate, accelerator: Accelerator, cache: Path) -> dict[str, str]:
     """What each column's numbers depend on, from files alone."""
-    from llm_unlearn.embedded.target import embedded
+    from llm_unlearn.bases import resolve_base
     from llm_unlearn.models.load import dtype_of, parts_of, read_tokenizer
 
     found = {}
     for column, (asked_model, adapter) in _asked_of(asked, one).items():
-        model = embedded(asked_model, cache)
+        model = resolve_base(asked_model, cache)
         parts = parts_of(model, read_tokenizer(model), dtype_of(model, accelerator.device), adapter)
         found[column] = fingerprint(*parts)
     return found
@@ -216,7 +216,7 @@ def _measure(asked: Asked, one: Candidate, look: Looks) -> tuple[dict[str, Any],
     from llm_unlearn.results import results_of
 
     columns = _asked_of(asked, one)
-    check_columns(columns, asked.suite)
+    check_columns(columns, asked.suite, look.cache)
     if problems := problems_of_run(one.run / folder.RECIPE, asked.suite, asked.suite_name):
         raise Refused(problems[0])
     if one.under_way:
@@ -238,7 +238,7 @@ def _measure(asked: Asked, one: Candidate, look: Looks) -> tuple[dict[str, Any],
 
 def see_checkpoint(one: Candidate, look: Looks) -> Seen:
     """Look at a run as it was at its newest checkpoint, which holds only the weights that are trained."""
-    from llm_unlearn.embedded.target import embedded
+    from llm_unlearn.bases import resolve_base
     from llm_unlearn.look import Look
     from llm_unlearn.models.load import Loaded, add_adapter, dtype_of, load, parts_of
     from llm_unlearn.models.sound import weights_in
@@ -248,7 +248,7 @@ def see_checkpoint(one: Candidate, look: Looks) -> Seen:
     assert one.under_way, "of a checkpoint"
     if one.under_way.adapter and one.under_way.adapter.init == "fila":
         raise Refused(f"{one.place}: with init fila the base changes too, and a checkpoint has none of it; finish the run first.")
-    model, device = embedded(one.under_way, look.cache), look.accelerator.device
+    model, device = resolve_base(one.under_way, look.cache), look.accelerator.device
     loaded = load(model, device)
     net = loaded.model
     if model.adapter:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llm_unlearn import folder
+from llm_unlearn.bases import describe_base, home_of, settings_of
 from llm_unlearn.data.examples import Example
 from llm_unlearn.data.reading import Examples, read_examples
 from llm_unlearn.data.tokens import lengths_of, targets_of
@@ -29,7 +30,6 @@ from llm_unlearn.models.trainable_weights import Group, adapted, choose_weights,
 from llm_unlearn.objectives.terms import Ramp, Term
 from llm_unlearn.objectives.views import ROUTERS
 from llm_unlearn.recipe import Recipe, load
-from llm_unlearn.retrained import home_of
 from llm_unlearn.run import make_job
 from llm_unlearn.sections import Model
 from llm_unlearn.source import is_recipe
@@ -57,8 +57,8 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     Args:
         show_example: also show the first example of each stream as the model reads it, its targets marked.
     """
-    tokenizer, net = skeleton_of(recipe.model)
-    capacity = planned_capacity(recipe.model, recipe.model.base, recipe.sources, net)
+    tokenizer, net = skeleton_of(recipe.model, cache)
+    capacity = planned_capacity(settings_of(recipe.model, cache), recipe.model.base, recipe.sources, net)
     examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=False, capacity=capacity)
     job = make_job(recipe, examples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,6 +72,8 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     moved = sum(weight.numel() for weight in trainable(model).values())
 
     lines = [f"{recipe.output}: {_kind(recipe)} on {recipe.model.base}, {recipe.hash}", ""]
+    if stored := describe_base(recipe.model.base):
+        lines.append(f"base       {stored['file']}, quantized to {stored['precision']}; converted to safetensors once")
     if isinstance(recipe.method, Exact):
         lines += foreseen(recipe, recipe.method, tokenizer)
     else:
@@ -106,6 +108,7 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
         "weights": base,
         "changed": [group.facts for group in changed],
         "frozen_routers": [group.facts for group in routers],
+        "base": stored,
         "memory_bytes": {name: round(size) for name, size in needed.items()},
     }
     if show_example:
@@ -115,7 +118,7 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     return Plan("\n".join(lines), facts)
 
 
-def skeleton_of(model: Model) -> tuple[Any, Any]:
+def skeleton_of(model: Model, cache: Path) -> tuple[Any, Any]:
     """Return the tokenizer of a model, and the model without its weights; of a hub id only small files are read.
 
     Raises:
@@ -124,15 +127,14 @@ def skeleton_of(model: Model) -> tuple[Any, Any]:
     if model.base.startswith("embedded:"):
         tokenizer = target.make_tokenizer()
         return tokenizer, target.make_model(len(tokenizer))
+    model = settings_of(model, cache)
     return read_tokenizer(model), outline_of(model)
 
 
 def _measures(recipe: Recipe, cache: Path) -> list[str]:
     """Return what the run is measured by, and what is there already."""
     lines = [f"measures   {recipe.evaluation.suite if recipe.evaluation else 'none'}"]
-    if recipe.evaluation and (name := recipe.evaluation.retrained) and is_recipe(name):
-        there = (home_of(load(locate(name)), cache) / folder.MODEL).is_dir()
-        lines.append(f"retrained  {name}: {'is in the cache' if there else 'is trained on first use, and kept in the cache'}")
+    lines += _made_on_first_use(recipe, cache)
     if Path(recipe.output).exists():
         lines.append(f"note       {recipe.output} exists already")
     return lines
@@ -164,6 +166,16 @@ def _marked(stream: str, shown: dict[str, Any]) -> list[str]:
     counts = f"row {shown['row']}, {shown['tokens']} tokens, {shown['target_tokens']} of them targets, marked ⟦ ⟧"
     text = f"{shown['prompt']}⟦{shown['targets']}⟧"
     return ["", f"example    {stream}: {counts}", *(f"  {readable(line)}" for line in text.split("\n"))]
+
+
+def _made_on_first_use(recipe: Recipe, cache: Path) -> list[str]:
+    """Return which models other recipes make, and whether the cache has them."""
+    lines, control = [], recipe.evaluation.retrained if recipe.evaluation else None
+    for title, name in (("retrained", control), ("base", recipe.model.base)):
+        if name and is_recipe(name):
+            there = (home_of(load(locate(name)), cache) / folder.MODEL).is_dir()
+            lines.append(f"{title:<10} {name}: {'is in the cache' if there else 'is trained on first use, and kept in the cache'}")
+    return lines
 
 
 def _steps(recipe: Recipe, job: Job, examples: Examples) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, replace
 from pathlib import Path
 
+from llm_unlearn.base_names import base_problems
 from llm_unlearn.chat import DATE, Chat, chat_problems
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import AnyMethod
@@ -53,7 +54,7 @@ class Recipe:
     @property
     def sources(self) -> dict[str, Source]:
         """Stream name -> where its rows come from."""
-        return {"forget": self.data.forget} | ({"retain": self.data.retain} if self.data.retain else {})
+        return {"forget": self.data.forget} | self.data.kept
 
     @property
     def terms(self) -> Mapping[str, Term]:
@@ -76,10 +77,6 @@ class Recipe:
     def hash(self) -> str:
         """Stands for everything that decides the outcome: all but the name of the run folder, and who is told of it."""
         return fingerprint({key: value for key, value in plain(self).items() if key not in ("output", "track")})
-
-
-EMBEDDED_MODELS = ("embedded:target", "embedded:retrained", "embedded:base")
-"""What `embedded:` can name as a model (`embedded/target.py` makes them)."""
 
 
 def load(path: Path, overrides: Iterable[str] = (), check: bool = True) -> Recipe:
@@ -139,10 +136,14 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
         yield say(no_such_file(path), "evaluation", "suite")
     if recipe.track and (lacking := missing_tracker(recipe.track)):
         yield say(lacking, "track", "to")
+    for name in recipe.data.streams or ():
+        if name in ("forget", "retain", "holdout") or not name.isidentifier():
+            yield say("must be a name of letters, digits and _, and not forget, retain or holdout.", "data", "streams", name)
     looked_at = {"holdout": recipe.data.holdout} if recipe.data.holdout else {}
     for name, source in {**recipe.sources, **looked_at}.items():
+        inside = ("streams", name) if name in (recipe.data.streams or {}) else (name,)
         found = ((where, text) for where, text in source_problems(source) if (where[1:], text) not in wrong)
-        yield from (say(text, "data", name, *where) for where, text in found)
+        yield from (say(text, "data", *inside, *where) for where, text in found)
     yield from _method_problems(recipe, say) if recipe.method else _objective_problems(recipe, say)
 
 
@@ -166,10 +167,7 @@ def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
             yield say("needs gradients of the base weights, and quantized ones have none; give model.quantize: null.", *at)
         if not recipe.data.retain:
             yield say("weighs the forget against the retain set, and there is none; give data.retain.", *at)
-    if recipe.model.base.startswith("embedded:") and recipe.model.base not in EMBEDDED_MODELS:
-        yield say(f"found {recipe.model.base!r}; expected embedded:target, embedded:base, a folder or a hub id.", "model", "base")
-    if missing(recipe.model.base):
-        yield say(f"no such folder: {recipe.model.base} (looked from {Path.cwd()}).", "model", "base")
+    yield from (say(text, "model", "base") for text in base_problems(recipe.model.base))
     for start in filter(missing, recipe.model.starts):
         yield say(f"no such folder: {start} (looked from {Path.cwd()}).", "model", "start")
     if recipe.model.chat_template and not is_file(Path(recipe.model.chat_template)):

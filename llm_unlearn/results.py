@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn.attacks.robustness import robustness_of
+from llm_unlearn.bases import describe_base
 from llm_unlearn.evaluation.aggregates import aggregates
 from llm_unlearn.evaluation.numbers import answers, curves, numbers
 from llm_unlearn.evaluation.rows import records
@@ -94,6 +95,7 @@ def run_facts(recipe: Recipe, outcome: Outcome, accelerator: Accelerator, began:
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "base": describe_base(recipe.model.base),
         "versions": versions(),
     }
 

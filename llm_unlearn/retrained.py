@@ -1,8 +1,7 @@
-"""The model that never saw the forget set, by whatever name it goes: a folder, a run, or a recipe that makes it on first use."""
+"""Models that a recipe makes on first use and the cache keeps: the base to be unlearned, or the retrained model."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,16 +11,15 @@ from filelock import FileLock
 
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
-from llm_unlearn.data.sources import rows
+from llm_unlearn.bases import home_of, resolve_base
 from llm_unlearn.durable import whole
-from llm_unlearn.embedded.target import embedded, key_of
 from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.exact import Exact
-from llm_unlearn.models.load import folder_identity, load
-from llm_unlearn.recipe import EMBEDDED_MODELS, Recipe
+from llm_unlearn.models.load import load
+from llm_unlearn.recipe import Recipe
 from llm_unlearn.run import run, start
 from llm_unlearn.source import is_recipe
-from llm_unlearn.spec import Refused, fingerprint, plain
+from llm_unlearn.spec import Refused
 from llm_unlearn.tree import locate
 
 
@@ -36,8 +34,9 @@ def found(name: str | None, cache: Path) -> str | None:
         return run_folder.model_in(name) if name else None
     wanted = recipes.load(locate(name))
     if isinstance(wanted.method, Contrast | Exact):
-        text = "makes a model of several parts, and what it is compared with is one; name a recipe such as that of retrain"
+        text = "makes a model of several parts, and one is needed; name a recipe such as that of retrain"
         raise Refused(f"retrained: {name}: {wanted.method.name} {text}.")
+    make_base(wanted, cache)
     final = home_of(wanted, cache) / run_folder.MODEL
     if final.is_dir():
         return str(final)
@@ -46,37 +45,33 @@ def found(name: str | None, cache: Path) -> str | None:
     with FileLock(final.parent.with_suffix(".lock")) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()  # another run may have made it while this one waited for the lock
         if not final.is_dir():
-            _make(replace(wanted, output=str(final.parent), evaluation=None, track=None), cache, final)
+            _make(name, replace(wanted, output=str(final.parent), evaluation=None, track=None), cache, final)
     return str(final)
 
 
-def home_of(wanted: Recipe, cache: Path) -> Path:
-    """Where the model of a recipe is kept: under the fingerprint of the recipe, its base and the rows that it reads. Makes and
-    downloads no model: a hub id stands for itself, with its revision."""
-    model, rules = wanted.model, wanted.train.rules or ()
-    of_rules = [one for rule in rules for one in getattr(rule, "adapters", ())]
-    named = [model.base, *(run_folder.adapter_in(one) for one in (*model.starts, *of_rules))]
-    template = Path(model.chat_template).expanduser().read_bytes() if model.chat_template else b""
-    made = key_of((model.base.removeprefix("embedded:"),)) if model.base in EMBEDDED_MODELS else None
-    folders = [folder_identity(Path(os.path.expanduser(one))) for one in named if Path(os.path.expanduser(one)).is_dir()]
-    read = {name: list(rows(wanted.sources[name])) for name in wanted.window}
-    settings = {key: value for key, value in plain(wanted).items() if key not in ("output", "evaluation", "track")}
-    return (
-        cache / "retrained" / fingerprint(settings, made, folders, read, *([template.decode(errors="replace")] if template else []))
-    )
+def make_base(wanted: Recipe, cache: Path) -> None:
+    """Train the base of a recipe now, where another recipe makes it and the cache does not have it.
+
+    Raises:
+        Refused, KeyboardInterrupt: as `found`.
+    """
+    if is_recipe(wanted.model.base):
+        found(wanted.model.base, cache)
 
 
-def _make(wanted: Recipe, cache: Path, final: Path) -> None:
+def _make(name: str, wanted: Recipe, cache: Path, final: Path) -> None:
     """Carry out the recipe, and keep what it trained as one whole model."""
     folder, main = Path(wanted.output), start(wanted.model).is_main_process
     if main:
-        print(f"first use: training the model that is compared with, by {wanted.method.name if wanted.method else 'its recipe'}")
+        print(f"first use: training the model of {name}", flush=True)
     trained = folder / run_folder.ADAPTER
     if not trained.is_dir() and run(wanted, None, cache=cache, resume=True).status == "interrupted":
         raise KeyboardInterrupt
     accelerator = start(wanted.model)
     if main and trained.is_dir():
-        loaded = load(embedded(replace(wanted.model, quantize=None), cache), accelerator.device, adapter=str(trained))
+        exact = "fp32" if accelerator.device.type == "cpu" else wanted.model.precision  # bf16 would round the update away
+        plain = replace(wanted.model, quantize=None, precision=exact)
+        loaded = load(resolve_base(plain, cache), accelerator.device, adapter=str(trained))
         with whole(final) as unfinished:
             loaded.model.merge_and_unload().save_pretrained(str(unfinished))
             loaded.tokenizer.save_pretrained(str(unfinished))

@@ -15,11 +15,11 @@ from accelerate import Accelerator, PartialState
 from llm_unlearn import durable
 from llm_unlearn import folder as run_folder
 from llm_unlearn.at_work import at_work, claim, turn
+from llm_unlearn.bases import folder_of, resolve_base
 from llm_unlearn.compatibility.models import check_columns
 from llm_unlearn.data.capacity import Capacity
 from llm_unlearn.data.reading import Examples, read_examples, summary
 from llm_unlearn.data.schedule import Schedule, build, poisson
-from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import Control
 from llm_unlearn.evaluation.numbers import numbers
 from llm_unlearn.evaluation.suite import Suite
@@ -73,14 +73,14 @@ def run(
     accelerator = start(recipe.model)
     sharded.check(recipe)
     seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
-    model_before, main = embedded(recipe.model, cache), accelerator.is_main_process
+    model_before, main = resolve_base(recipe.model, cache), accelerator.is_main_process
     tokenizer, capacity = read_tokenizer(model_before), planned_capacity(model_before, recipe.model.base, recipe.sources)
     examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not main, capacity=capacity)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
     job = make_job(recipe, examples, key, lambda name: folder_of(name, cache))
     if suite and (control := retrained or (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
         # before the model itself, so that a control that cannot be loaded is said before hours of training
-        without = embedded(another(recipe.model, control), cache)
+        without = resolve_base(another(recipe.model, control), cache)
         other = load(without, accelerator.device)
         first = Look(suite, other, accelerator, cache, leave=controls, encoded=encoded)
         seen["retrained"] = first.seen(other, control, control, without)
@@ -192,7 +192,7 @@ def evaluate(
     Returns:
         What `evaluation.json` says; on processes but the first, nothing.
     """
-    check_columns(asked, suite)
+    check_columns(asked, suite, cache)
     named = [one[0] for one in asked.values() if not isinstance(one, Loaded)]
     accelerator = start(named[0] if named else Model(base="", adapter=None))
     for one in asked.values():

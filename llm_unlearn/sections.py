@@ -37,7 +37,8 @@ class Model:
     """The model that is to forget."""
 
     base: str
-    """A hub id, a folder that `save_pretrained` wrote, or embedded:target."""
+    """A hub id, a folder that `save_pretrained` wrote, a .gguf file, packaged:smollm2, embedded:target, or a recipe, which makes
+    the model on first use; the cache keeps it."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     start: str | tuple[str, ...] | None = None
@@ -79,8 +80,15 @@ class Data:
     retain: Source | None = None
     holdout: Source | None = None
     """Rows of the same kind that the model never saw; only looked at, by `train.stop`."""
+    streams: Mapping[str, Source] | None = None
+    """Further sets to be kept, by name, each read by a term of its own, such as general questions beside the retain set."""
     overlap: Literal["error", "drop"] = "error"
-    """Rows that stand in both: refuse the run, or let them leave the retain set."""
+    """Rows that stand in the forget set and in one to be kept: refuse the run, or let them leave the latter."""
+
+    @property
+    def kept(self) -> dict[str, Source]:
+        """Name -> source of every set to be kept: the retain set, then the further ones."""
+        return ({"retain": self.retain} if self.retain else {}) | dict(self.streams or {})
 
 
 Asking = Literal["adapter_off", "kept", "copy"]

@@ -154,11 +154,24 @@ HUB_ID = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?",
 """What a hub calls a model or data set."""
 
 
+PACKAGED, GGUF = "packaged:", ".gguf"
+
+
+def is_shipped(name: str) -> bool:
+    """Return whether a name means data or a model that comes with this package (embedded:) or with another one (packaged:)."""
+    return name.startswith(("embedded:", PACKAGED))
+
+
+def is_gguf(base: str) -> bool:
+    """Return whether a base is stored as GGUF: a local file, or one inside an installed package."""
+    return base.startswith(PACKAGED) or Path(base).suffix == GGUF
+
+
 def missing(name: str) -> bool:
     """A name that can only be meant as a local path, and is not there. (`org/name` may be a hub id, `a/b.jsonl` and `my data` may
     not.)"""
-    looks_local = not HUB_ID.fullmatch(name.partition("@")[0]) or Path(name).suffix in FILES
-    return looks_local and not name.startswith("embedded:") and not os.path.exists(os.path.expanduser(name))
+    looks_local = not HUB_ID.fullmatch(name.partition("@")[0]) or Path(name).suffix in (*FILES, GGUF)
+    return looks_local and not is_shipped(name) and not os.path.exists(os.path.expanduser(name))
 
 
 def unnameable(name: str) -> bool:

@@ -67,24 +67,23 @@ def carry_out(
         if is_first(environment):
             folder.tidy(home)
         return None
-    _check_compatibility(wanted, suite, named, path)
+    _check_compatibility(wanted, suite, named, path, cache)
     if wanted.track:  # the one tracker whose place only its environment says
         environment.setdefault("TRACKIO_DIR", str((home / folder.TRACKERS / "trackio").absolute()))
+    made(wanted.model.base, cache)
     retrained = made(named, cache) if named else None
     return command.engine(wanted)(wanted, suite, cache=cache, resume=resume, overwrite=overwrite, retrained=retrained)
 
 
-def _check_compatibility(wanted: recipe.Recipe, suite: suites.Suite | None, retrained: str | None, path: Path) -> list[str]:
-    """Check that suite and retrained model fit the recipe (`compatibility.py`).
-
-    Raises:
-        Refused: they do not.
-    """
+def _check_compatibility(
+    wanted: recipe.Recipe, suite: suites.Suite | None, retrained: str | None, path: Path, cache: Path
+) -> list[str]:
+    """Check that suite and retrained model fit the recipe (`compatibility/`), or refuse."""
     if not suite or not wanted.evaluation:
         return []
     from llm_unlearn.compatibility import checks
 
-    return checks.check(wanted, suite, wanted.evaluation.suite, retrained, str(path))
+    return checks.check(wanted, suite, wanted.evaluation.suite, retrained, str(path), cache)
 
 
 def is_first(environment: Mapping[str, str]) -> bool:
@@ -135,7 +134,7 @@ def plan(options: argparse.Namespace) -> Reply:
     path = locate(str(options.recipe))
     wanted = recipe.load(path, options.overrides)
     suite, retrained = suite_of(wanted, path)
-    notes = _check_compatibility(wanted, suite, retrained, path)
+    notes = _check_compatibility(wanted, suite, retrained, path, options.cache)
     from llm_unlearn.plan import plan as make
 
     found = make(wanted, options.cache, show_example=options.show_example)
@@ -153,6 +152,7 @@ def audit(options: argparse.Namespace) -> Reply:
         return Reply(facts=found)
     from llm_unlearn.auditing.trial import trial
 
+    made(wanted.model.base, options.cache)
     if not trial(asked, options.cache, options.overwrite):
         words = "the same command without --overwrite" if options.overwrite else "the same command"
         print(f"interrupted; {words} goes on from there.", file=sys.stderr)
@@ -180,7 +180,8 @@ def evaluate(options: argparse.Namespace) -> Reply:
         _check_run(run_folder, suite, options.suite)
     from llm_unlearn.run import evaluate as measure
 
-    _check_untrained(retrained, model, suite)
+    _check_untrained(retrained, model, suite, options.cache)
+    made(model.base, options.cache)
     if retrained:
         asked["retrained"] = (sections.another(model, made(retrained, options.cache)), None)
     results = measure(suite, options.suite, asked, cache=options.cache, output=options.output, texts=not options.no_text)
@@ -203,7 +204,7 @@ def _check_run(place: str | None, suite: suites.Suite, name: str) -> None:
         raise Refused("\n".join(f"{place}: {problem}" for problem in problems))
 
 
-def _check_untrained(retrained: str | None, model: sections.Model, suite: suites.Suite) -> None:
+def _check_untrained(retrained: str | None, model: sections.Model, suite: suites.Suite, cache: Path) -> None:
     """Check a retrained model that a recipe has yet to train, before it does.
 
     Raises:
@@ -213,7 +214,7 @@ def _check_untrained(retrained: str | None, model: sections.Model, suite: suites
         from llm_unlearn.compatibility import models as compatibility
 
         models = {"model": model, "retrained": compatibility.control_of(model, retrained)}
-        compatibility.check_models(models, suite, f"retrained: {retrained}")
+        compatibility.check_models(models, suite, f"retrained: {retrained}", cache)
 
 
 def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> Reply:
@@ -221,7 +222,7 @@ def _evaluate_many(suite: suites.Suite, options: argparse.Namespace) -> Reply:
     if retrained and missing(retrained):
         raise Refused(f"--retrained: no such folder: {retrained} (looked from {Path.cwd()}).")
     measured = candidates.candidates_of(options.model, options.adapter, options.before, options.quantize)
-    _check_untrained(retrained, measured[0].model, suite)
+    _check_untrained(retrained, measured[0].model, suite, options.cache)
     asked = many.Asked(
         suite=suite,
         suite_name=options.suite,
@@ -278,6 +279,7 @@ def bench(options: argparse.Namespace) -> Reply:
         output=options.output,
         page=options.write or options.output / "leaderboard.md",
         jobs=options.jobs,
+        cache=options.cache,
         overrides=options.overrides,
         command=without_secrets(shlex.join(["llm-unlearn", *options.words])),
     )

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from llm_unlearn.source import missing
+from llm_unlearn.source import is_shipped, missing
 
 FILTERS = ("where", "without", "like")
 WITHHELD = "withheld"
@@ -47,7 +47,7 @@ def is_local(name: str, hub: Collection[str] | None = None) -> bool:
     Args:
         hub: the names that were ids of a hub where they were used; every other one is local then.
     """
-    if name.startswith("embedded:"):
+    if is_shipped(name):
         return False
     if hub is not None:
         return name not in hub

@@ -672,6 +672,7 @@ def test_a_page_of_its_own_is_replaced(play: Play, here: Path) -> None:
                 here / "out",
                 here / "docs" / "b.md",
                 1,
+                here,
                 (),
                 "",
             )

@@ -214,10 +214,10 @@ def test_a_retrained_model_with_another_chat_template_is_no_aim(
     spoken.chat_template = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     spoken.save_pretrained(control)
     wanted = suite_in(place, own(place), f"retrained: {control}\n")
-    checks.check(recipe.load(place / "r.yaml"), wanted, "suite.yaml", str(control), "r.yaml")
+    checks.check(recipe.load(place / "r.yaml"), wanted, "suite.yaml", str(control), "r.yaml", place)
     with pytest.raises(Refused, match=r"r\.yaml: train\.stop\.until: .* another chat template"):
         checks.check(
-            recipe.load(place / "r.yaml", ["train.stop={until: retrained}"]), wanted, "suite.yaml", str(control), "r.yaml"
+            recipe.load(place / "r.yaml", ["train.stop={until: retrained}"]), wanted, "suite.yaml", str(control), "r.yaml", place
         )  # fmt: skip
 
 
@@ -247,4 +247,4 @@ def bytes_only() -> Any:
 def test_the_embedded_models_are_compared_without_being_trained(tmp_path: Path) -> None:
     from llm_unlearn.compatibility.models import architecture_of
 
-    assert architecture_of(Model(base="embedded:target")).shape == ("llama", 4, 128)
+    assert architecture_of(Model(base="embedded:target"), tmp_path).shape == ("llama", 4, 128)

@@ -34,6 +34,8 @@ ROOMS = (
     "embedded.population",
     "chat",  # what a chat template reads besides the turns
     "source",
+    "gguf",  # headers of GGUF files, and those in packages
+    "base_names",
     "withheld",  # settings for strangers
     "training.vectors",
     "training.dose",
@@ -50,6 +52,7 @@ ROOMS = (
     "models",
     "training",
     "embedded.target",
+    "bases",  # names of base models: embedded, GGUF, made by recipes
     "evaluation",
     "attacks",
     "evaluation.suite",  # names attacks beside measures, and is read before anything heavy
@@ -369,6 +372,8 @@ LIGHT = {
     "following/state.py",
     "auditing/request.py",
     "hub/fetching.py",
+    "gguf.py",
+    "base_names.py",
     "withheld.py",
     "hub/describing.py",
     "hub/contents.py",

@@ -108,9 +108,9 @@ def adapted_target() -> Any:
     """The embedded model under an adapter that is not at its start."""
     from jobs import away
 
-    from llm_unlearn.embedded.target import embedded
+    from llm_unlearn.bases import resolve_base
     from llm_unlearn.models.load import add_adapter, load
     from llm_unlearn.sections import Adapter, Model
 
-    loaded = load(embedded(Model(base="embedded:target"), cache_folder()), torch.device("cpu"))
+    loaded = load(resolve_base(Model(base="embedded:target"), cache_folder()), torch.device("cpu"))
     return away(add_adapter(loaded.model, Adapter(), 0), 0.01), loaded

@@ -89,12 +89,12 @@ def make(wanted: Request, cache: Path) -> None:
     Raises:
         Refused: the rows cannot be read, the model cannot be loaded, or no question got an answer.
     """
-    from llm_unlearn.embedded.target import embedded
+    from llm_unlearn.bases import resolve_base
     from llm_unlearn.models.load import load
     from llm_unlearn.run import start
 
     accelerator = start(wanted.recipe.model)
-    loaded = load(embedded(wanted.recipe.model, cache), accelerator.device)
+    loaded = load(resolve_base(wanted.recipe.model, cache), accelerator.device)
     usage = Usage(pair for source in wanted.recipe.sources.values() for pair in _told(source))
     asked = questions(wanted, usage, loaded.tokenizer)
     checked = draw_all(asked, wanted, usage, loaded, accelerator)

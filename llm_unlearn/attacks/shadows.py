@@ -185,13 +185,15 @@ def forget_job(recipe: Recipe, forget: Sequence[Example], retain: Sequence[Examp
     """The recipe's objective and training on other rows; `stop: {until: retrained}` means the shadow's own start, which never saw
     them."""
     from llm_unlearn.data.schedule import build
+    from llm_unlearn.objectives.terms import stream_of
     from llm_unlearn.training.guard import aim_of
     from llm_unlearn.training.job import Job
 
     rows = {"forget": forget, "retain": retain} if recipe.data.retain else {"forget": forget}
     examples = {name: [replace(one, stream=name) for one in found] for name, found in rows.items()}
     sizes = {name: len(found) for name, found in examples.items()}
-    schedule = build(sizes, recipe.window, recipe.seed, recipe.train.epochs, recipe.train.steps)
+    terms = {name: term for name, term in recipe.terms.items() if stream_of(term, name) in sizes}  # a shadow has no further streams
+    schedule = build(sizes, {name: recipe.window[name] for name in sizes}, recipe.seed, recipe.train.epochs, recipe.train.steps)
     settings = replace(recipe.train, checkpoint_every=schedule.steps + 1, batch_tokens=subject.batch_tokens)
-    job = Job(recipe.terms, examples, schedule, settings, recipe.seed)
+    job = Job(terms, examples, schedule, settings, recipe.seed)
     return replace(job, aim=aim_of(job, control.model, subject.accelerator))

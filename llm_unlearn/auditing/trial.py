@@ -20,10 +20,10 @@ from llm_unlearn.attacks.canaries import Audited, refuted
 from llm_unlearn.attacks.canaries import audit as guess
 from llm_unlearn.auditing.request import FILE, Asked, said
 from llm_unlearn.bars import Bar
+from llm_unlearn.bases import folder_of, resolve_base
 from llm_unlearn.data.examples import Example, draw, encode, encode_text
 from llm_unlearn.data.reading import Examples, read_examples
 from llm_unlearn.durable import remove
-from llm_unlearn.embedded.target import embedded, folder_of
 from llm_unlearn.evaluation.likelihood import loss_pass
 from llm_unlearn.models.load import Loaded, load, read_tokenizer
 from llm_unlearn.models.outline import planned_capacity
@@ -67,7 +67,7 @@ def trial(asked: Asked, cache: Path, overwrite: bool) -> bool:
     accelerator = start(recipe.model)
     sharded.check(recipe)
     tokenizer, capacity = (
-        read_tokenizer(model := embedded(recipe.model, cache)),
+        read_tokenizer(model := resolve_base(recipe.model, cache)),
         planned_capacity(model, recipe.model.base, recipe.sources),
     )
     examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not accelerator.is_main_process, capacity=capacity)

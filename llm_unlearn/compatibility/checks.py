@@ -12,7 +12,7 @@ from llm_unlearn.recipe import Recipe, load
 from llm_unlearn.spec import Refused
 
 
-def check(recipe: Recipe, suite: Suite | None, suite_name: str, retrained: str | None, place: str) -> list[str]:
+def check(recipe: Recipe, suite: Suite | None, suite_name: str, retrained: str | None, place: str, cache: Path) -> list[str]:
     """Check what a recipe is measured by: the rows of its suite, and the retrained model.
 
     Args:
@@ -33,7 +33,7 @@ def check(recipe: Recipe, suite: Suite | None, suite_name: str, retrained: str |
     problems += [f"evaluation.suite: {problem}" for problem in fit.problems]
     if suite and retrained:
         try:
-            check_control(recipe, suite, retrained, texts=[] if fit.problems else texts_of(suite))
+            check_control(recipe, suite, retrained, texts=[] if fit.problems else texts_of(suite), cache=cache)
         except Refused as error:
             problems += str(error).splitlines()
     if problems:
@@ -43,7 +43,7 @@ def check(recipe: Recipe, suite: Suite | None, suite_name: str, retrained: str |
     return [*fit.notes, note] if differs else fit.notes
 
 
-def check_control(recipe: Recipe, suite: Suite, retrained: str, texts: Iterable[str]) -> None:
+def check_control(recipe: Recipe, suite: Suite, retrained: str, texts: Iterable[str], cache: Path) -> None:
     """Check that the retrained model of a recipe or its suite can be compared with the recipe's model.
 
     Raises:
@@ -54,7 +54,7 @@ def check_control(recipe: Recipe, suite: Suite, retrained: str, texts: Iterable[
         return
     by_suite = not (recipe.evaluation and recipe.evaluation.retrained)
     key = "evaluation.suite: retrained" if by_suite else "evaluation.retrained"
-    original, other = architecture_of(recipe.model), architecture_of(control, retrained)
+    original, other = architecture_of(recipe.model, cache), architecture_of(control, cache, retrained)
     check_retrained(original, other, texts, key)
     if recipe.train.stop and recipe.train.stop.until == "retrained" and layout_of(original) != layout_of(other):
         text = f"{retrained} lays out conversations by another chat template than {original.name}"

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from llm_unlearn.base_names import EMBEDDED_MODELS
+from llm_unlearn.bases import settings_of
 from llm_unlearn.chat import Chat
 from llm_unlearn.data.examples import content_of
 from llm_unlearn.data.rendering import apply_template
@@ -17,7 +20,7 @@ from llm_unlearn.data.sources import rows
 from llm_unlearn.embedded import target
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.models.load import Loaded, read_config, read_tokenizer
-from llm_unlearn.recipe import EMBEDDED_MODELS, load
+from llm_unlearn.recipe import load
 from llm_unlearn.sections import Model, another
 from llm_unlearn.source import is_recipe
 from llm_unlearn.spec import Refused
@@ -44,7 +47,7 @@ class Architecture:
         return str(config.model_type), int(config.num_hidden_layers), int(config.hidden_size)
 
 
-def architecture_of(model: Model, name: str | None = None) -> Architecture:
+def architecture_of(model: Model, cache: Path, name: str | None = None) -> Architecture:
     """Read the tokenizer and the config of a model; an embedded model need not have been trained.
 
     Raises:
@@ -53,7 +56,8 @@ def architecture_of(model: Model, name: str | None = None) -> Architecture:
     if model.base in EMBEDDED_MODELS:
         tokenizer = target.make_tokenizer()
         return Architecture(name or model.base, tokenizer, target.make_config(len(tokenizer)))
-    return Architecture(name or model.base, read_tokenizer(model), read_config(model))
+    there = settings_of(model, cache)
+    return Architecture(name or model.base, read_tokenizer(there), read_config(there))
 
 
 def check_retrained(original: Architecture, retrained: Architecture, texts: Iterable[str], place: str) -> None:
@@ -85,7 +89,7 @@ def control_of(model: Model, retrained: str) -> Model:
     return load(locate(retrained)).model if is_recipe(retrained) else another(model, retrained)
 
 
-def check_models(models: Mapping[str, Architecture | Model], suite: Suite, place: str) -> None:
+def check_models(models: Mapping[str, Architecture | Model], suite: Suite, place: str, cache: Path) -> None:
     """Check the retrained model against every other column of an evaluation.
 
     Args:
@@ -96,14 +100,14 @@ def check_models(models: Mapping[str, Architecture | Model], suite: Suite, place
     """
     if "retrained" not in models or are_embedded(models.values()):
         return
-    read = {column: one if isinstance(one, Architecture) else architecture_of(one) for column, one in models.items()}
+    read = {column: one if isinstance(one, Architecture) else architecture_of(one, cache) for column, one in models.items()}
     texts = texts_of(suite)
     for column, one in read.items():
         if column != "retrained":
             check_retrained(one, read["retrained"], texts, place)
 
 
-def check_columns(columns: Mapping[str, tuple[Model, str | None] | Loaded], suite: Suite) -> None:
+def check_columns(columns: Mapping[str, tuple[Model, str | None] | Loaded], suite: Suite, cache: Path) -> None:
     """Check the columns of an evaluation, before any weights are read.
 
     Args:
@@ -116,7 +120,7 @@ def check_columns(columns: Mapping[str, tuple[Model, str | None] | Loaded], suit
         column: Architecture(f"the {column}", one.tokenizer, one.causal.config) if isinstance(one, Loaded) else one[0]
         for column, one in columns.items()
     }
-    check_models(models, suite, "retrained")
+    check_models(models, suite, "retrained", cache)
 
 
 def are_embedded(models: Iterable[object]) -> bool:

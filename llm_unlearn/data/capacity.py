@@ -36,7 +36,8 @@ class Capacity:
     def fit_all(self, data: Data) -> Data:
         """Return the data section with every source fitted."""
         retain, holdout = (source and self.fit(source) for source in (data.retain, data.holdout))
-        return replace(data, forget=self.fit(data.forget), retain=retain, holdout=holdout)
+        streams = {name: self.fit(source) for name, source in data.streams.items()} if data.streams else None
+        return replace(data, forget=self.fit(data.forget), retain=retain, holdout=holdout, streams=streams)
 
     def check(self, encoded: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the model can read every encoded row.

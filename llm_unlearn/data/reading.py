@@ -44,7 +44,7 @@ class Examples:
     streams: Mapping[str, Sequence[Example]]
     companions: Mapping[str, Companions]  # `forget.alternate` -> for each example of `forget`, those that may stand beside it
     dropped: dict[str, int]  # stream -> rows whose answer did not fit into max_tokens
-    overlap: int  # rows that stood in both sets and left the retain set
+    overlap: int  # rows that also stood in the forget set and left one to be kept
 
 
 def read_examples(
@@ -71,7 +71,7 @@ def read_examples(
 
 def _read(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path | None, quiet: bool) -> Examples:
     """Read, compare and encode, or take what the cache has."""
-    sources = {"forget": data.forget} | ({"retain": data.retain} if data.retain else {})
+    sources = {"forget": data.forget} | data.kept
     sources |= {"holdout": data.holdout} if data.holdout else {}
     found = {name: rows(source) for name, source in sources.items()}
     if cache is None or sum(map(len, found.values())) < LARGE:
@@ -126,18 +126,17 @@ def _made(
     folder: Path | None,
     quiet: bool,
 ) -> Examples:
-    overlap = 0
-    if data.retain:
-        shared = np.isin(_contents(found["retain"], data.retain), _contents(found["forget"], data.forget))
-        overlap = int(shared.sum())
-        if overlap and data.overlap == "error":
-            at = int(np.flatnonzero(shared)[0])
-            first = row_at(at, data.retain)
+    overlap, forgotten = 0, _contents(found["forget"], data.forget)
+    for name, source in data.kept.items():
+        shared = np.isin(_contents(found[name], source), forgotten)
+        overlap += int(shared.sum())
+        if shared.any() and data.overlap == "error":
+            first = row_at(int(np.flatnonzero(shared)[0]), source)
             raise Refused(
-                f"data: {overlap} of {len(found['retain'])} retain rows also stand in the forget set (first: {first}). "
+                f"data: {int(shared.sum())} of {len(found[name])} {name} rows also stand in the forget set (first: {first}). "
                 "Take them out, or say data.overlap: drop."
             )
-        found["retain"] = chosen(found["retain"], ~shared)
+        found[name] = chosen(found[name], ~shared)
 
     streams: dict[str, Tokens] = {}
     companions: dict[str, Companions] = {}
@@ -154,7 +153,7 @@ def _made(
     for name, examples in streams.items():
         if not len(examples):
             why = f"{dropped[name]} rows have no answer within max_tokens = {sources[name].max_tokens}"
-            shared_too = f", {overlap} rows also stand in the forget set" if name == "retain" and overlap else ""
+            shared_too = f", {overlap} rows also stand in the forget set" if name in data.kept and overlap else ""
             raise Refused(f"data.{name}: no example is left; {why}{shared_too}.")
     return Examples(streams, companions, dropped, overlap)
 

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from llm_unlearn.bars import Bar
 from llm_unlearn.chat import Chat
 from llm_unlearn.durable import whole
 from llm_unlearn.embedded import population
-from llm_unlearn.sections import Model, Train
+from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused, fingerprint, nearest, plain
 
 LEARNED = {"target": ("forget", "retain", "general"), "retrained": ("retain", "general"), "base": ("others", "general")}
@@ -72,18 +71,11 @@ def key_of(names: tuple[str, ...]) -> str:
 
 
 def folder_of(name: str, cache: Path) -> str:
-    """`embedded:target` and the like as a folder; any other name as it is."""
-    if not name.startswith("embedded:"):
-        return name
+    """The folder of `embedded:target` and the like."""
     short = name.removeprefix("embedded:")
     if short not in NAMES:
         raise Refused(f"{name}: no such model; {nearest(short, NAMES)}")
     return str(models(cache, names=next(group for group in TOGETHER if short in group))[short])
-
-
-def embedded(model: Model, cache: Path) -> Model:
-    """The same model with `embedded:…` names replaced by the folders they stand for."""
-    return replace(model, base=folder_of(model.base, cache))
 
 
 def _train_all(names: tuple[str, ...], home: Path, show: bool) -> None:

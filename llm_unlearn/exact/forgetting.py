@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from llm_unlearn import folder as run_folder
 from llm_unlearn import recipe as recipes
 from llm_unlearn.at_work import at_work, turn
+from llm_unlearn.bases import resolve_base
 from llm_unlearn.durable import remove
-from llm_unlearn.embedded.target import embedded
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.exact.asked import meant, standing
 from llm_unlearn.exact.foreseen import said
@@ -65,7 +65,7 @@ class Session:
         self.accelerator: Accelerator = start(recipe.model)
         sharded.check(recipe)
         no_way_out(self.folder)
-        self.model: Model = embedded(recipe.model, cache)
+        self.model: Model = resolve_base(recipe.model, cache)
         loaded = load(self.model, self.accelerator.device, train=True)
         self.known = read_known(recipe, self.method, loaded.tokenizer)
         rows = [example for one in self.known.values() for example in one.examples]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_unlearn import folder as run_folder
-from llm_unlearn.embedded.target import embedded
+from llm_unlearn.bases import resolve_base
 from llm_unlearn.evaluation.suite import Suite
 from llm_unlearn.exact import forgetting
 from llm_unlearn.exact.asked import meant
@@ -188,7 +188,7 @@ def forget(folder: Path, ids: Iterable[str], where: Mapping[str, str], cache: Pa
 
 def _known(folder: Path, cache: Path) -> dict[str, Known]:
     recipe = recipe_in(folder)
-    return read_known(recipe, method_of(recipe), read_tokenizer(embedded(recipe.model, cache)))
+    return read_known(recipe, method_of(recipe), read_tokenizer(resolve_base(recipe.model, cache)))
 
 
 def _again(folder: Path, manifest: Manifest, known: Mapping[str, Known], asked: set[str], cache: Path) -> Measured:

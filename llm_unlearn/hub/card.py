@@ -23,6 +23,7 @@ from llm_unlearn.report.verdict import (
     shown,
     value_of,
 )
+from llm_unlearn.source import is_shipped
 
 OF_SEVERAL = ("forget_quality", "model_utility")
 """Measures whose n counts the rows of other sets or models too."""
@@ -78,8 +79,10 @@ def _opening(facts: Facts) -> str:
 def _data(facts: Facts) -> str:
     """Counts, columns and kinds of sources; no row and no value."""
     data, lines = facts.recipe["data"], []
-    for name, use in (("forget", "to be forgotten"), ("retain", "to be kept"), ("holdout", "never seen, to compare with")):
-        source = data.get(name)
+    further = data.get("streams") or {}
+    uses = {"forget": "to be forgotten", "retain": "to be kept", **dict.fromkeys(further, "to be kept")}
+    for name, use in {**uses, "holdout": "never seen, to compare with"}.items():
+        source = {**data, **further}.get(name)
         if source:
             lines.append(f"**{name}** ({use}): {_source(source, facts.data_on_hub)}.{_measured(facts.results, name)}")
     text = "The rows themselves are not published, nor the values that chose them."
@@ -92,7 +95,7 @@ def _source(source: Mapping[str, Any], on_hub: frozenset[str]) -> str:
         where = f"rows of the data set {code(name)} on the hub"
         where += f", configuration {code(source['config'])}" if source.get("config") else ""
         where += f", split {code(source['split'])}" if source.get("split") else ""
-    elif name.startswith("embedded:"):
+    elif is_shipped(name):
         where = "made-up people that come with llm-unlearn"
     else:
         kind = name.rpartition(".")[2].lower()
@@ -220,7 +223,7 @@ def _loading(facts: Facts) -> str:
 
 
 def _by_us(facts: Facts) -> str:
-    if facts.base.startswith("embedded:"):
+    if is_shipped(facts.base):
         return f"llm-unlearn makes {code(facts.base)} on first use, and puts this on it: the command below."
     if facts.base_on_hub:
         return "llm-unlearn loads it: the command below."
@@ -229,10 +232,10 @@ def _by_us(facts: Facts) -> str:
 
 def _again(facts: Facts) -> str:
     place = f"--model {shlex.quote(facts.repo_id)}"
-    if facts.adapts and not facts.base_on_hub and not facts.base.startswith("embedded:"):
+    if facts.adapts and not facts.base_on_hub and not is_shipped(facts.base):
         place = f"--model FOLDER_OF_THE_BASE --adapter {shlex.quote(facts.repo_id)}"
     elif not facts.adapts and not facts.recipe["model"].get("start"):  # an adapter names its base itself
-        base = facts.base if facts.base_on_hub or facts.base.startswith("embedded:") else "FOLDER_OF_THE_BASE"
+        base = facts.base if facts.base_on_hub or is_shipped(facts.base) else "FOLDER_OF_THE_BASE"
         place += f" --before {shlex.quote(base)}"
     bits = facts.recipe["model"].get("quantize")
     words = f"llm-unlearn evaluate {shlex.quote(facts.suite) if facts.suite else 'SUITE.yaml'} {place}"

@@ -21,7 +21,7 @@ from llm_unlearn.hub.facts import Facts, Kind, Paper
 from llm_unlearn.hub.failures import LOG_IN
 from llm_unlearn.hub.fetching import COMBINATION_FILE, is_shaped_so
 from llm_unlearn.reply import BUSY, DONE, UNREACHABLE, Reply
-from llm_unlearn.source import Source
+from llm_unlearn.source import Source, is_shipped
 from llm_unlearn.spec import Refused, parts_of, plain, to_yaml
 from llm_unlearn.tree import shipped
 from llm_unlearn.withheld import described, local_name
@@ -46,7 +46,7 @@ class Run:
     def base(self) -> str:
         """The base by a name that means something elsewhere."""
         name = self.wanted.model.base
-        return name if name.startswith("embedded:") or name in self.hub else local_name(name)
+        return name if is_shipped(name) or name in self.hub else local_name(name)
 
 
 def push(options: argparse.Namespace) -> Reply:

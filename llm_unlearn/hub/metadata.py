@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_unlearn.hub.facts import Facts
 from llm_unlearn.report.verdict import current, value_of
+from llm_unlearn.source import is_shipped
 
 TASK = "text-generation"
 
@@ -40,7 +41,7 @@ def evaluations(facts: Facts) -> list[Any]:
         source = (facts.results or {}).get("suite_settings", {}).get("sets", {}).get(number["set"]) or {}
         name = str(source.get("source", ""))
         on_hub = name in facts.data_on_hub
-        kind = name if on_hub else "embedded" if name.startswith("embedded:") else "private"
+        kind = name if on_hub else "embedded" if is_shipped(name) else "private"
         found.append(
             EvalResult(
                 task_type=TASK, dataset_type=kind, dataset_name=str(number["set"]),

@@ -179,6 +179,7 @@ def _facts(results: Mapping[str, Any]) -> dict[str, str]:
     return {
         "run": ended + kept,
         "time": f"{run['seconds']:,.0f} s",
+        **({"base": f"{base['file']}, quantized to {base['precision']}"} if (base := run.get("base")) else {}),
         "trained": f"{run['trainable']:,} weights",
         "seed": str(run["seed"]),
         "machine": f"{run['device']}, {processes}, {run['precision']}",

@@ -36,6 +36,7 @@ def recipe_of(office: Office, model: str, forget: Ids, gone: Ids, earlier: Seque
         forget=_narrowed(data.forget, office, forget),
         retain=_without(data.retain, office, out) if data.retain else None,
         holdout=_without(data.holdout, office, out) if data.holdout else None,
+        streams={name: _without(one, office, out) for name, one in data.streams.items()} if data.streams else None,
         overlap="drop",  # the other answer of the recipe would show the row
     )
     train = template.train

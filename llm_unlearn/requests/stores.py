@@ -49,7 +49,7 @@ class ByStore:
             from llm_unlearn.compatibility.checks import check_control
             from llm_unlearn.compatibility.models import texts_of
 
-            check_control(self.office.recipe, self.office.suite, control, texts_of(self.office.suite))
+            check_control(self.office.recipe, self.office.suite, control, texts_of(self.office.suite), self.cache)
 
     def serve(self, work: Work) -> Served | None:
         from llm_unlearn.exact.manifest import alone
@@ -122,11 +122,11 @@ class ByStore:
 
     def _base(self) -> dict[str, Any]:
         """The files of the frozen base."""
-        from llm_unlearn.embedded.target import embedded
+        from llm_unlearn.bases import resolve_base
         from llm_unlearn.models.load import folder_of
 
         wanted = self.office.recipe.model
-        return part("elsewhere", wanted.base, folder_of(embedded(wanted, self.cache).base, wanted.revision))
+        return part("elsewhere", wanted.base, folder_of(resolve_base(wanted, self.cache).base, wanted.revision))
 
     def model(self, name: str, before: Sequence[Path]) -> Model:
         """The base with the store's adapter, to be released.

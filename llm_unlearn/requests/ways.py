@@ -97,7 +97,7 @@ class ByRecipe:
         wanted = recipe_of(office, office.model, known[:1], (), before, office.output)
         suite = suite_of(office, {0: known[:1]}, known[:1])
         control = (wanted.evaluation and wanted.evaluation.retrained) or suite.retrained
-        checks.check(wanted, suite, office.suite_name, control, office.service.recipe)
+        checks.check(wanted, suite, office.suite_name, control, office.service.recipe, self.cache)
 
     def serve(self, work: Work) -> Served | None:
         forget = tuple(dict.fromkeys(one for ids in work.requests.values() for one in ids))
@@ -133,7 +133,7 @@ class ByRecipe:
 
     def _weights(self, wanted: Recipe, work: Work) -> list[dict[str, Any]]:
         """The files of the model before: its base, and the adapters that are merged into it."""
-        from llm_unlearn.embedded.target import embedded
+        from llm_unlearn.bases import resolve_base
         from llm_unlearn.models.load import folder_of
 
         def placed(name: str, at: Path) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class ByRecipe:
             return part("output" if ours else "elsewhere", str(at.relative_to(work.output.parent)) if ours else name, at)
 
         base = wanted.model.base
-        found = [placed(base, folder_of(embedded(wanted.model, self.cache).base, wanted.model.revision))]
+        found = [placed(base, folder_of(resolve_base(wanted.model, self.cache).base, wanted.model.revision))]
         return found + [placed(name, folder_of(folder.adapter_in(name))) for name in wanted.model.starts]
 
     def model(self, name: str, before: Sequence[Path]) -> Model:
@@ -157,10 +157,10 @@ def release(model: Model, output: Path, cache: Path) -> None:
     """
     import torch
 
-    from llm_unlearn.embedded.target import embedded
+    from llm_unlearn.bases import resolve_base
     from llm_unlearn.models.load import load
 
-    wanted = replace(embedded(model, cache), quantize=None)
+    wanted = replace(resolve_base(model, cache), quantize=None)
     loaded = load(wanted, torch.device("cpu"))
     with whole(output) as unfinished:
         loaded.causal.save_pretrained(str(unfinished))

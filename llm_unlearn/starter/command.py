@@ -60,7 +60,7 @@ def write(request: Request, cache: Path) -> dict[str, Any]:
         Refused: model or data cannot be read, or their columns are ambiguous; nothing was written.
     """
     model = Model(base=request.model)
-    tokenizer, net = skeleton_of(model)
+    tokenizer, net = skeleton_of(model, cache)
     named = {"forget": request.forget, "retain": request.retain, "holdout": request.holdout}
     sources = {key: source_of(name, request.rows_format, f"--{key}") for key, name in named.items() if name}
     about = _model_facts(model, tokenizer, net)

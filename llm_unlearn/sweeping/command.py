@@ -117,7 +117,7 @@ def _asked(options: argparse.Namespace) -> Asked:
         raise Refused("\n".join(problems))
     from llm_unlearn.compatibility import checks
 
-    checks.check(wanted, suite, wanted.evaluation.suite, retrained, str(path))
+    checks.check(wanted, suite, wanted.evaluation.suite, retrained, str(path), options.cache)
     sampler, trials = _how_many(space, options.sampler, options.trials)
     watched = "" if options.no_prune else readable(wanted)
     job = Job(path, space, (*more,), options.output, basis_of(wanted), watched)
