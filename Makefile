@@ -1,4 +1,4 @@
-# make demo: set up and run the main job · make test: set up and run the tests · make test-long: those that take minutes each · make check: lint, format, types
+# make demo: set up and run the main job · make demo-real: the same on a real pretrained model, SmolLM2-135M · make test: set up and run the tests · make test-long: those that take minutes each · make check: lint, format, types
 # make audit: known vulnerabilities in what is installed (says so where no index of them can be asked)
 # make docs: build the site into site/, where a warning is an error
 PYTHON ?= python3
@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE  # where it is set, each of many processes woul
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-long check docs audit clean
+.PHONY: setup demo demo-real test test-long check docs audit clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +21,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/accelerate launch --config_file launch/single.yaml recipes/forget_lora.yaml --overwrite
+
+# GENERAL: multiple-choice questions (query, choices, gold) of one's own; measured where the file is there
+GENERAL ?= ../shared/data/general/arc_easy.jsonl
+demo-real: setup
+	$(BIN)/python scripts/demo_real.py --general $(GENERAL)
 
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal

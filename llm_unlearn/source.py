@@ -146,7 +146,7 @@ def source_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
         )
 
 
-EMBEDDED = (*SPLITS, "refusals", "german")
+EMBEDDED = (*SPLITS, "refusals", "german", "prose")
 """What `embedded:` can name as data."""
 
 

@@ -32,6 +32,7 @@ ROOMS = (
     "tree",
     "objectives",
     "embedded.population",
+    "embedded.prose",
     "chat",  # what a chat template reads besides the turns
     "source",
     "gguf",  # headers of GGUF files, and those in packages

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llm_unlearn.data.files import Row, lines_of, read_file
 from llm_unlearn.data.sheets import sheet_of
-from llm_unlearn.embedded import population
+from llm_unlearn.embedded import population, prose
 from llm_unlearn.folder import sha256
 from llm_unlearn.source import EMBEDDED, FILES, Source
 from llm_unlearn.spec import Refused, fingerprint, nearest, shown
@@ -236,6 +236,8 @@ def _embedded(split: str) -> list[Row]:
         return [{"text": text} for text in population.refusals()]
     if split == "german":
         return population.german()
+    if split == "prose":
+        return [dict(row) for row in prose.rows()]
     if split not in EMBEDDED:
         raise Refused(f"embedded:{split}: no such data; {nearest(split, EMBEDDED)}")
     return population.rows(split)
