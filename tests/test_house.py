@@ -477,6 +477,7 @@ def test_a_model_is_called_in_scores_and_generates_in_generation() -> None:
         "models/adapter_targets.py",
     }
     assert set(where(lambda node: given(node, "input_ids", "inputs_embeds"))) == {
+        "models/outline.py",
         "models/scores.py",
         "models/trials.py",
         "models/adapter_targets.py",
