@@ -481,7 +481,6 @@ def test_a_model_is_called_in_scores_and_generates_in_generation() -> None:
         "models/scores.py",
         "models/trials.py",
         "models/adapter_targets.py",
-        "models/outline.py",
         "evaluation/generation.py",
     }
     passes = where(lambda node: given(node, "input_ids") and not call_of(node, "generate"))
