@@ -66,7 +66,12 @@ def write(request: Request, cache: Path) -> dict[str, Any]:
     about = _model_facts(model, tokenizer, net)
     sources = {key: replace(one, max_tokens=recommend.tokens_of(about, _TEXT) if one.text else about.context or WHOLE_ROWS)
                for key, one in sources.items()}  # fmt: skip
-    examples = read_examples(Data(**sources, overlap="drop"), tokenizer, 0, cache)
+    examples = read_examples(
+        Data(forget=sources["forget"], retain=sources["retain"], holdout=sources.get("holdout"), overlap="drop"),
+        tokenizer,
+        0,
+        cache,
+    )
     data = _data_facts(sources, examples)
     sources = {key: replace(one, max_tokens=recommend.tokens_of(about, data)) for key, one in sources.items()}
     settings, room = _settings(request, about, data, sources, net)
