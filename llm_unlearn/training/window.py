@@ -1,7 +1,7 @@
 """What one optimizer step sees, and its gradient: micro-batches, and one division by the window's units on all ranks.
 
 Every loss gives one value per unit; here, and only here, their sum is divided, once, by the number of those units in the whole
-window on all ranks, so that neither the cut into micro-batches nor the number of processes changes a run.
+window on all ranks, so that neither the cut into micro-batches nor the number of processes changes a gradient.
 """
 
 from __future__ import annotations
