@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm_unlearn.spec import schema
+from llm_unlearn.spec import LARGEST_INT, schema
 
 Schema = Mapping[str, Any]
 
@@ -170,7 +170,8 @@ def _type(one: Schema, sections: Mapping[str, Section | Group]) -> str:
             inner = one.get("additionalProperties")
             return f"mapping to {_inner(inner, sections)}" if isinstance(inner, Mapping) else "mapping"
         case "integer" | "number" as number:
-            bounds = " and ".join(f"{sign} {one[key]:g}" for key, sign in SIGNS.items() if key in one)
+            told = {key: sign for key, sign in SIGNS.items() if key in one and abs(one[key]) < LARGEST_INT}  # those bound all
+            bounds = " and ".join(f"{sign} {one[key]:g}" for key, sign in told.items())
             return f"{number} {bounds}".strip()
     return str(one.get("type", "anything"))
 
