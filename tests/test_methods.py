@@ -84,8 +84,14 @@ def words_for(path: Path, folder: Path) -> list[str]:
         words.append(f"method.{whole.method.knob}={[*strengths_of(whole.method)[:1], *strengths_of(whole.method)[-1:]]}")
     if hasattr(whole.method, "rows"):
         words.append("method.rows=4")
-    if "embedded:" not in text and "extends:" not in text:  # hub ids: nothing is downloaded here
-        words += ["model.base=embedded:target", "data.forget.source=embedded:forget", "data.retain.source=embedded:retain"]
+    if not whole.data.forget.source.startswith("embedded:"):  # hub ids: nothing is downloaded here
+        assert text.startswith("# Not run here."), "a recipe of a published checkpoint says so"
+        keys = "prompt: question, answer: answer, text: null, config: null, split: null, max_tokens: 64"
+        words += ["model.base=embedded:target", *(f"data.{one}={{source: embedded:{one}, {keys}}}" for one in ("forget", "retain"))]
+        words += ["data.holdout=null", "train.gradient_checkpointing=false"]
+    if path.stem == "wmdp_cyber":  # of a deeper model
+        words += ["model.trainable=[layers.2.mlp.down_proj]", "objective.forget.loss={name: rmu, layer: 2}"]
+        words += ["objective.retain.loss={name: embed_match, layers: [2]}"]
     if whole.model.base == "embedded:base":  # which takes a minute to train, and is made as the others are
         words.append("model.base=embedded:retrained")
     if isinstance(whole.method, NoisyFinetune):
