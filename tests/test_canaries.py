@@ -180,7 +180,7 @@ def held_of(folder: Path) -> dict[str, Any]:
             "train.stop.until: an audit has no retrained model",
         ),
         (["--output", "taken"], "--output: taken exists and is not an audit's folder (it has no privacy_audit.json)."),
-        (["--output", "r.yaml"], "--output: r.yaml exists and is not an audit's folder"),
+        (["--output", "r.yaml"], "--output: r.yaml is a file; r.yaml must be a folder"),
         (["--output", "other"], "--output: other holds an audit with another guesses, seed. Nothing was changed; add --overwrite"),
     ],
 )
