@@ -53,6 +53,15 @@ def fila(folder: Path) -> None:
         torch.save(found, folder / "moved.pt")
 
 
+def mixtures(folder: Path) -> None:
+    from test_mixtures import ROUTED, adapted_mixture, routed_job
+
+    for kind in ROUTED:
+        found = moved_by(routed_job(2, optimizer="sgd", lr=0.05), adapted_mixture(kind), folder / kind, Accelerator(cpu=True))
+        if accelerator.is_main_process:
+            torch.save(found, folder / f"{kind}.pt")
+
+
 def dose(folder: Path) -> None:
     from test_dose import processes_jobs, train, weights
 
@@ -170,6 +179,7 @@ KINDS = {
     "sharded": sharded,
     "before": before,
     "track": track,
+    "mixtures": mixtures,
 }
 
 for kind in sys.argv[2:]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from jobs import adapted, job, straight_and_resumed, weights
+from jobs import adapted, job, log, straight_and_resumed, weights
 from test_window import apart, gradients_of, make_adapted, make_job, weights_of
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from llm_unlearn.objectives.representation import RMU, EmbedMatch
 from llm_unlearn.training import before
 from llm_unlearn.training.before import Shelf, choices, reference_of
 from llm_unlearn.training.job import Job
+from llm_unlearn.training.loop import train
 from llm_unlearn.training.window import Model, Window
 
 CASES = [(NPO(), KL()), (DPO(), KL(direction="reverse")), (RMU(layer=1), EmbedMatch(layers=(1,)))]
@@ -132,3 +133,12 @@ def test_two_processes_take_it_together(make_model: Callable[..., Any], two_proc
     assert [len(one["taken"]) for one in found] == [1, 1] and sum(one["taken"][0] for one in found) == answers
     assert all(one["taken"][0] < answers for one in found) and len(list((two_processes / "shelf").iterdir())) == 1
     assert all(apart(gradients, exact) < 1e-5 for one in found for gradients in one["gradients"])
+
+
+def test_a_copy_reads_packed_sequences_as_the_model_does(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Through the training loop, which packs where the attention can."""
+    logs = []
+    for way in ("adapter_off", "copy"):
+        train(job(2, reference=way), adapted(make_model, 0.05), Accelerator(cpu=True), tmp_path / way)
+        logs.append([(row["forget"], row["retain"]) for row in log(tmp_path / way)])
+    assert logs[0] == [pytest.approx(one, rel=1e-5) for one in logs[1]]

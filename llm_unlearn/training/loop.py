@@ -132,8 +132,9 @@ class Training:
         optimizer = make_optimizer(settings, trainable(model).values(), accelerator.device)
         self.noisy_steps = job.certified.settings.noisy_steps if job.certified else 0
         self.scheduler = _make_scheduler(settings, optimizer, schedule.steps - self.noisy_steps)
+        # gradients of single rows want a row to each; a reference that is a copy must read packed sequences as the model does
+        packed = not job.private and can_pack(model, job.longest)
         reference = reference_of(job, scorer, head, accelerator, settings.batch_tokens, shelf)
-        packed = not job.private and can_pack(model, job.longest)  # gradients of single rows want a row to each
         inside = during(settings, model, accelerator, packed)
         wrapped, self.optimizer = prepare(scorer, optimizer, accelerator)
         self.model = Model(wrapped, scorer, head, reference, inside)
