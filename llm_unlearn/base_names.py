@@ -11,7 +11,7 @@ from llm_unlearn.spec import Refused
 from llm_unlearn.tree import is_file, locate, no_such_file
 
 EMBEDDED_MODELS = ("embedded:target", "embedded:retrained", "embedded:base")
-"""What `embedded:` can name as a model (`embedded/target.py` makes them)."""
+"""Names of the embedded models (`embedded/target.py` makes them)."""
 
 
 def base_problems(base: str) -> Iterable[str]:

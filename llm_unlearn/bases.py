@@ -62,7 +62,7 @@ def describe_base(base: str) -> dict[str, Any] | None:
 
 
 def home_of(wanted: Recipe, cache: Path) -> Path:
-    """Where the model of a recipe is kept: under the fingerprint of the recipe, its base and the rows that it reads. Makes and
+    """Return the folder of a recipe's model: under the fingerprint of the recipe, its base and the rows that it reads. Makes and
     downloads no model: a hub id stands for itself, with its revision."""
     model, rules = wanted.model, wanted.train.rules or ()
     of_rules = [one for rule in rules for one in getattr(rule, "adapters", ())]

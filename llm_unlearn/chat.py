@@ -1,4 +1,4 @@
-"""How conversations are rendered: the settings that a chat template reads besides the turns themselves."""
+"""Settings that a chat template reads besides the turns of a conversation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OWN = ("messages", "tools", "documents", "add_generation_prompt", "chat_template
 
 @spec
 class Chat:
-    """What a chat template is told besides the turns. A source or set inherits what it does not set from the section `chat` of its
+    """Settings of the chat template. A source or set inherits what it does not set from the section `chat` of its
     recipe or suite."""
 
     system: str | None = None

@@ -126,7 +126,7 @@ def _may_be_cleared(folder: Path) -> None:
 
 
 NAMED = 5
-"""So many foreign files are named."""
+"""Number of foreign files that an error names."""
 OWN = {*SEALED, CHECKPOINTS, TRACKERS, PROCESS, HASHES, BEFORE, "privacy_audit.json", "manifest.json", "pieces", "work"}
 """All that lies in the folder of a run, an audit, or a run in pieces."""
 

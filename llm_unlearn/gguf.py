@@ -38,14 +38,14 @@ BROKEN = "Download or copy the file again"
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself."""
+    """Header of a GGUF file."""
 
     name: str
     architecture: str
     precision: str
     """The type it was quantized to, such as Q4_K_M, Q8_0 or F16."""
     quantized: bool
-    """Whether any tensor has fewer than 16 bits a weight."""
+    """Return whether any tensor has fewer than 16 bits a weight."""
 
 
 def locate_gguf(name: str) -> Path:
@@ -105,7 +105,7 @@ class _Cursor:
         self.data, self.at = data, 0
 
     def skip(self, size: int) -> None:
-        """Pass over so many bytes, which must be there."""
+        """Skip `count` bytes, which must be there."""
         if size > len(self.data) - self.at:
             raise IndexError(size)
         self.at += size
@@ -117,7 +117,7 @@ class _Cursor:
         return value
 
     def text(self) -> str:
-        """Read a length and so many bytes of UTF-8."""
+        """Read a length and that many bytes of UTF-8."""
         size = self.read("Q")
         start = self.at
         self.skip(size)

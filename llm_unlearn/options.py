@@ -150,7 +150,10 @@ def _audit(verb: Verb) -> None:
     _takes_recipe(one)
     one.add_argument("--canaries", type=option_values.count, default=200, metavar="N", help="made-up rows; default 200")
     one.add_argument(
-        "--guesses", type=option_values.count, metavar="K", help="guess at so many of them, half in, half out; default: half"
+        "--guesses",
+        type=option_values.count,
+        metavar="K",
+        help="number of guesses, half of them members; default: half of the canaries",
     )
     one.add_argument("--seed", type=int, default=0, metavar="S", help="what the rows and their coins are drawn from; default 0")
     one.add_argument(
@@ -191,7 +194,9 @@ def _sweep(verb: Verb) -> None:
     one.add_argument(
         "--output", type=Path, default=Path("runs/sweep"), metavar="DIR", help="folder of the sweep; default runs/sweep"
     )
-    one.add_argument("--trials", type=option_values.count, metavar="N", help="so many in the end; default: all of a grid, else 20")
+    one.add_argument(
+        "--trials", type=option_values.count, metavar="N", help="number of trials in all; default: all of a grid, else 20"
+    )
     one.add_argument("--jobs", type=option_values.count, default=1, metavar="N", help="trials at a time; default 1")
     one.add_argument("--sampler", choices=("tpe", "nsga2", "random", "grid"), help="default: grid for lists alone, else tpe")
     one.add_argument("--seed", type=int, default=0, metavar="S", help="what they are drawn from; default 0")

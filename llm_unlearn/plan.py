@@ -52,7 +52,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
-    """What a run will do. The model is built without weights; of a hub id, only its small files are read.
+    """Return what a run will do. The model is built without weights; of a hub id, only its small files are read.
 
     Args:
         show_example: also show the first example of each stream as the model reads it, its targets marked.

@@ -40,7 +40,7 @@ class Recipe:
     model: Model
     data: Data
     chat: Chat = Chat(date=DATE)
-    """How conversations are rendered: system turn, thinking, date, template arguments; a source may say otherwise."""
+    """Settings of the chat template: system turn, thinking, date, template arguments; a source may say otherwise."""
     objective: Mapping[str, Term] = field(default_factory=dict)
     """Terms of the total loss, each on the stream it is named after (or on its `stream`)."""
     method: AnyMethod | None = None

@@ -108,7 +108,7 @@ class Train:
     window: Mapping[str, PositiveInt] = field(default_factory=dict)
     """Examples of each stream in one optimizer step, over all processes; 16 of a stream that is not named."""
     batch_tokens: PositiveInt = 8192
-    """At most so many tokens, padding included, in one forward pass per process. Sets speed and memory; gradients and losses
+    """Most tokens, padding included, in one forward pass per process. Sets speed and memory; gradients and losses
     agree to rounding for every value, and weights as far as the optimizer keeps rounding small (docs/reliability.md)."""
     micro_batch: Literal["auto"] | None = None
     """auto: instead of `batch_tokens`, as many tokens as fit into memory, found by a short probe before the first step."""

@@ -72,7 +72,7 @@ class Source:
     max_tokens: AtLeastTwo = 1024
     """Longer examples are cut here."""
     chat: Chat = Chat()
-    """How its conversations are rendered; what is not set is that of the section `chat`."""
+    """Settings of the chat template; those that are not set come from the section `chat`."""
     alternate: Alternate | None = None
     """Another answer to the same prompts, for losses that teach one."""
     contrast: Contrast | None = None

@@ -279,7 +279,7 @@ def _schema_of(kind: type[object]) -> dict[str, Any]:
 
 
 def _foreign(tree: Tree, schema: dict[str, Any]) -> str:
-    """Return what is said of a file of which no key is known, and "" where there is none: it is no settings file, and may hold
+    """Return the error for a file without any known key, and "" where there is none: it is no settings file, and may hold
     secrets, so its keys are not quoted."""
     keys: dict[str, set[str]] = {}
     for path, place in tree.places.items():

@@ -71,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all architectures are examined with: rows, a suite, a tokenizer."""
+    """Inputs for every architecture: rows, a suite, a tokenizer."""
 
     folder: Path
     tokenizer: Any
@@ -103,7 +103,7 @@ def _encode(tokenizer: Any, question: str, answer: str) -> Row:
 
 @dataclass(frozen=True)
 class Command:
-    """How a command of the command line ended."""
+    """Exit code and output of a command."""
 
     code: int
     errors: str

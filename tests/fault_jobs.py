@@ -93,7 +93,7 @@ def _numbers(path: Path) -> Any:
 
 
 TIMES = re.compile(rb'"seconds": [0-9.e-]+|<dt>time</dt><dd>[^<]*</dd>')
-"""How long something took, which is all that may differ between two runs of one recipe."""
+"""Keys of durations, which are all that may differ between two runs of one recipe."""
 
 
 def contents(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What an adapter setting means in a model: routers, expert matrices, chosen layers, hybrids, and what peft makes of it."""
+"""Adapter targets in a model: routers, expert matrices, chosen layers, hybrids, and what peft makes of it."""
 
 import warnings
 from pathlib import Path

@@ -168,7 +168,7 @@ def test_names_of_a_hub_have_parts() -> None:
 
 
 def test_rows_of_either_chat_format_and_of_alpaca_are_told_apart() -> None:
-    """What makes two rows the same reads every format: others would all be the same row, or one that differs would not."""
+    """Rows are compared in every format: others would all be the same row, or one that differs would not."""
     chats = [Source(source="x", messages=column) for column in ("messages", "conversations")]
     one, other = (content_of(KINDS[kind](1), source) for kind, source in zip(("messages", "sharegpt"), chats, strict=True))
     assert one == other == content_of(KINDS["qa"](1), Source(source="x", prompt="question", answer="answer"))

@@ -245,7 +245,7 @@ def test_no_loss_ends_a_private_run(
 def test_the_noisy_gradient_may_end_a_private_run_which_then_claims_all_planned_steps(
     make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it ends is a function of what is private already. The gradient that ended it was read, though no step was taken."""
+    """The end follows from what is private already. The gradient that ended it was read, though no step was taken."""
     backward = Clipped.backward
 
     def changed(self: Clipped, window: Any, terms: Any, factors: Any, step: int) -> dict[str, float]:

@@ -41,7 +41,7 @@ class AdapterRemoval:
         return Gain(self.measure)
 
     def remark(self, curves: Mapping[str, Mapping[str, Any]], gap: Mapping[str, Any]) -> str:
-        """What may be released when the adapter can be taken off."""
+        """Release to assume: an adapter that can be taken off."""
         return "Only merged weights may be released, or none." if gap["leaks"] else ""
 
     def __call__(self, subject: Subject) -> Curve:

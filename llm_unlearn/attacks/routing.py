@@ -74,7 +74,7 @@ class ForcedRouting:
         return curve_of((0, 1), values, {DISTANCE: far, **({} if np.isnan(changed) else {CHANGED: changed})})
 
     def remark(self, curves: Mapping[str, Mapping[str, Any]], gap: Mapping[str, Any]) -> str:
-        """How far unlearning moved the routing, and whether the knowledge was only routed around."""
+        """Measure how far unlearning moved the routing, and whether the knowledge was only routed around."""
         notes = next((curves[name]["notes"] for name in ("after", "model") if curves.get(name, {}).get("notes")), None)
         if not notes:
             return ""

@@ -29,12 +29,12 @@ from llm_unlearn.tree import locate
 TEXTS = 8
 """Rows of each set that two tokenizers encode to be compared."""
 PROBE = "The quick brown fox. Größe 1,234.5 — 東京, привет!\n\tdef f(x):  return x"
-"""What two tokenizers encode besides."""
+"""Texts that two tokenizers encode for comparison."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What must be the same of two models for their numbers to be compared."""
+    """Properties that two models must share for their numbers to be compared."""
 
     name: str
     tokenizer: Any

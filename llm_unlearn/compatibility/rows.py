@@ -17,7 +17,7 @@ from llm_unlearn.source import Source, is_forgotten, same_data
 from llm_unlearn.spec import dotted, parts_of
 
 PASSAGES, PASSAGE = 16, 80
-"""Running text is the same where one of so many passages, each of so many characters, occurs in both."""
+"""Number of passages that are compared in running text, and their characters; one that occurs in both is a match."""
 ANSWER = 12
 """Characters from which an answer by itself tells one row from another; `yes` does not."""
 
@@ -34,10 +34,10 @@ class _Set:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a suite fits a recipe."""
+    """Result of comparing a suite with a recipe."""
 
     problems: list[str]
-    """What is wrong, each with the keys of the suite that it is about and what to do."""
+    """Problems, each with the keys of the suite that it is about and what to do."""
     notes: list[str]
 
 
@@ -85,7 +85,7 @@ PROBES = (
 
 
 def _swapped(forgotten: Sequence[_Set], kept: Sequence[_Set], shared: Mapping[str, frozenset[str]]) -> Iterator[str]:
-    """What is measured as forgotten and kept by the recipe, or the other way round."""
+    """Yield sets that are measured as forgotten and kept by the recipe, or the other way round."""
     forget, retain = shared["forget"], shared.get("retain", frozenset())
     for one in forgotten:
         if count := sum(keys[0] in retain and keys[0] not in forget for keys in one.rows):
@@ -96,7 +96,7 @@ def _swapped(forgotten: Sequence[_Set], kept: Sequence[_Set], shared: Mapping[st
 
 
 def _fitting(sets: Sequence[_Set], stream: str, source: Source, shared: frozenset[str]) -> Fit:
-    """Whether one at least of the sets has rows of a stream, and how many rows it has besides."""
+    """Check that one at least of the sets has rows of a stream, and how many rows it has besides."""
     comparable = [one for one in sets if bool(one.source.text) == bool(source.text)]
     fitting = [one for one in comparable if _is_related(one.source, source) or not all(map(shared.isdisjoint, one.rows))]
     if comparable and not fitting:
@@ -109,19 +109,19 @@ def _fitting(sets: Sequence[_Set], stream: str, source: Source, shared: frozense
 
 
 def _is_same(recipe: Recipe, forgotten: Sequence[_Set], kept: Sequence[_Set]) -> bool:
-    """Whether every set reads what the recipe reads, so that no row needs to be compared."""
+    """Return whether every set reads what the recipe reads, so that no row needs to be compared."""
     pairs = [(one.source, recipe.data.forget) for one in forgotten] + [(one.source, recipe.data.retain) for one in kept]
     return all(source and same_data(one, source) and _columns(one) == _columns(source) for one, source in pairs)
 
 
 def _columns(source: Source) -> tuple[object, ...]:
-    """What decides which rows are read, and what they say."""
+    """Return the settings that decide which rows are read, and their text."""
     columns = (source.prompt, source.prompt_input, source.answer, source.choices, source.messages, source.text)
     return (*columns, source.where, source.without, source.like, source.split)
 
 
 def _is_related(one: Source, other: Source) -> bool:
-    """Whether two read one data set in different parts or columns, as benchmarks keep rows and probes together."""
+    """Return whether two read one data set in different parts or columns, as benchmarks keep rows and probes together."""
     files = [Path(os.path.expanduser(source.source)) for source in (one, other)]
     together = one.source == other.source or (all(file.exists() for file in files) and files[0].samefile(files[1]))
     says = [(source.config, source.split, source.prompt, source.answer, source.messages, source.text) for source in (one, other)]
@@ -129,7 +129,7 @@ def _is_related(one: Source, other: Source) -> bool:
 
 
 def _keys(row: Row, source: Source) -> tuple[str, ...]:
-    """What tells a row from others: its content, its last question, its answer, or passages of its text."""
+    """Return the keys that tell a row from others: its content, its last question, its answer, or passages of its text."""
     content = content_of(row, source)
     texts = json.loads(content)
     if source.text:
@@ -159,7 +159,7 @@ def _shared(source: Source, wanted: set[str]) -> frozenset[str]:
 
 
 def _knows_population(recipe: Recipe) -> bool:
-    """Whether a recipe is about the made-up people of the project: by its model, or by its data."""
+    """Return whether a recipe is about the made-up people of the project: by its model, or by its data."""
     return any(name.startswith("embedded:") for name in (recipe.model.base, *(one.source for one in recipe.sources.values())))
 
 

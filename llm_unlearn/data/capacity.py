@@ -16,10 +16,10 @@ from llm_unlearn.spec import Refused
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a model can read."""
+    """Token ids and positions that a model can read."""
 
     model: str
-    """What the user calls it."""
+    """Name that the user gave it."""
     tokens: int
     """Rows of its input embedding: ids are below this."""
     positions: int | None = None

@@ -42,7 +42,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """What ends an answer when a model writes one, besides the eos tokens of tokenizer and model."""
+    """End of an answer that a model writes, besides the eos tokens of tokenizer and model."""
 
     tokens: frozenset[int] = frozenset()
     texts: tuple[str, ...] = ()
@@ -200,13 +200,13 @@ def cut(text: str, ends: Iterable[str]) -> str:
 
 
 def _same(rendered: str, text: str) -> bool:
-    """Whether a template wrote this text: white space may differ, and it may be escaped as HTML or JSON."""
+    """Return whether a template wrote this text: white space may differ, and it may be escaped as HTML or JSON."""
     wanted = _dense(text)
     return any(_dense(form) == wanted for form in _forms(rendered))
 
 
 def _holds(rendered: str, text: str) -> bool:
-    """Whether this text stands in what a template wrote; of an earlier answer, its thought may be left out."""
+    """Return whether this text stands in what a template wrote; of an earlier answer, its thought may be left out."""
     forms = [_dense(form) for form in _forms(rendered)]
     texts = {_dense(text), _dense(re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL))}
     return any(wanted in form for form in forms for wanted in texts)
@@ -240,6 +240,6 @@ def _end_of(rendered: str, text: str) -> int:
 
 
 def _repeats(said: str, turns: Sequence[Turn]) -> bool:
-    """Whether an error repeats words of a row."""
+    """Return whether an error repeats words of a row."""
     texts = [" ".join(turn["content"].split()) for turn in turns]
     return any(text[i : i + 12] in said for text in texts for i in range(max(1, len(text) - 11)))

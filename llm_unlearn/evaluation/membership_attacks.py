@@ -30,7 +30,7 @@ def lowest(values: list[Floats], k: float) -> Floats:
 
 
 def _of_rows(table: SetTable, answers: Likelihood, scores: Floats) -> Floats:
-    """(A,) -> (R,) the scores by row; 0, as in OpenUnlearning, for a row of which its variant reads no token."""
+    """(A,) -> (R,) the scores by row; 0, as in OpenUnlearning, for a row in which its variant reads no token."""
     found = np.zeros(len(table.ids))
     found[answers.row] = scores
     return found

@@ -17,7 +17,7 @@ Knowing = Literal["raises", "lowers", "moves"]
 """Knowing more of the set raises the value, lowers it, or moves it away from ½, where either direction is a leak."""
 
 MeasureKind = Literal["likelihood", "distribution", "extraction", "choice", "text", "membership", "forget quality", "utility"]
-"""What a measure is evidence of. Measures of one kind count once in the verdict (`report/verdict.py`)."""
+"""Kind of evidence. Measures of one kind count once in the verdict (`report/verdict.py`)."""
 
 Variant = Literal["peer"]
 """A published variant of a measure: `peer` is OpenUnlearning's (2506.12618), to compare with its numbers (docs/metrics.md)."""
@@ -191,7 +191,7 @@ class TruthRatio:
     """`closer_to_one_better`: mean min(R, 1/R), for forget sets. `true_better`: mean max(0, 1 − R), for sets to keep.
     `prob_mean`: mean 1/(1 + R), which is correct/(correct + wrong), ½ when the model cannot tell them apart."""
     wrong_mean: Literal["arithmetic", "geometric"] = "arithmetic"
-    """How the wrong answers' p^(1/T) are averaged: as in TOFU's equation 1, or through their losses (OpenUnlearning)."""
+    """Mean of the wrong answers' p^(1/T): as in TOFU's equation 1, or through their losses (OpenUnlearning)."""
 
     kind: ClassVar[MeasureKind] = "choice"
     needs: ClassVar[tuple[Need, ...]] = ("answer", "paraphrase", "perturbed")
@@ -223,7 +223,7 @@ class ForgetQuality:
     set: str
     """The forget set."""
     wrong_mean: Literal["arithmetic", "geometric"] = "geometric"
-    """How the wrong answers' p^(1/T) are averaged: `geometric` as in TOFU's code, which made the published p-values;
+    """Mean of the wrong answers' p^(1/T): `geometric` as in TOFU's code, which made the published p-values;
     `arithmetic` as in TOFU's equation 1."""
 
     kind: ClassVar[MeasureKind] = "forget quality"

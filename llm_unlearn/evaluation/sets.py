@@ -31,7 +31,7 @@ class EncodedSet:
     keywords: list[list[str]] | None = None  # (R,)
     cut: Mapping[Cut, list[str]] = field(default_factory=dict)  # (R,) each
     chat: Chat | None = field(default_factory=Chat)
-    """How its conversations are rendered; None of running text, which has no turns."""
+    """Settings of its chat template; None for running text, which has no turns."""
 
     @property
     def generate(self) -> bool:

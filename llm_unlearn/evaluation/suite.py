@@ -67,7 +67,7 @@ class Suite:
     """Named sets. `forget`, or `forget_…`, is to look as to the retrained model, the others as before; `holdout` is to compare
     with."""
     chat: Chat = Chat(date=DATE)
-    """How conversations are rendered: system turn, thinking, date, template arguments; a set may say otherwise."""
+    """Settings of the chat template: system turn, thinking, date, template arguments; a set may say otherwise."""
     measures: tuple[AnyMeasure, ...]
     """What is computed, in the order of the table."""
     attacks: tuple[AnyAttack, ...] = ()
@@ -86,7 +86,7 @@ class Suite:
     max_new_tokens: PositiveInt = 200
     """Longest greedy answer."""
     batch_tokens: PositiveInt = 8192
-    """At most so many tokens, padding included, in one forward pass per process. Sets speed and memory; numbers agree within
+    """Most tokens, padding included, in one forward pass per process. Sets speed and memory; numbers agree within
     1e-5 for every value."""
 
     def needs(self, name: str) -> set[Need]:

@@ -109,7 +109,7 @@ def _candidates(net: nn.Module, experts: Experts) -> tuple[list[str], dict[str, 
 
 
 def _in_layers(net: nn.Module, layers: Iterable[int]) -> Callable[[str], bool]:
-    """Whether a module or parameter lies in one of these decoder layers, and in these alone."""
+    """Return a test of whether a module or parameter lies in one of these decoder layers, and in these alone."""
     name, blocks = decoder_layers(net)
     if beyond := sorted(layer for layer in layers if layer >= len(blocks)):
         raise Refused(
@@ -151,7 +151,7 @@ def _for_peft(net: nn.Module, modules: list[str], parameters: list[str]) -> Targ
 
 
 def _is_renamed(net: nn.Module, leaf: str) -> bool:
-    """Whether peft, for adapters of earlier versions of transformers, reads this name as that of an expert or a router."""
+    """Return whether peft, for adapters of earlier versions of transformers, reads this name as that of an expert or a router."""
     config = peft.LoraConfig(target_modules=[leaf])
     try:
         convert_peft_config_for_transformers(config, net, None)
@@ -220,7 +220,7 @@ def _order(net: nn.Module) -> Callable[[str], int]:
 
 
 def _known(net: nn.Module, experts: Experts) -> str:
-    """What can be named, in words."""
+    """Return the names that can be given, in words."""
     layers, _ = _candidates(net, experts)
     routers = sorted({without_layer(name).rpartition(".")[2] for name in experts.routers})
     names = sorted({name.rpartition(".")[2] for name in layers} | {name.rpartition(".")[2] for name in experts.matrices})

@@ -74,7 +74,7 @@ class Router:
     name: str
     module: nn.Module
     index: int
-    """Where they stand in what the module returns."""
+    """Index in the tuple that the module returns."""
 
     @property
     def rows(self) -> int:
@@ -127,7 +127,7 @@ def recording(routers: Iterable[Router]) -> Iterator[dict[str, Tensor]]:
 
 
 def _is_recorded(net: nn.Module, module: nn.Module) -> bool:
-    """Whether transformers takes this module's output for router logits."""
+    """Return whether transformers takes this module's output for router logits."""
     return any(isinstance(module, recorded) for recorded in _recorded_classes(net))
 
 
@@ -145,7 +145,7 @@ def _recorded_classes(net: nn.Module) -> dict[type[nn.Module], int]:
 
 
 def _stacked(module: nn.Module, dimensions: int) -> list[nn.Parameter]:
-    """Matrices that a module owns itself, of so many dimensions, where it is no layer of PyTorch."""
+    """Return matrices of a number of dimensions that a module owns itself, where it is no layer of PyTorch."""
     if isinstance(module, (nn.Linear, nn.Embedding, Conv1D, _ConvNd)):
         return []
     return [one for one in module.parameters(recurse=False) if one.ndim == dimensions]

@@ -20,7 +20,7 @@ from llm_unlearn.spec import Refused, reason
 OFFSET = 2
 """Rows before the first position in the tables of the OPT family."""
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Where architectures state how many positions a model was made for."""
+"""Keys in which architectures state how many positions a model was made for."""
 
 
 def outline_of(model: Model) -> Any:
@@ -68,7 +68,7 @@ def planned_capacity(model: Model, name: str, sources: Mapping[str, Source], net
 
 
 def _has_table(net: Any, trained: int) -> bool:
-    """Whether positions come from a table of so many rows: a second embedding, or a table of sines."""
+    """Return whether positions come from a table of that many rows: a second embedding, or a table of sines."""
     tables = [
         part.weight.shape[0] for part in net.modules() if isinstance(part, nn.Embedding) and part is not net.get_input_embeddings()
     ]
@@ -77,7 +77,7 @@ def _has_table(net: Any, trained: int) -> bool:
 
 
 def _breaks_beyond(net: Any, trained: int) -> bool:
-    """Whether shapes no longer fit with one token more (MPT's biases); tried without weights, which costs next to nothing."""
+    """Return whether shapes no longer fit with one token more (MPT's biases); tried without weights."""
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(copy.deepcopy(net.config))
 

@@ -1,4 +1,4 @@
-"""Where a mixture of experts sends tokens: read off a forward pass, or forced to be what another model says."""
+"""Routing of a mixture of experts: read off a forward pass, or forced to be that of another model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm_unlearn.spec import Refused
 
 @dataclass(frozen=True)
 class Routing:
-    """What the routers of one forward pass say, in the order of the model; T = B·L tokens."""
+    """Router logits of one forward pass, in the order of the model; T = B·L tokens."""
 
     logits: tuple[Tensor, ...]
     """(T, E) of each router."""

@@ -30,7 +30,7 @@ class Group:
     """Without the number of the layer."""
     shape: tuple[int, ...]
     count: int
-    """How many there are."""
+    """Number of weights."""
     trainable: int
     """Numbers that are trained, in all of them together."""
     rank: int | None = None
@@ -73,7 +73,7 @@ def choose_weights(net: nn.Module, names: tuple[str, ...] | None) -> None:
 
 
 def _overlaps(name: str, part: str, start: int, end: int) -> bool:
-    """Whether a part of a name touches what lies from `start` to `end`."""
+    """Return whether a part of a name touches what lies from `start` to `end`."""
     places = [place.start() for place in re.finditer(f"(?={re.escape(part)})", name)]
     return any(place < end and place + len(part) > start for place in places)
 

@@ -28,7 +28,7 @@ ROUTERS = -3
 """In place of a layer: the logits of all routers of a mixture of experts."""
 
 WHOLE = frozenset({TOP, ROUTERS})
-"""What stands for no single layer and needs the whole model."""
+"""Names that stand for no single layer and need the whole model."""
 
 
 class Needs(NamedTuple):
@@ -39,7 +39,7 @@ class Needs(NamedTuple):
     reads: tuple[Kind, ...] = ("answer",)
     """What the policy is asked about; the loss's units are those of the first."""
     policy: Need = "logps"
-    """What is read of the policy: log-probabilities of the answers, whole distributions, hidden states, or router logits."""
+    """Output of the policy that is read: log-probabilities of the answers, whole distributions, hidden states, or router logits."""
     reference: Need = "none"
     """What is read of the model as it was, about the same."""
     contrasts: tuple[Kind, ...] = ()

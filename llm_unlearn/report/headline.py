@@ -21,11 +21,11 @@ from llm_unlearn.report.verdict import (
 COLLAPSED = 0.5
 """A model that keeps less than this share of a score on what it was to keep is broken, whatever it forgot."""
 RUINED = 10.0
-"""So does one whose perplexity there is more than so many times what it was."""
+"""Factor by which perplexity may grow before a set counts as lost."""
 FEW = 0.05
-"""A share that should be small (of broken answers) ruins nothing before it is so many times this."""
+"""A share that should be small (of broken answers) ruins nothing below this multiple."""
 FEW_MISSES = 3
-"""So many thresholds that do not hold are named in the headline."""
+"""Number of failed thresholds that the headline names."""
 
 
 def headline(results: Results) -> str:
@@ -49,7 +49,7 @@ def sentences(results: Results) -> list[str]:
 
 
 def has_collapsed(results: Results) -> bool:
-    """Whether what was to be kept is lost."""
+    """Return whether the retain set is lost."""
     return any(_broken(results["numbers"]))
 
 
@@ -84,7 +84,7 @@ def _miss(one: Mapping[str, Any]) -> str:
 
 
 def _asked(thresholds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the recipe asked for, in a sentence: what did not come, or that all came."""
+    """Return a sentence on the recipe's thresholds: those that failed, or that all hold."""
     if not thresholds:
         return []
     misses, count = missed({"thresholds": thresholds}), len(thresholds)
@@ -135,7 +135,7 @@ def _test(number: Number) -> str:
 
 
 def _leaks(attacks: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What adversaries get back of what was forgotten, most first; and if it is nothing, how many tried."""
+    """Return what attacks recover of the forget set, strongest first; if none recovers anything, how many were tried."""
     tried = [one for one in attacks if one.get("gap", {}).get("came_back") is not None]
     leaks = sorted((one for one in tried if one["gap"]["leaks"]), key=lambda one: -float(one["gap"]["came_back"]))
     if not leaks:

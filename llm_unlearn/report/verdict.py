@@ -39,7 +39,7 @@ BAD = (KNOWN, RECOGNISED, OVER, DIFFERS)
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a model forgot, and why."""
+    """Verdict on a model, with its reasons."""
 
     word: str
     """FORGOTTEN, LARGELY or OTHERWISE; "" where there is nothing to compare with."""
@@ -50,7 +50,7 @@ class Verdict:
     kinds: int
     """Kinds of measures, counted on each forget set."""
     as_retrained: int
-    """Kinds of which every measure is as in the retrained model."""
+    """Kinds whose measures are all as in the retrained model."""
 
     def names(self, judgement: str) -> list[str]:
         """Return the titles of the measures with this judgement."""

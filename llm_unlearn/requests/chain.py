@@ -33,7 +33,7 @@ def check(ledger: Ledger) -> None:
 
 
 def unchecked(ledger: Ledger) -> list[str]:
-    """Return the requests and runs of which the newest event, written by an earlier version, does not cover every column."""
+    """Return the requests and runs whose newest event, written by an earlier version, does not cover every column."""
     with ledger.reading() as on:
         return [
             f"{what} {one[0]}"
@@ -88,7 +88,7 @@ class _Beside:
 
 
 def _told(events: Sequence[sqlite3.Row]) -> dict[str, Any]:
-    """What all events about a request or run say together, the later over the earlier; of its columns, what the last one says."""
+    """Merge all events about a request or run, the later over the earlier; of its columns, those of the last one."""
     found: dict[str, Any] = {}
     for event in events:
         found = {**found, "record": None, **detail_of(event["detail"])}

@@ -39,7 +39,7 @@ LONGEST = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What the recipe is for, and where it goes."""
+    """Arguments of `new`: model, data and the files to write."""
 
     path: Path
     suite: Path

@@ -17,7 +17,7 @@ Value = Any
 
 @dataclass(frozen=True)
 class Size:
-    """What was measured, or published, for models of up to so many weights."""
+    """Settings measured or published for models up to a number of weights."""
 
     weights: float
     lr: float
@@ -32,7 +32,7 @@ class Size:
     retain_per_token: float
     """Weight of the retain term (a value per token) beside NPO (a value per answer), for each token of a mean answer."""
     retain: float
-    """Weight of the retain term beside WGA, of which both have a value per token."""
+    """Weight of the retain term beside WGA; both have a value per token."""
     measured: str
 
 
@@ -73,7 +73,7 @@ LONGEST_TEXT = 1024
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the settings depend on; asked of the config and the tokenizer."""
+    """Facts of the model that the settings depend on, from the config and the tokenizer."""
 
     name: str
     weights: int
@@ -87,7 +87,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the settings depend on; asked of the rows, as the tokenizer encodes them."""
+    """Facts of the data that the settings depend on, from the rows, as the tokenizer encodes them."""
 
     rows: int
     """Examples of the forget set."""
