@@ -23,7 +23,8 @@ from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.registry import Edit
 from llm_unlearn.models.experts import recorded_routers
 from llm_unlearn.models.load import add_adapter, dtype_of, read_tokenizer, trainable
-from llm_unlearn.models.outline import outline_of, planned_capacity
+from llm_unlearn.models.outline import check_outline, outline_of
+from llm_unlearn.models.quantized import Quantization
 from llm_unlearn.models.reference import LOGPS
 from llm_unlearn.models.scores import CHUNK
 from llm_unlearn.models.trainable_weights import Group, adapted, choose_weights, frozen_routers, trained
@@ -58,10 +59,10 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
         show_example: also show the first example of each stream as the model reads it, its targets marked.
     """
     tokenizer, net = skeleton_of(recipe.model, cache)
-    capacity = planned_capacity(settings_of(recipe.model, cache), recipe.model.base, recipe.sources, net)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    capacity, quantization = check_outline(recipe, net, device)
     examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=False, capacity=capacity)
     job = make_job(recipe, examples)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = sum(weight.numel() for weight in net.parameters())
     routed = any(ROUTERS in layers for layers in job.layers.values())
     routing = sum(router.rows for router in recorded_routers(net)) if routed else 0
@@ -71,7 +72,7 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
         choose_weights(net, recipe.model.trainable)
     moved = sum(weight.numel() for weight in trainable(model).values())
 
-    lines = [f"{recipe.output}: {_kind(recipe)} on {recipe.model.base}, {recipe.hash}", ""]
+    lines = [f"{recipe.output}: {_kind(recipe, quantization)} on {recipe.model.base}, {recipe.hash}", ""]
     if stored := describe_base(recipe.model.base):
         lines.append(f"base       {stored['file']}, quantized to {stored['precision']}; converted to safetensors once")
     if isinstance(recipe.method, Exact):
@@ -87,7 +88,8 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     lines += _listed("adapted" if recipe.model.adapter else "trained", changed) + _listed("frozen", routers, FROZEN)
     lines += _reference(job, bool(recipe.model.adapter), config, dtype_of(recipe.model, device), base, routing)
     moves = recipe.train.offload is not None and device.type == "cuda"
-    size_of = partial(memory, recipe, base, moved, config, job.longest, dtype_of(recipe.model, device), bool(job.needs))
+    dtype = dtype_of(recipe.model, device)
+    size_of = partial(memory, recipe, quantization, base, moved, config, job.longest, dtype, bool(job.needs))
     needed = size_of(offload=moves)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
     if recipe.train.micro_batch:
@@ -97,8 +99,7 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
         lines.append(
             f"offload    about {size_of(offload=False)['activations'] / GIB:.2f} GiB of CPU memory per process, for activations"
         )
-    lines += _measures(recipe, cache)
-    lines += [f"warning    {text}" for text in capacity.warnings(examples.streams)]
+    lines += _measures(recipe, cache) + [f"warning    {text}" for text in capacity.warnings(examples.streams)]
     facts = {
         "output": recipe.output,
         "recipe_hash": recipe.hash,
@@ -255,8 +256,9 @@ def _dose(stop: Stop) -> str:
 
 
 def memory(
-    recipe: Recipe, base: int, moved: int, config: Any, longest: int, dtype: torch.dtype, reference: bool, offload: bool
-) -> dict[str, float]:
+    recipe: Recipe, quantization: Quantization | None, base: int, moved: int, config: Any, longest: int, dtype: torch.dtype,
+    reference: bool, offload: bool,
+) -> dict[str, float]:  # fmt: skip
     """Estimated peak bytes of one process while it trains; attention is counted as memory-efficient.
 
     Weights, gradients and optimizer states follow from counts. Activations are those of a decoder layer with a gated
@@ -265,8 +267,7 @@ def memory(
     that are at work at once (`models/tokenwise.py`), and what a loss makes of them.
     """
     size = torch.finfo(dtype).bits // 8
-    bits = {"nf4": 0.53, "fp4": 0.53, "int8": 1.0, None: float(size)}[recipe.model.quantize]
-    frozen = bits * base if recipe.model.adapter else 4.0 * base
+    frozen = (quantization.bits / 8 if quantization else size) * base if recipe.model.adapter else 4.0 * base
     states = moved * (4 + STATES[recipe.train.optimizer]) + (4 * moved if recipe.model.adapter else 0)
     tokens = max(longest, min(recipe.train.batch_tokens, longest * sum(recipe.window.values())))
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
@@ -288,12 +289,12 @@ def memory(
     }
 
 
-def _kind(recipe: Recipe) -> str:
+def _kind(recipe: Recipe, quantization: Quantization | None) -> str:
     adapter = recipe.model.adapter
     how = f"LoRA of rank {adapter.rank}" if adapter else "full weights"
     losses = " + ".join(f"{_weight(term)} × {term.loss.name}({term.stream or name})" for name, term in recipe.terms.items())
     losses = f"{recipe.method.name}: {losses}" if recipe.method else losses
-    return f"{losses}, {how}{f' over {recipe.model.quantize}' if recipe.model.quantize else ''}"
+    return f"{losses}, {how}{f' over {quantization.text}' if quantization else ''}"
 
 
 def _weight(term: Term) -> str:

@@ -13,7 +13,7 @@ from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.methods.retrain import Retrain
 from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
 from llm_unlearn.objectives.views import ROUTERS, WHOLE
-from llm_unlearn.sections import Data, Evaluation, Model, Track, Train, missing_tracker
+from llm_unlearn.sections import Data, Evaluation, Model, Track, Train, missing_tracker, quantized_problems
 from llm_unlearn.source import Source, missing, source_problems, unnameable, with_chat
 from llm_unlearn.spec import (
     NaturalInt,
@@ -149,8 +149,8 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
 
 def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     """What is trained must be there, and be able to be trained."""
-    if recipe.model.quantize and not recipe.model.adapter:
-        yield say("quantized weights cannot be trained; give model.adapter, or quantize: null.", "model", "quantize")
+    if recipe.model.quantize:
+        yield from (say(text, *keys) for keys, text in quantized_problems(recipe.model, recipe.train, "model.quantize: null"))
     if recipe.model.trainable and recipe.model.adapter:
         yield say(
             "names full weights, and an adapter is trained; give model.adapter: null, or model.adapter.targets.",
@@ -159,12 +159,8 @@ def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         )
     if recipe.train.reference == "adapter_off" and not recipe.model.adapter:
         yield say("no adapter is trained that could be switched off; give kept or copy, or leave it out.", "train", "reference")
-    if recipe.train.reference == "copy" and recipe.model.quantize:
-        yield say("quantized weights cannot be copied; their adapter can be switched off: adapter_off.", "train", "reference")
     if recipe.model.adapter and recipe.model.adapter.init == "fila":
         at = ("model", "adapter", "init")
-        if recipe.model.quantize:
-            yield say("needs gradients of the base weights, and quantized ones have none; give model.quantize: null.", *at)
         if not recipe.data.retain:
             yield say("weighs the forget against the retain set, and there is none; give data.retain.", *at)
     yield from (say(text, "model", "base") for text in base_problems(recipe.model.base))
@@ -177,8 +173,6 @@ def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
 def _speed_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
     """What computes the same in another way must go together."""
     at = ("train", "compile")
-    if recipe.train.compile and recipe.model.quantize:
-        yield say("layers of quantized weights are not compiled; give compile: null, or model.quantize: null.", *at)
     if recipe.train.compile and recipe.model.kernels:
         yield say("layers with kernels of their own are not compiled; give compile: null, or model.kernels: null.", *at)
     if recipe.train.compile and any(ROUTERS in layers_read(term.loss) for term in recipe.objective.values()):

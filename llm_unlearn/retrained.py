@@ -16,6 +16,7 @@ from llm_unlearn.durable import whole
 from llm_unlearn.methods.contrast import Contrast
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.models.load import load
+from llm_unlearn.models.merging import merge_adapter
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.run import run, start
 from llm_unlearn.source import is_recipe
@@ -71,9 +72,9 @@ def _make(name: str, wanted: Recipe, cache: Path, final: Path) -> None:
     if main and trained.is_dir():
         exact = "fp32" if accelerator.device.type == "cpu" else wanted.model.precision  # bf16 would round the update away
         plain = replace(wanted.model, quantize=None, precision=exact)
-        loaded = load(resolve_base(plain, cache), accelerator.device, adapter=str(trained))
+        loaded = load(resolve_base(plain, cache), accelerator.device, adapter=str(trained), full_precision=True)
         with whole(final) as unfinished:
-            loaded.model.merge_and_unload().save_pretrained(str(unfinished))
+            merge_adapter(loaded.model, str(trained)).save_pretrained(str(unfinished))
             loaded.tokenizer.save_pretrained(str(unfinished))
         shutil.rmtree(trained)
     accelerator.wait_for_everyone()

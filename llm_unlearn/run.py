@@ -32,7 +32,7 @@ from llm_unlearn.models.adapter_files import save_adapter
 from llm_unlearn.models.given import check_place
 from llm_unlearn.models.kernels import put_in
 from llm_unlearn.models.load import Loaded, add_adapter, causal, dtype_of, load, read_tokenizer, trainable
-from llm_unlearn.models.outline import planned_capacity
+from llm_unlearn.models.outline import check_outline, outline_of
 from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.models.sharded import is_sharded, state_of
 from llm_unlearn.models.trainable_weights import choose_weights, router_facts
@@ -74,8 +74,8 @@ def run(
     sharded.check(recipe)
     seen, controls, encoded = dict[str, Seen](), dict[str, Control](), Encoded()
     model_before, main = resolve_base(recipe.model, cache), accelerator.is_main_process
-    tokenizer, capacity = read_tokenizer(model_before), planned_capacity(model_before, recipe.model.base, recipe.sources)
-    examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not main, capacity=capacity)
+    capacity, quantization = check_outline(recipe, outline_of(model_before), accelerator.device)
+    examples = read_examples(recipe.data, read_tokenizer(model_before), recipe.seed, cache, quiet=not main, capacity=capacity)
     key = secret.key_of(recipe.drawn_openly, recipe.seed, folder, resume)
     job = make_job(recipe, examples, key, lambda name: folder_of(name, cache))
     if suite and (control := retrained or (recipe.evaluation.retrained if recipe.evaluation else None) or suite.retrained):
@@ -105,7 +105,8 @@ def run(
                 return outcome
             saved = save(model, loaded, folder, whole=whole, accelerator=accelerator, combination=combination)
         facts = run_facts(recipe, outcome, accelerator, began, sum(weight.numel() for weight in trainable(model).values()))
-        facts |= router_facts(model) | secret.spent(job.noisy, folder, outcome.kept, accelerator.is_main_process)
+        facts |= router_facts(model) | {"quantization": quantization and quantization.text}
+        facts |= secret.spent(job.noisy, folder, outcome.kept, main)
 
         if look and suite and recipe.evaluation:
             after = _become(loaded, model, combination, saved, whole)

@@ -213,5 +213,22 @@ def missing_tracker(track: Track) -> str:
     return ""
 
 
+def quantized_problems(model: Model, train: Train, instead: str) -> Iterable[tuple[tuple[str, ...], str]]:
+    """Yield the keys that quantized weights do not go with, and why.
+
+    Args:
+        instead: what the recipe can have in their place.
+    """
+    if not model.adapter:
+        yield ("model", "quantize"), f"quantized weights cannot be trained; give model.adapter, or {instead}."
+    if train.reference == "copy":
+        yield ("train", "reference"), "quantized weights cannot be copied; their adapter can be switched off: adapter_off."
+    if model.adapter and model.adapter.init == "fila":
+        text = "needs gradients of the base weights, and quantized ones have none"
+        yield ("model", "adapter", "init"), f"{text}; give {instead}."
+    if train.compile:
+        yield ("train", "compile"), f"layers of quantized weights are not compiled; give compile: null, or {instead}."
+
+
 Problems = Iterable[tuple[str, ...]]
 """What does not fit: a text, and the keys of the recipe that it is about."""

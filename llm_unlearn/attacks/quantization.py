@@ -44,10 +44,12 @@ class Quantization:
         return Gain(self.measure)
 
     def __call__(self, subject: Subject) -> Curve:
-        if subject.model.quantize:
-            raise Refused(f"the model is loaded in {subject.model.quantize} already; evaluate it without quantize.")
-        asked = answers_of(subject.sets[self.set])
+        from llm_unlearn.models.quantized import is_quantized
+
         loaded = subject.load()
+        if is_quantized(loaded.causal):
+            raise Refused(f"{self.title}: the model is loaded in fewer bits already; evaluate one in full precision.")
+        asked = answers_of(subject.sets[self.set])
         bits = 8.0 * next(iter(loaded.model.parameters())).element_size()
         points = [(bits, known(loaded, asked, self.measure, subject))]
         del loaded

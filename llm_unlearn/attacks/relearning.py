@@ -116,10 +116,11 @@ class Relearning:
 
     def _trainable(self, loaded: Loaded, subject: Subject) -> Any:
         from llm_unlearn.models.load import add_adapter
+        from llm_unlearn.models.quantized import is_quantized
 
         if self.adapter:
             return add_adapter(loaded.model, self.adapter, subject.seed)
-        if subject.model.quantize:
+        if is_quantized(loaded.causal):
             raise Refused(f"{self.title}: quantized weights cannot be trained; give it an adapter.")
         return loaded.model.float().requires_grad_()
 

@@ -111,6 +111,7 @@ class Shadows:
         self, k: int, loaded: Loaded, taught: NDArray[np.bool_], asked: Sequence[EncodedSet], subject: Subject
     ) -> list[float]:
         from llm_unlearn.models.load import add_adapter
+        from llm_unlearn.models.merging import merge_adapter
 
         subject.tell(f"  shadow {k + 1} of {self.shadows}")
         forgetting, members = self.forgetting(), len(asked[0].ids)
@@ -121,7 +122,7 @@ class Shadows:
         teaching = Relearning(set=self.set, steps=self.steps, lr=self.lr, window=self.window).job(mine, subject)
         net = add_adapter(loaded.model, self.adapter, subject.seed)
         fine_tune(teaching, net, subject, lambda _: None, f"teaching shadow {k + 1}")
-        net = net.merge_and_unload()
+        net = merge_adapter(net, "shadow models")
         net = add_adapter(net, forgetting.model.adapter, subject.seed) if forgetting.model.adapter else net.requires_grad_()
         fine_tune(job, net, subject, lambda _: None, f"shadow {k + 1} forgets")
         found: list[float] = logit(replace(loaded, model=net), asked, subject).tolist()

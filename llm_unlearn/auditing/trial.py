@@ -26,7 +26,7 @@ from llm_unlearn.data.reading import Examples, read_examples
 from llm_unlearn.durable import remove
 from llm_unlearn.evaluation.likelihood import loss_pass
 from llm_unlearn.models.load import Loaded, load, read_tokenizer
-from llm_unlearn.models.outline import planned_capacity
+from llm_unlearn.models.outline import check_outline, outline_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.run import make_job, prepare, start
 from llm_unlearn.source import Source
@@ -66,9 +66,9 @@ def trial(asked: Asked, cache: Path, overwrite: bool) -> bool:
     recipe, folder = asked.recipe, asked.output
     accelerator = start(recipe.model)
     sharded.check(recipe)
-    tokenizer, capacity = (
+    tokenizer, (capacity, _) = (
         read_tokenizer(model := resolve_base(recipe.model, cache)),
-        planned_capacity(model, recipe.model.base, recipe.sources),
+        check_outline(recipe, outline_of(model), accelerator.device),
     )
     examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=not accelerator.is_main_process, capacity=capacity)
     plain = make_job(recipe, examples)

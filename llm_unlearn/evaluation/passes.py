@@ -30,6 +30,7 @@ from llm_unlearn.evaluation.likelihood import (
 )
 from llm_unlearn.evaluation.sets import EncodedSet, behind
 from llm_unlearn.evaluation.tables import Draws, Need, Neighbours, SetTable, Shots, Tables
+from llm_unlearn.models.given import answering
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.readings import head_arrays
 from llm_unlearn.models.scores import head_of
@@ -161,19 +162,14 @@ def made(
         parts = {at: part for at, part in parts.items() if all(gather_object([at in parts]))}
     lacking = {at: job for at, job in jobs.items() if at not in parts}
     if lacking:
-        was_training = loaded.model.training
-        loaded.model.eval()
         count = sum(job.answers for job in lacking.values())
         show = Bar(f"asking {title}".strip(), count, "answer", quiet=not accelerator.is_main_process)
-        try:
-            with show, torch.no_grad(), accelerator.autocast():
-                for at, job in lacking.items():
-                    parts[at] = job.make(show)
-                    path = paths[at]
-                    if path and accelerator.is_main_process:
-                        write_part(parts[at], path)
-        finally:
-            loaded.model.train(was_training)
+        with answering(loaded.model), show, torch.no_grad(), accelerator.autocast():
+            for at, job in lacking.items():
+                parts[at] = job.make(show)
+                path = paths[at]
+                if path and accelerator.is_main_process:
+                    write_part(parts[at], path)
     return parts
 
 

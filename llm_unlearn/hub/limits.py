@@ -63,7 +63,8 @@ def _of_the_weights(told: Facts) -> Iterator[str]:
             "The numbers were taken with the adapter on its base. Merged weights compute the same up to rounding, and were not "
             "measured by themselves."
         )
-    if bits := model.get("quantize"):
+    run = (told.results or {}).get("run") or {}
+    if bits := model.get("quantize") or run.get("quantization"):
         other = "; on a base in full precision" if told.kind == "adapter" else ". These weights are in full precision, and so"
         yield f"It was trained and measured on a base in {bits}{other} its numbers differ."
     if model.get("chat_template"):

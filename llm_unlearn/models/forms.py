@@ -14,7 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_model
 
 from llm_unlearn.models.combined import combination_of, counted
-from llm_unlearn.models.load import Loaded, causal, has_adapter, load
+from llm_unlearn.models.load import Loaded, causal, has_adapter, load, read_config
+from llm_unlearn.models.merging import merge_adapter
+from llm_unlearn.models.quantized import BITS, own_quantization
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused
 
@@ -45,10 +47,13 @@ class Again:
         path = self.adapter if adapter else None
         if not merged or not (path or self.model.start):
             return load(wanted, self.device, adapter=path)
-        whole = load(replace(self.model, quantize=None), self.device, adapter=path)
+        own = own_quantization(read_config(self.model))
+        if own and not wanted.quantize and own.format in BITS:
+            wanted = replace(wanted, quantize=own.format)
+        whole = load(replace(self.model, quantize=None), self.device, adapter=path, full_precision=True)
         if combination_of(whole.causal):
             raise Refused(f"{path}: combines the logits of several models, which no one set of weights does; it cannot be merged.")
-        net = whole.model.merge_and_unload() if has_adapter(whole.model) else whole.model
+        net = merge_adapter(whole.model, str(path)) if has_adapter(whole.model) else whole.model
         parts = (*whole.parts, "merged", wanted.quantize)
         if not wanted.quantize:
             return replace(whole, model=net, parts=parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,15 +18,16 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from llm_unlearn.data.examples import PLAIN_TEMPLATE, frugal
 from llm_unlearn.folder import adapter_in
 from llm_unlearn.hub.fetching import MODEL_FILES, SMALL_FILES, named
 from llm_unlearn.lines import text_of
-from llm_unlearn.models import combined, kernels, sound, strangers
+from llm_unlearn.models import combined, kernels, quantized, sound, strangers
 from llm_unlearn.models.adapter_targets import targets_of
+from llm_unlearn.models.merging import merge_adapter
 from llm_unlearn.models.trainable_weights import check_adapted
 from llm_unlearn.sections import Adapter, Model
 from llm_unlearn.source import missing
@@ -102,18 +104,28 @@ def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def read_config(model: Model) -> Any:
-    """The architecture of a model. Dropout is off everywhere: its masks would be drawn per process, and runs would depend on
-    their number."""
+    """Return the architecture of a model, every dropout and noise of it 0 (`training_mode.py` says why).
+
+    Raises:
+        Refused: there is no config.json that transformers reads.
+    """
     folder = folder_of(model.base, model.revision, SMALL_FILES)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of a broken file, nearly anything
         raise Refused(f"{model.base}: no model can be read there ({strangers.why(error)}).") from error
     strangers.check_kernels(config, model.base)
-    for name, value in vars(config).items():
-        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for part in strangers.parts_of(config):
+        for name, value in vars(part).items():
+            if RANDOM.search(name) and isinstance(value, float):
+                setattr(part, name, 0.0)
     return config
+
+
+TIED = "Model has `tie_word_embeddings=True`"
+"""How peft warns of an adapter on a tied head; merging.py unties it before it is merged."""
+RANDOM = re.compile("drop|noise|jitter")
+"""Names of settings that draw at random while a model is trained, such as `resid_pdrop` and `router_jitter_noise`."""
 
 
 def dtype_of(model: Model, device: torch.device) -> torch.dtype:
@@ -122,12 +134,15 @@ def dtype_of(model: Model, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if model.precision == "bf16" or (model.precision == "auto" and able) else torch.float32
 
 
-def load(model: Model, device: torch.device, adapter: str | None = None, train: bool = False) -> Loaded:
+def load(
+    model: Model, device: torch.device, adapter: str | None = None, train: bool = False, full_precision: bool = False
+) -> Loaded:
     """Read a model onto a device.
 
     Args:
         adapter: a trained adapter to put on it (for evaluation).
         train: keep full weights that are to be trained in fp32; the computation's precision is autocast's business.
+        full_precision: turn the weights of a base that is quantized already back, so that an adapter can be merged.
 
     Raises:
         Refused: the model, its tokenizer or the adapter cannot be used, and why.
@@ -138,7 +153,9 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     strangers.check_weights(folder, model.base, "*.safetensors")
     dtype = dtype_of(model, device)
     weights = torch.float32 if train and not model.adapter else dtype
-    config, quantization = read_config(model), _quantization(model, dtype)
+    config = read_config(model)
+    quantized.check_package(config, model.base, device)
+    quantization = quantized.settings_for(model, config, dtype)
     try:
         net, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=weights, device_map={"": device}, use_safetensors=True, trust_remote_code=False,
@@ -150,11 +167,13 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
     except Exception as error:  # of a broken file, nearly anything
         raise Refused(f"{model.base}: cannot be loaded ({strangers.why(error)}).") from error
     sound.check_model(net, report, model.base)
-    if model.quantize in ("nf4", "fp4") and device.type == "cpu":
-        _prepare_4bit_on_cpu(net)
+    if device.type == "cpu":
+        quantized.prepare_4bit_on_cpu(net)
+    if full_precision:
+        net = quantized.dequantized(net, model.base)
     tokenizer = read_tokenizer(model)
     if model.start:
-        if model.quantize:
+        if quantized.is_quantized(net):
             raise Refused(
                 "model.start: an adapter cannot be merged into quantized weights without a loss; merge it first, then quantize."
             )
@@ -162,7 +181,7 @@ def load(model: Model, device: torch.device, adapter: str | None = None, train: 
             if combined.is_combined(begun := folder_of(adapter_in(start))):
                 text = "combines the logits of several models, which no one set of weights does; name another"
                 raise Refused(f"model.start: {begun} {text}.")
-            net = put_on(net, begun).merge_and_unload()
+            net = merge_adapter(put_on(net, begun), start)
     if adapter:
         net = put_on(net, folder_of(adapter))
     return Loaded(net.eval(), tokenizer, parts_of(model, tokenizer, weights, adapter))
@@ -187,6 +206,7 @@ def put_on(net: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below, by name
+            warnings.filterwarnings("ignore", TIED)
             one, *others = places
             model = peft.PeftModel.from_pretrained(net, str(places[one]), adapter_name=one)
             for name in others:
@@ -198,38 +218,6 @@ def put_on(net: Any, folder: Path) -> Any:
     for name, place in places.items():
         sound.check_adapter(model, place, name)
     return combined.combine(model.get_base_model(), wanted) if wanted else model
-
-
-def _prepare_4bit_on_cpu(net: Any) -> None:
-    """Keep bitsandbytes from repacking weights for AVX512 in eval mode: gradients do not pass through the packed form, and
-    saving loses precision.
-
-    Raises:
-        Refused: a layer's size does not divide by 32, which its CPU kernels need.
-    """
-    for name, layer in net.named_modules():
-        if type(layer).__name__ == "Linear4bit":
-            layer.support_avx512bf16_for_cpu = False
-            if layer.out_features % 32:
-                raise Refused(
-                    f"model.quantize: 4 bits on a CPU need output sizes that divide by 32; {name} has {layer.out_features}."
-                )
-
-
-def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if not model.quantize:
-        return None
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise Refused(
-            f"model.quantize: {model.quantize} needs bitsandbytes; install it with: pip install 'llm-unlearn[quantize]'."
-        ) from None
-    if model.quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=model.quantize, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
 
 
 def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
@@ -248,6 +236,7 @@ def add_adapter(net: Any, adapter: Adapter, seed: int) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers has renamed
+                warnings.filterwarnings("ignore", TIED)
                 warnings.filterwarnings("ignore", "fan_in_fan_out")  # it sees by itself which way round GPT-2 keeps its weights
                 model = peft.get_peft_model(net, config)
         except ValueError as error:

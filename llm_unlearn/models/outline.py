@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from llm_unlearn.data.capacity import Capacity
 from llm_unlearn.models.load import causal, read_config
+from llm_unlearn.models.quantized import Quantization, check_quantized
 from llm_unlearn.models.structure import body_of
+from llm_unlearn.recipe import Recipe
 from llm_unlearn.sections import Model
-from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, reason
 
 OFFSET = 2
@@ -56,15 +56,14 @@ def capacity_of(model: Any, name: str = "the model", most: int = 0) -> Capacity:
     return Capacity(name, rows, trained if limited else None, trained)
 
 
-def planned_capacity(model: Model, name: str, sources: Mapping[str, Source], net: Any = None) -> Capacity:
-    """Return what the model of a recipe can read, asked of its config before anything is read.
+def check_outline(recipe: Recipe, net: Any, device: torch.device) -> tuple[Capacity, Quantization | None]:
+    """Ask the outline of a recipe's model what it can read, and how its weights are quantized; the same in `plan` and `run`.
 
-    Args:
-        name: what the user calls the model.
-        sources: what it is to read.
-        net: the model, where it is built already.
+    Raises:
+        Refused: the recipe cannot train on weights that are quantized so.
     """
-    return capacity_of(outline_of(model) if net is None else net, name, max(source.max_tokens for source in sources.values()))
+    most = max(source.max_tokens for source in recipe.sources.values())
+    return capacity_of(net, recipe.model.base, most), check_quantized(recipe, net.config, device)
 
 
 def _has_table(net: Any, trained: int) -> bool:

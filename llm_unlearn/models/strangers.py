@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def check_kernels(config: Any, name: str) -> None:
     Raises:
         Refused: they do.
     """
-    for part in (config, *_parts(config)):
+    for part in parts_of(config):
         for key in ("_attn_implementation", "_experts_implementation"):
             if "/" in str(getattr(part, key, None) or ""):
                 raise Refused(
@@ -66,6 +66,9 @@ def check_kernels(config: Any, name: str) -> None:
                 )
 
 
-def _parts(config: Any) -> Iterable[Any]:
-    """The settings of a model's parts, as of a decoder within a model that also sees."""
-    return (part for key in getattr(config, "sub_configs", ()) if (part := getattr(config, key, None)) is not None)
+def parts_of(config: Any) -> Iterator[Any]:
+    """Iterate over a config and those of its parts, such as the decoder of a model that also reads images."""
+    yield config
+    for key in getattr(config, "sub_configs", ()):
+        if (part := getattr(config, key, None)) is not None:
+            yield from parts_of(part)

@@ -27,7 +27,7 @@ def check_head(model: Any) -> None:
         Refused: this architecture computes its logits in a way that is not known here.
     """
     net = causal(model)
-    ids, at = _few_tokens(net)
+    ids, at = few_tokens(net)
     with torch.no_grad():
         own = net(input_ids=ids, use_cache=False).logits[0].float()
         ours = head_of(model)(Scorer(model)(ids, at)[TOP])
@@ -44,7 +44,7 @@ def check_depth(model: Any, layers: Layers) -> None:
         Refused: a layer is not there, or this architecture cannot be ended early.
     """
     net = causal(model)
-    ids, at = _few_tokens(net)
+    ids, at = few_tokens(net)
     with torch.no_grad():
         short, whole = (Scorer(model)(ids, at, wanted) for wanted in (layers, (*layers, TOP)))
     if not all(torch.allclose(short[layer], whole[layer], rtol=1e-3, atol=1e-3) for layer in layers):
@@ -77,7 +77,7 @@ def freeze_unreached(model: Any, layers: Layers) -> None:
     Raises:
         Refused: nothing trainable is left.
     """
-    ids, at = _few_tokens(causal(model))
+    ids, at = few_tokens(causal(model))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     with torch.enable_grad():
         made = torch.stack([one.float().sum() for one in Scorer(model)(ids, at, layers).values()]).sum()
@@ -98,7 +98,7 @@ def last_norm(model: Any) -> nn.Module:
         Refused: the last hidden states are not one part's work on the last layer's output.
     """
     net = causal(model)
-    ids, at = _few_tokens(net)
+    ids, at = few_tokens(net)
     parts: list[nn.Module] = []
     owner = body_of(net)[1].get_submodule(decoder_layers(body_of(net)[1])[0].rpartition(".")[0])
     handles = [part.register_forward_hook(lambda part, given, made: parts.append(part)) for part in owner.children()]
@@ -157,12 +157,14 @@ def _states_and_slopes(model: Any, packed: bool) -> list[Tensor]:
 def _last_states(model: Any, packed: bool) -> Tensor:
     """(N, D) of three short sequences, one after the other or end to end."""
     net = causal(model)
-    few = [Example(tuple(_few_tokens(net)[0][0, :length].tolist()), 1, "few", length) for length in (3, 7, 2)]
+    few = [Example(tuple(few_tokens(net)[0][0, :length].tolist()), 1, "few", length) for length in (3, 7, 2)]
     batch = lay_out(few, packed).to(net.device)
     return torch.as_tensor(Scorer(model)(batch.input_ids, batch.at, packing=batch.packing)[TOP]).float()
 
 
-def _few_tokens(net: Any) -> tuple[Tensor, Tensor]:
+def few_tokens(model: Any) -> tuple[Tensor, Tensor]:
+    """Return ids (1, 8) and positions (8,) on a model's device."""
+    net = causal(model)
     ids = torch.arange(1, 9, device=net.device)[None] % net.config.get_text_config().vocab_size
     return ids, torch.arange(8, device=net.device)
 

@@ -161,7 +161,7 @@ def release(model: Model, output: Path, cache: Path) -> None:
     from llm_unlearn.models.load import load
 
     wanted = replace(resolve_base(model, cache), quantize=None)
-    loaded = load(wanted, torch.device("cpu"))
+    loaded = load(wanted, torch.device("cpu"), full_precision=True)
     with whole(output) as unfinished:
         loaded.causal.save_pretrained(str(unfinished))
         loaded.tokenizer.save_pretrained(str(unfinished))

@@ -18,6 +18,7 @@ from llm_unlearn.data.tokens import lengths_of, targets_of
 from llm_unlearn.evaluation import suite as suites
 from llm_unlearn.models.experts import experts_of
 from llm_unlearn.models.load import add_adapter, dtype_of, trainable
+from llm_unlearn.models.quantized import quantization_of
 from llm_unlearn.plan import GIB, memory, skeleton_of
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.sections import Adapter, Data, Model
@@ -148,7 +149,8 @@ def _settings(
 
     def needed(fit: Fit) -> float:
         draft = _draft(request, settings, fit, sources)
-        return sum(memory(draft, base, moved, config, data.longest, dtype_of(draft.model, device), False, False).values())
+        kept = quantization_of(net.config, draft.model)
+        return sum(memory(draft, kept, base, moved, config, data.longest, dtype_of(draft.model, device), False, False).values())
 
     fits = recommend.fits_of(about, can_quantize=device.type == "cuda" or divides)
     chosen = next((fit for fit in fits if needed(fit) <= recommend.ROOM * free), fits[-1])

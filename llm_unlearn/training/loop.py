@@ -19,6 +19,7 @@ from llm_unlearn.models.experts import recorded_routers
 from llm_unlearn.models.load import causal, earlier_directions, trainable
 from llm_unlearn.models.optimizer import make_optimizer
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of
+from llm_unlearn.models.training_mode import check_training_mode, enable_training
 from llm_unlearn.models.trials import can_pack, check_depth, check_head, freeze_unreached
 from llm_unlearn.objectives.terms import Ramp, Term, stream_of
 from llm_unlearn.objectives.views import ROUTERS, TOP, WHOLE
@@ -106,6 +107,7 @@ def check(job: Job, model: Any) -> None:
         Refused: its architecture is not supported, or a layer that is named is not there.
     """
     check_head(model)
+    check_training_mode(model)
     read = {layer for layers in job.layers.values() for layer in layers}
     if ROUTERS in read:
         recorded_routers(causal(model))
@@ -125,7 +127,7 @@ class Training:
             freeze_unreached(model, tuple(sorted({layer for read in job.layers.values() for layer in read})))
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
-        model.train()  # dropout is off in every model; gradient checkpointing looks at this flag, and 8-bit layers compute by it
+        enable_training(model)
         self.job, self.net, self.accelerator, self.progress = job, model, accelerator, Progress()
         scorer, head = Scorer(model), head_of(model)
         self.probe = Probe.of(settings.stop, job.examples, job.seed, settings.batch_tokens, job.aim) if settings.stop else None
