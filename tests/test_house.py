@@ -469,14 +469,16 @@ def test_a_model_is_called_in_scores_and_generates_in_generation() -> None:
     """Rule 4; passes.py was cut in five by subject: which passes, sets, likelihood, generation, kept parts. combined.py makes a
     model of models: it puts a head in the place of theirs, and is itself what is called. trials.py compares scores with the model's
     own forward pass. adapter_targets.py leaves the head out, and tries which layers are called; outline.py
-    runs a model without weights."""
+    runs a model without weights; merging.py compares a merged model with the unmerged one."""
     assert set(where(lambda node: call_of(node, "generate"))) == {"evaluation/generation.py"}
     assert set(where(lambda node: call_of(node, "base_model", "lm_head", "get_output_embeddings"))) == {
         "models/scores.py",
         "models/combined.py",
         "models/adapter_targets.py",
+        "models/merging.py",
     }
     assert set(where(lambda node: given(node, "input_ids", "inputs_embeds"))) == {
+        "models/merging.py",
         "models/outline.py",
         "models/scores.py",
         "models/trials.py",
@@ -484,9 +486,8 @@ def test_a_model_is_called_in_scores_and_generates_in_generation() -> None:
         "evaluation/generation.py",
     }
     passes = where(lambda node: given(node, "input_ids") and not call_of(node, "generate"))
-    assert set(passes) == {"models/scores.py", "models/trials.py", "models/adapter_targets.py", "models/outline.py"}, (
-        "what is given input_ids in generation.py generates"
-    )
+    modules = ("adapter_targets", "merging", "outline", "scores", "trials")
+    assert set(passes) == {f"models/{name}.py" for name in modules}, "what is given input_ids in generation.py generates"
     assert not where(lambda node: given(node, "labels")), "transformers' own loss is a mean over one micro-batch"
     states = where(lambda node: isinstance(node, ast.Attribute) and node.attr in ("last_hidden_state", "hidden_states"))
     assert set(states) == {"models/scores.py"}
