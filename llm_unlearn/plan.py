@@ -271,7 +271,8 @@ def memory(
     states = moved * (4 + STATES[recipe.train.optimizer]) + (4 * moved if recipe.model.adapter else 0)
     tokens = max(longest, min(recipe.train.batch_tokens, longest * sum(recipe.window.values())))
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, (list, tuple)) else int(inner)  # Gemma-3n has one for each layer
     layer = (18 * hidden + 4 * inner) * size
     kept = layers * hidden * size + layer if recipe.train.gradient_checkpointing else layers * layer
     kept = layer if offload else kept

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import peft
@@ -32,7 +33,7 @@ from llm_unlearn.embedded.target import make_tokenizer
 
 ROWS, LIMIT = 3, 6
 """Rows of each set, and tokens of an answer that the model writes."""
-BETA, WEIGHTS, RATE = 0.5, {"forget": 1.0, "retain": 2.0, "keep": 0.5}, 0.3
+BETA, WEIGHTS, RATE = 0.5, {"forget": 1.0, "retain": 2.0, "keep": 0.5}, 0.05
 
 RECIPE = f"""\
 output: OUTPUT
@@ -56,7 +57,6 @@ measures:
   - {{name: perplexity, set: forget}}
   - {{name: rouge, set: forget}}
   - {{name: perplexity, set: retain}}
-  - {{name: rouge, set: retain}}
 max_new_tokens: {LIMIT}
 """
 
@@ -101,6 +101,10 @@ def _encode(tokenizer: Any, question: str, answer: str) -> Row:
     return Row(tuple(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]), len(start))
 
 
+PAGE = "llm_unlearn.report.page.write_page"
+"""Draws the report, which takes as long as all the rest and is the same for every architecture."""
+
+
 @dataclass(frozen=True)
 class Command:
     """Exit code and output of a command."""
@@ -112,7 +116,7 @@ class Command:
 def command(*words: str) -> Command:
     """Run a command in this process; what it prints is kept back."""
     out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), mock.patch(PAGE):
         code = main(words)
     lines = errors.getvalue().splitlines()
     return Command(code, "\n".join(line for line in lines if line.startswith("error:")) if code == 2 else "\n".join(lines[-8:]))
@@ -227,7 +231,7 @@ def check_rows(found: pd.DataFrame, column: str, model: Any, bench: Bench) -> No
         mine = found[(found["set"] == name) & (found["model"] == column)]
         theirs = [-float(likelihood(log_probabilities(model, row), row).sum()) for row in of_set]
         check_close(f"log-likelihood of {name}, {column}", list(mine["nll"]), theirs)
-        texts = [write(model, row, bench.tokenizer) for row in of_set]
+        texts = [write(model, row, bench.tokenizer) for row in of_set] if name == "forget" else [None] * len(of_set)
         if list(mine["written"]) != texts:
             raise Broken(f"texts of {name}, {column}: {list(mine['written'])} instead of {texts}")
 
