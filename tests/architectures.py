@@ -1,6 +1,7 @@
 """Examine an architecture: the main job on a small model of it, against plain transformers and peft, one sequence at a time.
 
-python tests/architectures.py llama rwkv  # examine these; without a name, all
+python tests/architectures.py llama rwkv           # examine these; without a name, all
+python tests/architectures.py llama rwkv --write   # and write the lines of those that are right into docs/models.md
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from small_models import IDS, KINDS, small_model
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_unlearn.cli import main
 from llm_unlearn.embedded.population import rows
 from llm_unlearn.embedded.target import make_tokenizer
+from llm_unlearn.models.structure import decoder_layers
+from llm_unlearn.models.trials import can_pack, check_depth
+from llm_unlearn.spec import Refused
 
 ROWS, LIMIT = 3, 6
 """Rows of each set, and tokens of an answer that the model writes."""
@@ -231,8 +236,8 @@ def check_rows(found: pd.DataFrame, column: str, model: Any, bench: Bench) -> No
         mine = found[(found["set"] == name) & (found["model"] == column)]
         theirs = [-float(likelihood(log_probabilities(model, row), row).sum()) for row in of_set]
         check_close(f"log-likelihood of {name}, {column}", list(mine["nll"]), theirs)
-        texts = [write(model, row, bench.tokenizer) for row in of_set] if name == "forget" else [None] * len(of_set)
-        if list(mine["written"]) != texts:
+        texts = [write(model, row, bench.tokenizer) for row in of_set] if name == "forget" else []
+        if name == "forget" and list(mine["written"]) != texts:
             raise Broken(f"texts of {name}, {column}: {list(mine['written'])} instead of {texts}")
 
 
@@ -257,12 +262,73 @@ def examine(kind: str, bench: Bench, folder: Path) -> str:
     return planned.errors
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What training may use with an architecture beyond plain LoRA."""
+
+    packing: bool
+    """Sequences end to end give the numbers of padded ones."""
+    depth: bool
+    """A pass that ends at a lower layer gives that layer's output of a whole pass."""
+    sharding: bool
+    """Its decoder layers are modules that a forward pass calls once each, which is what `fully_shard` needs of them."""
+
+
+def abilities(kind: str) -> Abilities:
+    """Try on a small model what `train` tries before it relies on an architecture."""
+    model = small_model(kind)
+    try:
+        check_depth(model, (0,))
+        depth = True
+    except Refused:
+        depth = False
+    calls: list[int] = []
+    _, layers = decoder_layers(model)
+    handles = [layer.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(layers)]
+    with torch.no_grad():
+        model(input_ids=torch.arange(4, 12)[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return Abilities(can_pack(model, 7), depth, calls == list(range(len(layers))))
+
+
+PAGE_FILE = Path(__file__).parents[1] / "docs" / "models.md"
+HEAD = """\
+| model type | class | LoRA | packing | depth | FSDP2 |
+|---|---|---|---|---|---|
+"""
+
+
+def line_of(kind: str, found: Abilities) -> str:
+    """The line of docs/models.md of an architecture that is right."""
+    marks = " | ".join("yes" if mark else "no" for mark in (found.packing, found.depth, found.sharding))
+    return f"| {kind} | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} | yes | {marks} |"
+
+
+def lines_in(page: str) -> dict[str, str]:
+    """Model type -> its line of the table."""
+    table = page.partition(HEAD)[2].partition("\n\n")[0]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()}
+
+
+def write_page(kinds: Sequence[str]) -> None:
+    """Write the lines of these architectures into docs/models.md; the others stay."""
+    page = PAGE_FILE.read_text(encoding="utf-8")
+    before, _, table = page.partition(HEAD)
+    lines = lines_in(page)
+    for kind in kinds:
+        lines[kind] = line_of(kind, abilities(kind))
+    text = "".join(lines[kind] + "\n" for kind in sorted(lines))
+    PAGE_FILE.write_text(before + HEAD + text + "\n" + table.partition("\n\n")[2], encoding="utf-8")
+
+
 def main_() -> None:
     """Examine architectures, and print of each whether it is right, or why not."""
     warnings.simplefilter("error")
+    results: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as place:
         bench = Bench.of(Path(place))
-        for kind in sys.argv[1:] or KINDS:
+        for kind in [word for word in sys.argv[1:] if word != "--write"] or KINDS:
             folder = Path(place) / kind
             folder.mkdir()
             began = time.process_time()
@@ -270,7 +336,10 @@ def main_() -> None:
                 result = examine(kind, bench, folder) or "right"
             except Exception as error:
                 result = f"{type(error).__name__}: {error}"
+            results[kind] = result
             print(f"{kind} ({time.process_time() - began:.1f} s): {result}", flush=True)
+    if "--write" in sys.argv:
+        write_page([kind for kind, result in results.items() if result == "right"])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""The main job on small models of the architectures that transformers brings, against plain transformers and peft."""
+"""The main job on small models of the architectures that transformers brings, against plain transformers and peft; and whether
+docs/models.md says what comes out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from architectures import Bench, examine
+import torch
+from architectures import PAGE_FILE, Bench, abilities, command, examine, line_of, lines_in
+from small_models import small_config, small_model
+from transformers import AutoModelForCausalLM
 
-RIGHT = (
-    "llama", "gpt2", "gemma3_text", "mixtral", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "granite", "cohere2", "gpt_neox",
-)  # fmt: skip
+from llm_unlearn.models.decoding import Decoding, decoding_of
+from llm_unlearn.models.structure import check_decoder
+from llm_unlearn.spec import Refused
+
+LINES = lines_in(PAGE_FILE.read_text(encoding="utf-8"))
+ENCODERS = ("bert", "roberta", "electra", "big_bird")
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +24,39 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench.of(tmp_path_factory.mktemp("bench"))
 
 
-@pytest.mark.parametrize("kind", RIGHT)
+def test_the_page_has_at_least_forty_architectures() -> None:
+    assert len(LINES) >= 40
+
+
+@pytest.mark.parametrize("kind", LINES)
 def test_an_architecture_computes_what_transformers_and_peft_compute(kind: str, bench: Bench, tmp_path: Path) -> None:
     assert examine(kind, bench, tmp_path) == ""
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_the_page_says_what_an_architecture_can_do(kind: str) -> None:
+    assert line_of(kind, abilities(kind)) == LINES[kind], "python tests/architectures.py NAME --write"
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_is_refused_alike_by_plan_and_run(kind: str, bench: Bench, tmp_path: Path) -> None:
+    assert "its layers read the tokens that follow" in examine(kind, bench, tmp_path)
+
+
+def test_a_head_with_layers_of_its_own_is_refused() -> None:
+    config = small_config("bert")
+    config.is_decoder = True
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(Refused, match="its head has layers of its own"):
+        check_decoder(model)
+
+
+def test_a_model_that_ignores_padding_is_not_padded() -> None:
+    assert decoding_of(small_model("rwkv")) == Decoding(cached=True, padded=False)
+    assert decoding_of(small_model("llama")) == decoding_of(small_model("gpt_oss")) == Decoding()
+
+
+def test_a_command_that_fails_keeps_its_words(tmp_path: Path) -> None:
+    found = command("plan", str(tmp_path / "none.yaml"))
+    assert found.code == 2 and "none.yaml" in found.errors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from llm_unlearn.evaluation.desk import Desk, padded
 from llm_unlearn.evaluation.likelihood import dealt, gathered
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.evaluation.tables import Draws
+from llm_unlearn.models.decoding import Decoding, decoding_of, without_defaults
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.outline import capacity_of
 from llm_unlearn.models.readings import next_logits
@@ -188,11 +188,12 @@ def written(
     Asks are taken up in their order, as many at once as `batch_tokens` hold if each became as long as the longest may. Once one of
     `FULL` has ended, others come in their place; their prompts are read by themselves. Where none waits, the rest goes on in a
     smaller batch once half has ended. Where what was computed cannot be cut, or a CPU has `MANY` at once, a batch is written to its
-    end before the next.
+    end before the next. A model that cannot be padded (`models/decoding.py`) writes batches of equally long prompts.
     """
     asks = _within(asks, capacity_of(loaded.model).positions)
-    writer, waiting = _Writer(loaded, asks, device, guide), deque(range(len(asks)))
-    refilled = device.type != "cpu" or MANY * max(map(_need, asks), default=0) > batch_tokens
+    decoding = decoding_of(loaded.model) if asks else Decoding()
+    writer, waiting = _Writer(loaded, asks, device, guide, decoding), deque(range(len(asks)))
+    refilled = decoding == Decoding() and (device.type != "cpu" or MANY * max(map(_need, asks), default=0) > batch_tokens)
     desk: Desk | None = None
     while waiting or desk:
         fresh = writer.fitting(waiting, desk.rows if desk else [], batch_tokens) if refilled or not desk else []
@@ -214,6 +215,7 @@ class _Writer:
     asks: Sequence[Ask]
     device: torch.device
     guide: Guide | None
+    decoding: Decoding
 
     def fitting(self, waiting: deque[int], rows: Sequence[int], batch_tokens: int) -> list[int]:
         """Take from those that wait as many as there is room for beside these rows; beside none, at least one."""
@@ -221,7 +223,8 @@ class _Writer:
         while waiting:
             widest = max(widest, _need(self.asks[waiting[0]]))
             count = len(rows) + len(fresh)
-            if count and (count + 1) * widest > batch_tokens:
+            unequal = not self.decoding.padded and fresh and len(self.asks[waiting[0]].prompt) != len(self.asks[fresh[0]].prompt)
+            if count and (unequal or (count + 1) * widest > batch_tokens):
                 break
             fresh.append(waiting.popleft())
         return fresh
@@ -243,6 +246,7 @@ class _Writer:
         here, settings = [self.asks[i] for i in desk.rows], _writing(self.loaded, self.asks[0].end)
         # no padding is in front of the widest row, so that this many tokens end at least that one
         settings.max_new_tokens = most or max(map(_need, here)) - desk.ids.shape[1]
+        settings.use_cache = self.decoding.cached
         skip = desk.ids.shape[1] - desk.mask.sum(1)
         begin = skip + desk.ids.new_tensor([len(ask.prompt) for ask in here])
         limits, stop = desk.ids.new_tensor([ask.limit for ask in here]), desk.ids.new_tensor(settings.eos_token_id)
@@ -259,21 +263,10 @@ class _Writer:
         for i, row, at, length in zip(desk.rows, out.sequences.tolist(), begin.tolist(), enough.length.tolist(), strict=True):
             ended = bool(length) and row[at + length - 1] in settings.eos_token_id
             found += [(i, row[at : at + length - ended], ended)] if length else []
-        after = Desk(desk.rows, out.sequences, mask, desk.numbers, out.past_key_values)
+        cache = out.past_key_values if self.decoding.cached else None
+        after = Desk(desk.rows, out.sequences, mask, desk.numbers, cache)
         on = (enough.length == 0).nonzero()[:, 0]
         return after.only(on) if len(on) else None, found
-
-
-@contextmanager
-def without_defaults(net: Any) -> Iterator[None]:
-    """Hide the model's generation_config.json, from which `generate` fills every setting that is left unset (penalties, forced and
-    suppressed tokens, minimal lengths)."""
-    own = net.generation_config
-    try:
-        net.generation_config = GenerationConfig()
-        yield
-    finally:
-        net.generation_config = own
 
 
 def _within(asks: Sequence[Ask], positions: int | None) -> Sequence[Ask]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from llm_unlearn.data.capacity import Capacity
 from llm_unlearn.models.load import causal, read_config
 from llm_unlearn.models.quantized import Quantization, check_quantized
-from llm_unlearn.models.structure import body_of
+from llm_unlearn.models.structure import body_of, check_decoder
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.sections import Model
 from llm_unlearn.spec import Refused, reason
@@ -36,6 +36,7 @@ def outline_of(model: Model) -> Any:
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         raise Refused(f"{model.base}: no causal language model can be built from its config.json ({reason(error)}).") from error
     body_of(net)
+    check_decoder(net)
     return net
 
 

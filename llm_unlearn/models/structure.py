@@ -45,3 +45,27 @@ def body_of(net: Any) -> tuple[str, Any]:
     if not inner:
         raise Refused(f"{type(net).__name__}: its decoder is no part of its own; this architecture is not supported.")
     return name, net._modules[name]
+
+
+def check_decoder(net: Any) -> None:
+    """Check that a model predicts each token from those before it, by a head that reads its last hidden states.
+
+    Raises:
+        Refused: its layers are those of an encoder, or its head has layers of its own.
+    """
+    kind = type(net).__name__
+    _, layers = decoder_layers(net)
+    causal = [getattr(part, "is_causal", None) for part in layers.modules()]
+    if getattr(net.config, "is_decoder", None) is False and True not in causal:  # GPT-NeoX says so too, and is causal
+        raise Refused(
+            f"{kind}: its layers read the tokens that follow, as an encoder does (is_decoder: false). Take a causal language model."
+        )
+    head = net.get_output_embeddings()
+    owner = next((part for part in net.modules() if any(child is head for child in part.children())), None)
+    beside = (
+        [name for name, child in owner.named_children() if child is not head and any(True for _ in child.parameters())]
+        if owner
+        else []
+    )
+    if owner is not None and owner is not net and beside:
+        raise Refused(f"{kind}: its head has layers of its own ({', '.join(beside)}); this architecture is not supported.")

@@ -24,13 +24,16 @@ def check_head(model: Any) -> None:
     """Compare `Scorer` and `head_of` with the model's own forward pass, once, on a few tokens.
 
     Raises:
-        Refused: this architecture computes its logits in a way that is not known here.
+        Refused: this architecture computes its logits in a way that is not known here, or reads the tokens that follow.
     """
     net = causal(model)
     ids, at = few_tokens(net)
     with torch.no_grad():
         own = net(input_ids=ids, use_cache=False).logits[0].float()
-        ours = head_of(model)(Scorer(model)(ids, at)[TOP])
+        states = Scorer(model)(ids, at)[TOP]
+        ours, first = head_of(model)(states), Scorer(model)(ids[:, :5], at[:5])[TOP]
+    if not torch.allclose(states[:5], first, rtol=2e-2, atol=2e-2 * float(states.abs().max())):
+        raise Refused(f"{type(net).__name__}: its states depend on the tokens that follow. Take a causal language model.")
     if not torch.allclose(own, ours, rtol=2e-2, atol=2e-2 * float(own.abs().max())):
         raise Refused(
             f"{type(net).__name__}: its logits are not its head on its last hidden state; this architecture is not supported yet."
