@@ -91,7 +91,10 @@ def all_of(loaded: Loaded, asks: list[Ask], batch_tokens: int) -> list[tuple[lis
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_what_is_written_together_is_what_is_written_alone(kind: str, temperature: float) -> None:
-    loaded, asks = make(kind), many(temperature, 16 if kind in ("states", "no mask") else 40)  # which is slow without its own kernels
+    loaded, asks = (
+        make(kind),
+        many(temperature, 16 if kind in ("states", "no mask") else 40),
+    )  # which is slow without its own kernels
     expected = [alone(loaded, ask) for ask in asks]
     lengths = {len(text) for text, _ in expected}
     assert len(lengths) > 5 and max(lengths) > 20, "very different ones"

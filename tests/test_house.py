@@ -469,15 +469,18 @@ def test_a_model_is_called_in_scores_and_generates_in_generation() -> None:
     """Rule 4; passes.py was cut in five by subject: which passes, sets, likelihood, generation, kept parts. combined.py makes a
     model of models: it puts a head in the place of theirs, and is itself what is called. trials.py compares scores with the model's
     own forward pass. adapter_targets.py leaves the head out, and tries which layers are called; outline.py
-    runs a model without weights; merging.py compares a merged model with the unmerged one."""
-    assert set(where(lambda node: call_of(node, "generate"))) == {"evaluation/generation.py"}
+    runs a model without weights; merging.py compares a merged model with the unmerged one. decoding.py tries how a model can be
+    asked to generate; structure.py looks at the head."""
+    assert set(where(lambda node: call_of(node, "generate"))) == {"evaluation/generation.py", "models/decoding.py"}
     assert set(where(lambda node: call_of(node, "base_model", "lm_head", "get_output_embeddings"))) == {
         "models/scores.py",
         "models/combined.py",
         "models/adapter_targets.py",
         "models/merging.py",
+        "models/structure.py",
     }
     assert set(where(lambda node: given(node, "input_ids", "inputs_embeds"))) == {
+        "models/decoding.py",
         "models/merging.py",
         "models/outline.py",
         "models/scores.py",
