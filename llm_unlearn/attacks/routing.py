@@ -34,7 +34,11 @@ class ForcedRouting:
     """Mean of exp(mean log p per token), or mean share of tokens that are the first choice."""
 
     x: ClassVar[Axis] = Axis("routing", ticks=("its own", "the original's"), untouched=True)
-    y: ClassVar[Gain] = Gain("how well the model gives the answer")
+
+    @property
+    def y(self) -> Gain:
+        """What is measured."""
+        return Gain("probability" if self.measure == "probability" else "share of first choices")
 
     @property
     def title(self) -> str:
@@ -71,7 +75,7 @@ class ForcedRouting:
         readings = [joined(part, len(examples)) for part in parts]
         values = [one.probability if self.measure == "probability" else one.hits for one in readings]
         far, changed = np.array(gathered(moved, len(examples))).reshape(len(examples), 2).mean(0).tolist()
-        return curve_of((0, 1), values, {DISTANCE: far, **({} if np.isnan(changed) else {CHANGED: changed})})
+        return curve_of((1, 2), values, {DISTANCE: far, **({} if np.isnan(changed) else {CHANGED: changed})})
 
     def remark(self, curves: Mapping[str, Mapping[str, Any]], gap: Mapping[str, Any]) -> str:
         """Measure how far unlearning moved the routing, and whether the knowledge was only routed around."""
