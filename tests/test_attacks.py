@@ -244,7 +244,7 @@ def test_quantization_measures_each_format(sets: dict[str, EncodedSet], tiny_bas
     assert found.y[1] == pytest.approx(np.mean(again), rel=1e-3) == found.notes["nf4"]
     assert found.y[0] == pytest.approx(np.mean(probability_by_hand(one.load(), answers_of(sets["forget"]))), rel=1e-3)
     with pytest.raises(Refused, match="loaded in nf4 already"):
-        attack(replace(one, model=replace(one.model, quantize="nf4")))
+        attack(replace(one, load=lambda **form: one.load(**{"quantize": "nf4", **form})))
 
 
 # -------------------------------------------------------------------------------------------------- what the curves say

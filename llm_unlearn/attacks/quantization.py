@@ -44,11 +44,11 @@ class Quantization:
         return Gain(self.measure)
 
     def __call__(self, subject: Subject) -> Curve:
-        from llm_unlearn.models.quantized import is_quantized
+        from llm_unlearn.models.quantized import own_quantization
 
         loaded = subject.load()
-        if is_quantized(loaded.causal):
-            raise Refused(f"{self.title}: the model is loaded in fewer bits already; evaluate one in full precision.")
+        if kept := own_quantization(loaded.causal.config):
+            raise Refused(f"the model is loaded in {kept.format} already; evaluate one in full precision.")
         asked = answers_of(subject.sets[self.set])
         bits = 8.0 * next(iter(loaded.model.parameters())).element_size()
         points = [(bits, known(loaded, asked, self.measure, subject))]
