@@ -15,10 +15,10 @@ from golden import END, SHAPE, make_golden, make_words
 
 from llm_unlearn.evaluation import desk, generation
 from llm_unlearn.evaluation.generation import Ask, written
+from llm_unlearn.models.decoding import Decoding, decoding_of
 from llm_unlearn.models.load import Loaded
 
 WIDE = SHAPE | {"head_dim": 4, "initializer_range": 0.6}
-IDS = {name: SHAPE[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
 KINDS = {
     "llama": lambda: make_golden(),
     "sliding": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**WIDE, sliding_window=7)),
@@ -28,10 +28,8 @@ KINDS = {
     "states": lambda: transformers.FalconH1ForCausalLM(
         transformers.FalconH1Config(**WIDE, mamba_d_ssm=16, mamba_n_heads=4, mamba_d_head=4, mamba_d_state=8, mamba_chunk_size=8)
     ),
-    "no mask": lambda: transformers.RwkvForCausalLM(transformers.RwkvConfig(**IDS, hidden_size=16, num_hidden_layers=2)),
 }
-"""By what their caches hold: all tokens, the last ones, layers of either kind, and states that cannot be cut; the last one reads
-padding as text."""
+"""By what their caches hold: all tokens, the last ones, layers of either kind, and states that cannot be cut."""
 
 
 def make(kind: str) -> Loaded:
@@ -91,10 +89,7 @@ def all_of(loaded: Loaded, asks: list[Ask], batch_tokens: int) -> list[tuple[lis
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_what_is_written_together_is_what_is_written_alone(kind: str, temperature: float) -> None:
-    loaded, asks = (
-        make(kind),
-        many(temperature, {"states": 16, "no mask": 24}.get(kind, 40)),
-    )  # which is slow without its own kernels
+    loaded, asks = make(kind), many(temperature, 16 if kind == "states" else 40)  # which is slow without its own kernels
     expected = [alone(loaded, ask) for ask in asks]
     lengths = {len(text) for text, _ in expected}
     assert len(lengths) > 5 and max(lengths) > 20, "very different ones"
@@ -106,6 +101,7 @@ def test_what_is_written_together_is_what_is_written_alone(kind: str, temperatur
 @torch.no_grad()
 def test_a_batch_is_filled_up_where_what_was_computed_can_be_cut(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = make(kind)
+    assert decoding_of(loaded.model) == Decoding(), "tried before calls are counted"
     asks = [replace(ask, prompt=ask.prompt * 2, limit=40, until=("n",) if i % 4 else ()) for i, ask in enumerate(many(0.0))]
     asks.sort(key=lambda ask: -len(ask.prompt))  # three of four end at their first word
     with watched(loaded.model) as calls:
