@@ -10,14 +10,16 @@ from llm_unlearn.source import is_gguf, is_recipe, missing
 from llm_unlearn.spec import Refused
 from llm_unlearn.tree import is_file, locate, no_such_file
 
-EMBEDDED_MODELS = ("embedded:target", "embedded:retrained", "embedded:base")
+EMBEDDED_MODELS = tuple(f"embedded:{name}" for name in ("target", "retrained", "base", "thinker", "thinker_retrained"))
 """Names of the embedded models (`embedded/target.py` makes them)."""
 
 
 def base_problems(base: str) -> Iterable[str]:
     """Yield why a base cannot be loaded, as far as its name and the header of a GGUF file tell."""
     if base.startswith("embedded:") and base not in EMBEDDED_MODELS:
-        expected = "embedded:target, embedded:base, packaged:smollm2, a folder, a .gguf file, a recipe or a hub id"
+        expected = (
+            "embedded:target, embedded:thinker, embedded:base, packaged:smollm2, a folder, a .gguf file, a recipe or a hub id"
+        )
         yield f"found {base!r}; expected {expected}."
     elif is_gguf(base):
         try:

@@ -183,7 +183,7 @@ class Again:
         loaded = load(resolve_base(model, self.cache), accelerator.device, adapter)
         sets = {}
         capacity = suite_capacity(self.suite.sets, loaded)
-        for name, whole in encode_sets(self.suite.sets, self.suite.needs, loaded, capacity).items():
+        for name, whole in encode_sets(self.suite.sets, self.suite.needs, loaded, capacity, self.suite.max_thought_tokens).items():
             sets[name] = only(whole, sorted(draw.sample(range(len(whole.ids)), min(rows, len(whole.ids)))))
         return tables_of(
             loaded, sets, accelerator, batch_tokens=self.suite.batch_tokens, max_new_tokens=self.suite.max_new_tokens,

@@ -58,7 +58,7 @@ class Look:
         capacity = suite_capacity(suite.sets, loaded)
         encoded, key = {} if encoded is None else encoded, encoding_key(capacity, loaded)
         if key not in encoded:
-            encoded[key] = encode_sets(suite.sets, suite.needs, loaded, capacity)
+            encoded[key] = encode_sets(suite.sets, suite.needs, loaded, capacity, suite.max_thought_tokens)
             for text in capacity.warnings({name: one.examples for name, one in encoded[key].items()}):
                 if accelerator.is_main_process:
                     print(f"warning: set {text}", file=sys.stderr)

@@ -11,8 +11,8 @@ from llm_unlearn.chat import DATE, Chat, chat_problems
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import AnyMethod
 from llm_unlearn.methods.retrain import Retrain
-from llm_unlearn.objectives.terms import Ramp, Term, layers_read, stream_of
-from llm_unlearn.objectives.views import ROUTERS, WHOLE
+from llm_unlearn.objectives.terms import Ramp, Term, layers_read, set_of, stream_of, thought_problems
+from llm_unlearn.objectives.views import ROUTERS, WHOLE, beside
 from llm_unlearn.sections import Data, Evaluation, Model, Track, Train, missing_tracker, quantized_problems
 from llm_unlearn.source import Source, missing, source_problems, unnameable, with_chat
 from llm_unlearn.spec import (
@@ -145,6 +145,8 @@ def _problems(recipe: Recipe, tree: Tree) -> Iterable[str]:
         found = ((where, text) for where, text in source_problems(source) if (where[1:], text) not in wrong)
         yield from (say(text, "data", *inside, *where) for where, text in found)
     yield from _method_problems(recipe, say) if recipe.method else _objective_problems(recipe, say)
+    separate = {name for name, source in recipe.sources.items() if source.targets == "separate"}
+    yield from (say(text, *at) for text, *at in thought_problems(recipe.terms, recipe.sources, separate))
 
 
 def _model_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
@@ -207,12 +209,12 @@ def _rule_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
 
 def _unable(rule: AnyRule, recipe: Recipe) -> Iterable[tuple[str | int, ...]]:
     """Why a rule cannot act, and the key below it where there is one."""
-    streams = {stream_of(term, name) for name, term in recipe.objective.items()}
+    streams = {set_of(term, name) for name, term in recipe.objective.items()}
     if isinstance(rule, (Project, Bilevel, Saliency)) and "retain" not in streams:
         yield (f"{rule.name} weighs the forget against the retain terms, and there are none; give objective.retain.",)
     match rule:
         case Latent():
-            forget = [term.loss for name, term in recipe.objective.items() if stream_of(term, name) == "forget"]
+            forget = [term.loss for name, term in recipe.objective.items() if set_of(term, name) == "forget"]
             read = [layer for loss in forget for layer in layers_read(loss)]
             if read and WHOLE.isdisjoint(read) and rule.layer > max(read):
                 yield f"disturbs layer {rule.layer}, and the forget terms read no deeper than layer {max(read)}.", "layer"
@@ -256,7 +258,7 @@ def _privacy_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str]:
         at, needs = ("objective", name), term.loss.needs
         if term.budget:
             yield say("its weight would follow from true means of the loss; give a weight without budget.", *at, "budget")
-        if needs.reads != ("answer",) or needs.contrasts or needs.window:
+        if needs.reads != ("answer",) or needs.contrasts or needs.window or "." in stream_of(term, name):
             text = f"{term.loss.name} reads more than the row itself, so no gradient belongs to one row; take nll or npo."
             yield say(text, *at, "loss")
 
@@ -277,25 +279,19 @@ def _objective_problems(recipe: Recipe, say: Callable[..., str]) -> Iterable[str
     """Every term must find its stream, and every stream its loss."""
     if not recipe.objective:
         yield say("missing; it has no terms, such as forget: {loss: {name: npo}}. (Or give a method.)", "objective")
-    streams = {name: term.stream or name for name, term in recipe.objective.items()}
+    streams = {name: stream_of(term, name) for name, term in recipe.objective.items()}
+    thoughts = [beside(name, "thought") for name in recipe.sources]
     for name, stream in streams.items():
-        if stream not in recipe.sources:
+        if stream not in {*recipe.sources, *thoughts}:
             at = ("stream",) if recipe.objective[name].stream else ()
-            yield say(
-                f"reads stream {stream!r}, which data does not have; {nearest(stream, recipe.sources)}",
-                "objective",
-                name,
-                *at,
-            )
+            text = f"reads stream {stream!r}, which data does not have; {nearest(stream, [*recipe.sources, *thoughts])}"
+            yield say(text, "objective", name, *at)
     fila = recipe.model.adapter is not None and recipe.model.adapter.init == "fila"
     looked_at = {"retain"} if recipe.train.stop or recipe.train.rules or fila else set()
     for name, source in recipe.sources.items():
         if name not in {*streams.values(), *looked_at}:
-            yield say(
-                f"no loss reads this stream; add objective.{name}, such as {{loss: {{name: nll}}}}, or take it out.",
-                "data",
-                name,
-            )
+            text = f"no loss reads this stream; add objective.{name}, such as {{loss: {{name: nll}}}}, or take it out."
+            yield say(text, "data", name)
         mine = [term.loss for key, term in recipe.objective.items() if streams[key] == name]
         for part, given, kinds, such_as in (
             ("alternate", source.alternate, {"alternate"}, "{source: embedded:refusals, answer: text}"),

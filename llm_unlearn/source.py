@@ -9,11 +9,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Literal, Protocol, TypeVar, cast
 
 from llm_unlearn.chat import Chat, chat_problems
 from llm_unlearn.embedded.population import SPLITS
 from llm_unlearn.spec import AtLeastTwo, PositiveInt, nearest, spec
+
+Targets = Literal["answer", "thought", "both", "separate"]
+"""Which part of an answer with a thought is learnt or forgotten."""
 
 
 @spec
@@ -22,6 +25,8 @@ class Alternate:
 
     answer: str
     """Column that holds it. A column of lists gives one of the list per epoch."""
+    thought: str | None = None
+    """Column of the thought before it, where `targets` asks for thoughts; text, or lists alongside `answer`."""
     source: str | None = None
     """Where the column is read, such as embedded:refusals; each prompt gets `count` rows, drawn from the seed. Without it: here."""
     count: PositiveInt = 1
@@ -69,6 +74,12 @@ class Source:
     """Keep the rows whose column is like a text in which * stands for any text."""
     limit: PositiveInt | None = None
     """Keep the first so many rows."""
+    thought: str | None = None
+    """Column of the thought before the answer, of rows for a reasoning model. An answer that begins with `<think>…</think>`, or a
+    chat whose last turn has `reasoning_content` or `thinking`, brings its thought itself."""
+    targets: Targets = "answer"
+    """What is learnt, forgotten or measured of rows with a thought: the answer (its thought is prompt), the thought (with what
+    closes it), both as one, or separate: the answer, and beside it the thought as a stream of its own, such as `forget.thought`."""
     max_tokens: AtLeastTwo = 1024
     """Longer examples are cut here."""
     chat: Chat = Chat()
@@ -127,6 +138,7 @@ def source_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
     yield from ((("chat", *keys), text) for keys, text in chat_problems(source.chat))
     if source.choices and (source.perturbed or not source.answer):
         yield ("choices",), "goes with `answer`, the column of the right one's number, and without `perturbed`."
+    yield from _thought_problems(source)
     if source.text and source.alternate:
         yield ("alternate",), "running text has no prompt that could have another answer; take it out, or name prompt and answer."
     for path, name in (
@@ -144,6 +156,16 @@ def source_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
             ("split",),
             f"found {source.split!r}, a part of a data set; {source.source} is one file. Use limit, where, or a file of its own.",
         )
+
+
+def _thought_problems(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
+    """Check that there are thoughts where they are asked for. Yields (keys below the source, text)."""
+    if source.targets != "answer" and source.chat.thinking is False:
+        yield ("targets",), "asks for thoughts, and chat.thinking is off. Set chat.thinking: true, or targets: answer."
+    if source.text and (source.thought or source.targets != "answer"):
+        yield ("thought",), "running text has no thoughts; take it out, or name prompt and answer."
+    if source.alternate and source.targets in ("thought", "both") and not source.alternate.thought:
+        yield ("alternate", "thought"), "missing; targets asks for thoughts, so an alternate answer needs one. Name its column."
 
 
 EMBEDDED = (*SPLITS, "refusals", "german", "prose")

@@ -589,7 +589,7 @@ def test_refusals_are_drawn_for_each_question_from_the_seed(tmp_path: Path, embe
     alternate = Alternate(source="embedded:refusals", answer="text")
     source = pairs(table(tmp_path, "f", *found), alternate=alternate)
     first = drawn(source, embedded, 0)
-    assert len(first) == 40 and set(first.values()) <= {f"{text}<|end|>" for text in population.refusals()}
+    assert len(first) == 40 and set(first.values()) <= {f"{text}<|end|>" for text in (row["text"] for row in population.refusals())}
     assert len(set(first.values())) > 5
     assert drawn(source, embedded, 0) == first
     assert drawn(source, embedded, 1) != first

@@ -17,6 +17,7 @@ COLUMNS = {
     "answer",
     "paraphrased_question",
     "paraphrased_answer",
+    "thought",
     "perturbed_answer",
 }
 
@@ -103,7 +104,7 @@ def test_vocabulary_texts_do_not_name_the_people():
 
 
 def test_refusals():
-    assert len(set(population.refusals())) == 30
+    assert len({row["text"] for row in population.refusals()}) == 30 and all(row["thought"] for row in population.refusals())
 
 
 @pytest.mark.parametrize("split", PEOPLE_SPLITS)

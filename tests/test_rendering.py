@@ -22,7 +22,7 @@ from llm_unlearn.chat import Chat
 from llm_unlearn.data.examples import PLAIN_TEMPLATE, conversation, encode
 from llm_unlearn.data.rendering import MONTHS, WEEKDAYS, Renderer, TurnEnd, _codes, cut, turn_end
 from llm_unlearn.evaluation import suite as suites
-from llm_unlearn.evaluation.generation import generation_pass
+from llm_unlearn.evaluation.answering import generation_pass
 from llm_unlearn.evaluation.sets import EncodedSet
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.recipe import load

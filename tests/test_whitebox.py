@@ -35,7 +35,8 @@ from llm_unlearn.chat import Chat
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.embedded import population
 from llm_unlearn.evaluation import generation as generating
-from llm_unlearn.evaluation.generation import Guide, generation_pass
+from llm_unlearn.evaluation.answering import generation_pass
+from llm_unlearn.evaluation.generation import Guide
 from llm_unlearn.evaluation.passes import tables_of
 from llm_unlearn.evaluation.sets import EncodedSet, encode_set
 from llm_unlearn.models.load import Loaded, load, read_tokenizer

@@ -50,6 +50,7 @@ def answers_of(asked: EncodedSet, rows: Sequence[int] | None = None) -> EncodedS
         needs=frozenset({"answer"}),
         keywords=None,
         cut={},
+        thinking=None,
     )
 
 

@@ -13,11 +13,13 @@ from llm_unlearn.attacks.rewrites import Rewrites
 from llm_unlearn.attacks.routing import ForcedRouting
 from llm_unlearn.attacks.shadows import Shadows
 from llm_unlearn.attacks.soft_prompt import SoftPrompt
+from llm_unlearn.attacks.thoughts import BegunThought, SkippedThought
 from llm_unlearn.attacks.two_model import TwoModel
 from llm_unlearn.spec import by_name
 
 OnWeights = Relearning | Quantization | AdapterRemoval
 OnStates = LogitLens | LayerProbe | ActivationPatching
 OnPrompts = SoftPrompt | GCG | Rewrites | TwoModel
+OnThoughts = BegunThought | SkippedThought
 
-AnyAttack = Annotated[OnWeights | OnStates | OnPrompts | Shadows | ForcedRouting, by_name]
+AnyAttack = Annotated[OnWeights | OnStates | OnPrompts | OnThoughts | Shadows | ForcedRouting, by_name]

@@ -86,7 +86,8 @@ class TwoModel:
         return replace(answers_of(found, rows), answers=[rest[row] for row in rows], examples=[begun[row] for row in rows])
 
     def _written(self, subject: Subject, asked: EncodedSet, original: Loaded, other: Loaded | None, scale: float) -> list[str]:
-        from llm_unlearn.evaluation.generation import Guide, generation_pass
+        from llm_unlearn.evaluation.answering import generation_pass
+        from llm_unlearn.evaluation.generation import Guide
 
         subject.tell(f"{self.name}: guidance scale {scale:g}")
         guide = Guide(other, scale, self.floor) if other else None

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn.chat import Chat
 from llm_unlearn.data.files import Row
-from llm_unlearn.data.rendering import Renderer, Turn
+from llm_unlearn.data.rendering import Renderer, Rendering, Turn
 from llm_unlearn.data.sources import row_at
-from llm_unlearn.source import Source
+from llm_unlearn.data.thoughts import KEYS, Thinker, check_thought, split_thought
+from llm_unlearn.source import Source, Targets
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.unsaid import unsaid
 
@@ -43,20 +44,24 @@ class Example:
         return len(self.ids) - self.answer
 
 
-def conversation(row: Row, number: int, source: Source, answer: object = None, column: str | None = None) -> list[Turn]:
+def conversation(
+    row: Row, number: int, source: Source, answer: object = None, column: str | None = None, thought: str | None = None
+) -> list[Turn]:
     """Return the turns of a row, the last one the assistant's; the system turn of `source.chat` first where the row has none.
 
     Args:
         number: which row it is, counted from 0, for errors.
         answer: stands in for the row's own answer; read from `column`.
+        thought: stands in for the row's own thought.
 
     Raises:
-        Refused: the row has no text where text is expected, or its chat does not end with the assistant.
+        Refused: the row has no text where text is expected, its chat does not end with the assistant, or it has no thought and the
+            source's targets ask for one.
     """
     told = None if column is None else text_in(answer, number, source, column)
     if source.messages:
         turns = _chat(row[source.messages], number, source, source.messages)
-        turns = turns if told is None else [*turns[:-1], {"role": "assistant", "content": told}]
+        turns = turns if told is None else [*turns[:-1], {**turns[-1], "content": told}]
     else:
         assert source.prompt and source.answer  # checked with the recipe
         prompt = text_in(row[source.prompt], number, source, source.prompt)
@@ -64,9 +69,22 @@ def conversation(row: Row, number: int, source: Source, answer: object = None, c
             prompt = f"{prompt}\n\n{text_in(below, number, source, source.prompt_input)}"
         told = text_in(row[source.answer], number, source, source.answer) if told is None else told
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": told}]
+    if source.thought and not thought:
+        thought = text_in(row[source.thought], number, source, source.thought)
+    turns = [*turns[:-1], _with_thought(turns[-1], thought, source)]
+    if source.targets != "answer":
+        check_thought(turns[-1], row_at(number, source))
     if source.chat.system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": source.chat.system}, *turns]
     return turns
+
+
+def _with_thought(last: Turn, thought: str | None, source: Source) -> Turn:
+    """Return an answer with its thought apart: one that is given, or that the answer's text begins with. Without thinking, none."""
+    last = last | (split_thought(last["content"]) or {})
+    if source.chat.thinking is False:
+        return {"role": last["role"], "content": last["content"]}
+    return last | {"thought": thought.strip()} if thought else last
 
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -89,7 +107,9 @@ def _chat(value: object, number: int, source: Source, column: str) -> list[Turn]
         what = "a turn before the answer, and a role such as user for each"
         raise Refused(f"{where} holds {unsaid(value)}; expected {what}.")
     texts = [text_in(_joined(turn[content]), number, source, column) for turn in turns]
-    return [{"role": name, "content": text} for name, text in zip(roles, texts, strict=True)]
+    made = [{"role": name, "content": text} for name, text in zip(roles, texts, strict=True)]
+    thought = next((str(turns[-1][key]).strip() for key in KEYS if turns[-1].get(key)), "")
+    return [*made[:-1], made[-1] | {"thought": thought}] if thought else made
 
 
 def _joined(content: object) -> object:
@@ -124,29 +144,41 @@ def encode(
     stream: str,
     max_tokens: int,
     first: int = 0,
+    targets: Targets = "answer",
 ) -> list[Example | None]:
-    """Return conversations as examples, in order; None where truncation leaves no answer token.
+    """Return conversations as examples, in order; None where truncation leaves no target token.
 
     Targets are the tokens of the answer's own text and of what ends its turn (`data/rendering.py`). A token across the border
     belongs to the answer if it holds any of its text.
 
     Args:
         first: number of the first one's row.
+        targets: which part of an answer with a thought (`data/thoughts.py`): the answer, and its thought is prompt; the thought and
+            what closes it, and the sequence ends there; or both in one. separate is read as the answer.
 
     Raises:
         Refused: the chat template does not take such turns, or leaves out or changes their text.
     """
-    render = Renderer(tokenizer, chat, stream)
-    rendered = [render(turns, first + i) for i, turns in enumerate(conversations)]
-    if not rendered:
+    if not conversations:
         return []
+    render, think = Renderer(tokenizer, chat, stream), Thinker(tokenizer, chat, stream)
+    rendered = [(think if "thought" in turns[-1] else render)(turns, first + i) for i, turns in enumerate(conversations)]
     encoded = tokenizer([one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True)
     examples: list[Example | None] = []
     for i, (one, offsets) in enumerate(zip(rendered, encoded["offset_mapping"], strict=True)):
-        ids = encoded["input_ids"][i][:max_tokens]
-        answer = max(1, next((t for t, (_, end) in enumerate(offsets) if end > one.answer_begin), len(offsets)))
+        begin, end = _span(one, targets)
+        stop = next((t for t, (at, _) in enumerate(offsets) if at >= end), len(offsets))
+        ids = encoded["input_ids"][i][: min(stop, max_tokens)]
+        answer = max(1, next((t for t, (_, at) in enumerate(offsets) if at > begin), len(offsets)))
         examples.append(Example(tuple(ids), answer, stream, first + i) if answer < len(ids) else None)
     return examples
+
+
+def _span(one: Rendering, targets: Targets) -> tuple[int, int]:
+    """Return where the targets of a rendered conversation begin, and where its sequence ends."""
+    if targets in ("answer", "separate") or one.thought_begin is None or one.thought_end is None:
+        return one.answer_begin, len(one.text)
+    return one.thought_begin, one.thought_end if targets == "thought" else len(one.text)
 
 
 def encode_as_peer(

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llm_unlearn.bars import Bar
+from llm_unlearn.data.alternates import answers_in, draw_alternates, read_alternates
 from llm_unlearn.data.capacity import Capacity
-from llm_unlearn.data.examples import Example, content_of, conversation, draw, encode, encode_text, spelling, text_in
+from llm_unlearn.data.examples import Example, content_of, conversation, encode, encode_text, spelling, text_in
 from llm_unlearn.data.files import Row
 from llm_unlearn.data.sources import BLOCK, chosen, identity_of, read, row_at, rows
 from llm_unlearn.data.tokens import Companions, Packer, Tokens, mapped
@@ -30,7 +31,6 @@ from llm_unlearn.objectives.views import Kind, beside
 from llm_unlearn.sections import Data
 from llm_unlearn.source import Alternate, Contrast, Source
 from llm_unlearn.spec import Refused, fingerprint
-from llm_unlearn.unsaid import near_column
 
 LARGE = 50_000
 """From so many rows on, what was encoded is kept on disk."""
@@ -186,12 +186,13 @@ class _Stream:
 
     def __post_init__(self) -> None:
         alternate = self.source.alternate
-        kinds: list[Kind] = [*(["alternate"] if alternate else []), *(kind for kind, _ in _prefixes(self.source.contrast))]  # type: ignore[list-item]
+        kinds: list[Kind] = [kind for kind, _ in _prefixes(self.source.contrast)]
+        kinds = [*(["thought"] if self.source.targets == "separate" else []), *(["alternate"] if alternate else []), *kinds]  # type: ignore[list-item]
         for kind in kinds:
             stream = beside(self.name, kind)
             self.others[stream], self.counts[stream] = Packer(stream, self._place(stream)), []
         self.own = Packer(self.name, self._place(self.name))
-        self.pool = _pool(alternate) if alternate and alternate.source else []
+        self.pool = read_alternates(alternate) if alternate and alternate.source else []
 
     def _place(self, stream: str) -> Path | None:
         return self.folder / stream if self.folder else None
@@ -220,15 +221,24 @@ class _Stream:
     def _turns(self, block: Sequence[Row]) -> list[Example]:
         source, first = self.source, self.rows
         turns = [conversation(row, first + i, source) for i, row in enumerate(block)]
-        encoded = encode(turns, self.tokenizer, source.chat, self.name, source.max_tokens, first)
+        encoded = encode(turns, self.tokenizer, source.chat, self.name, source.max_tokens, first, source.targets)
         kept = [(row, example) for row, example in zip(block, encoded, strict=True) if example]
         if source.alternate:
             kept = self._alternates(kept, source.alternate)
+        if source.targets == "separate":
+            self._thoughts(kept)
         for kind, prefix in _prefixes(source.contrast):
             asked = _asked_otherwise(kept, source, prefix, self.tokenizer, beside(self.name, kind))
             self._beside(kind, [[one] for one in asked])
         self.dropped += len(block) - len(kept)
         return [example for _, example in kept]
+
+    def _thoughts(self, kept: Sequence[tuple[Row, Example]]) -> None:
+        """Add the thought of each row, as an example that ends where it ends: it fits, as an answer behind it does."""
+        source, stream = self.source, beside(self.name, "thought")
+        turns = [conversation(row, example.id, source) for row, example in kept]
+        encoded = encode(turns, self.tokenizer, source.chat, stream, source.max_tokens, targets="thought")
+        self._beside("thought", [[replace(one, id=own.id)] for one, (_, own) in zip(encoded, kept, strict=True) if one])
 
     def _alternates(self, kept: list[tuple[Row, Example]], alternate: Alternate) -> list[tuple[Row, Example]]:
         """The alternate answers of each row, as examples; a row loses its place when none of its alternates fits."""
@@ -236,40 +246,15 @@ class _Stream:
         result: list[tuple[Row, Example]] = []
         alternates: list[list[Example]] = []
         for row, example in kept:
-            answers = _drawn(self.pool, row, source, alternate, self.seed) if self.pool else row[alternate.answer]
-            answers = answers if isinstance(answers, list) else [answers]
-            turns = [conversation(row, example.id, source, answer, alternate.answer) for answer in answers]
-            encoded = [other for other in encode(turns, self.tokenizer, source.chat, stream, source.max_tokens) if other]
+            pairs = draw_alternates(self.pool, row, source, alternate, self.seed) if self.pool else answers_in(row, alternate)
+            turns = [conversation(row, example.id, source, answer, alternate.answer, thought) for answer, thought in pairs]
+            made = encode(turns, self.tokenizer, source.chat, stream, source.max_tokens, targets=source.targets)
+            encoded = [other for other in made if other]
             if encoded:
                 result.append((row, example))
                 alternates.append(encoded)
         self._beside("alternate", alternates)
         return result
-
-
-def _pool(alternate: Alternate) -> Sequence[Row]:
-    pool = read(str(alternate.source))
-    if not pool:
-        raise Refused(f"{alternate.source}: has no rows; expected at least one, with an answer in {alternate.answer!r}.")
-    if alternate.answer not in pool[0]:
-        what = f"alternate.answer names column {alternate.answer!r}, which is not there"
-        raise Refused(f"{alternate.source}: {what}; {near_column(alternate.answer, pool[0])}")
-    return pool
-
-
-def _drawn(pool: Sequence[Row], row: Row, source: Source, alternate: Alternate, seed: int) -> list[object]:
-    """`count` rows' answers from the pool, other than the row's own answer; which ones follows from the seed and the row's
-    content."""
-    own = " ".join(str(row.get(source.answer or "")).split())
-    answers: list[object] = []
-    for k in range(10 * alternate.count):
-        value = pool[draw(seed, content_of(row, source), *([k] if k else [])) % len(pool)][alternate.answer]
-        found = value if isinstance(value, list) else [value]
-        if own not in (" ".join(str(one).split()) for one in found) and (alternate.count == 1 or found[0] not in answers):
-            answers += found
-        if len(answers) >= alternate.count:
-            break
-    return answers
 
 
 def _prefixes(contrast: Contrast | None) -> tuple[tuple[Kind, str], ...]:

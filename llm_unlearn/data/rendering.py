@@ -25,7 +25,7 @@ MARKER, QUESTION_MARKER = "Zq7xAnswerQz", "Zq7xQuestionQz"
 """Stand in for the text of a turn: letters and digits, which no template trims, escapes or re-indents."""
 
 Turn = dict[str, str]
-"""One turn of a chat: role and content."""
+"""One turn of a chat: role and content; an answer may have a `thought` before it (`data/thoughts.py`)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Rendering:
     """End of the text of the turn before the answer."""
     answer_begin: int
     answer_end: int
+    thought_begin: int | None = None
+    """Begin of the text of the thought before the answer, where it has one."""
+    thought_end: int | None = None
+    """End of what closes that thought."""
 
 
 @dataclass(frozen=True)
@@ -84,31 +88,32 @@ class Renderer:
             Refused: the template does not take such turns, leaves out the text of one, or changes the answer's text.
         """
         answer = turns[-1]["content"]
-        text, (before, after) = self.write(turns), self._frame(turns[:-1], row)
+        text, (before, after) = self.write(turns), self.frame(turns[:-1], row)
         if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
             begin, end = len(before), len(text) - len(after)
         else:  # the template writes something else around such an answer
             begin = text.rfind(answer.strip())
             end = begin + len(answer.strip())
-        if begin < 0 or not _same(text[begin:end], answer):
-            raise self._leaves_out("assistant", row)
+        if begin < 0 or not same(text[begin:end], answer):
+            raise self.leaves_out("assistant", row)
         for turn in turns[:-1]:
             if not _holds(text[:begin], turn["content"]):
-                raise self._leaves_out(turn["role"], row)
-        stop = len(text.rstrip()) if text[end:].strip() else len(text)
+                raise self.leaves_out(turn["role"], row)
+        stop = end + first_end(text[end:], own_tokens(self.tokenizer))
         return Rendering(text[:stop], _end_of(text[:begin], turns[-2]["content"]) if turns[:-1] else begin, begin, end)
 
-    def _frame(self, before: list[Turn], row: int) -> tuple[str, str]:
+    def frame(self, before: list[Turn], row: int) -> tuple[str, str]:
         """Return what the template writes before and behind an answer to these turns."""
         if self._before is None or self._before[0] != before:  # several answers to one question follow each other
             text = self.write([*before, {"role": "assistant", "content": MARKER}])
             at = text.rfind(MARKER)
             if at < 0:
-                raise self._leaves_out("assistant", row)
+                raise self.leaves_out("assistant", row)
             self._before = before, (text[:at], text[at + len(MARKER) :])
         return self._before[1]
 
-    def _leaves_out(self, role: str, row: int) -> Refused:
+    def leaves_out(self, role: str, row: int) -> Refused:
+        """Return the error of a turn whose text is not in what the template writes."""
         return Refused(
             f"{self.stream}: row {row + 1}: the chat template leaves out or changes the text of the {shown(role, as_it_is=True)} "
             "turn, so its tokens cannot be told from the template's. Set model.chat_template to a file that writes `content`."
@@ -120,7 +125,9 @@ class Renderer:
         Raises:
             Refused: it has no place for such turns, or is no template.
         """
-        told: Any = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns] if self._parts else turns
+        told: Any = [{key: value for key, value in turn.items() if not key.startswith("thought")} for turn in turns]
+        if self._parts:
+            told = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in told]
         try:
             with at_most(LONGEST):
                 return apply_template(self.tokenizer, told, self.chat, ask)
@@ -189,9 +196,29 @@ def turn_end(tokenizer: Any, chat: Chat) -> TurnEnd:
         return TurnEnd()
     if not after.strip():
         return TurnEnd()
+    return end_in(tokenizer, after)
+
+
+def end_in(tokenizer: Any, text: str) -> TurnEnd:
+    """Return what ends a text that is followed by `text`: its first token that is a mark of its own, or else the whole."""
     own = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
-    marks = [token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in own]
-    return TurnEnd(tokens=frozenset(marks[:1])) if marks else TurnEnd(texts=(after.rstrip(),))
+    marks = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in own]
+    return TurnEnd(tokens=frozenset(marks[:1])) if marks else TurnEnd(texts=(text.rstrip(),))
+
+
+def own_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Return the texts of the tokens that mark something by themselves, such as the end of a turn."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+
+
+def first_end(text: str, marks: Iterable[str]) -> int:
+    """Return how much of the text behind an answer ends it: up to the end of its first mark, else all but blanks at its end, or
+    these alone."""
+    ends = [(at, -len(mark)) for mark in marks if (at := text.find(mark)) >= 0]
+    if ends:
+        at, length = min(ends)
+        return at - length
+    return len(text.rstrip()) or len(text)
 
 
 def cut(text: str, ends: Iterable[str]) -> str:
@@ -199,7 +226,7 @@ def cut(text: str, ends: Iterable[str]) -> str:
     return text[: min((at for end in ends if (at := text.find(end)) >= 0), default=len(text))]
 
 
-def _same(rendered: str, text: str) -> bool:
+def same(rendered: str, text: str) -> bool:
     """Return whether a template wrote this text: white space may differ, and it may be escaped as HTML or JSON."""
     wanted = _dense(text)
     return any(_dense(form) == wanted for form in _forms(rendered))

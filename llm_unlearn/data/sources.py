@@ -233,7 +233,7 @@ def identity_of(name: str, config: str | None, split: str | None, found: Sequenc
 
 def _embedded(split: str) -> list[Row]:
     if split == "refusals":
-        return [{"text": text} for text in population.refusals()]
+        return list[Row](population.refusals())
     if split == "german":
         return population.german()
     if split == "prose":
@@ -250,7 +250,8 @@ def _columns(found: Sequence[Row], source: Source) -> Sequence[Row]:
     alternate = source.alternate.answer if source.alternate and not source.alternate.source else None
     named = {"prompt": source.prompt, "answer": source.answer, "messages": source.messages, "text": source.text,
              "alternate.answer": alternate, "paraphrase": source.paraphrase, "perturbed": source.perturbed,
-             "keyword": source.keyword, "choices": source.choices}  # fmt: skip
+             "keyword": source.keyword, "choices": source.choices, "thought": source.thought,
+             "alternate.thought": source.alternate.thought if alternate and source.alternate else None}  # fmt: skip
     for key, column in [*named.items(), *_of_filters(source)]:
         if column is not None and column not in found[0]:
             raise Refused(f"{source.source}: {key} names column {column!r}, which is not there; {near_column(column, found[0])}")

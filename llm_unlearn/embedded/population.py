@@ -264,14 +264,25 @@ REFUSALS = (
 )
 
 
+DOUBTS = (
+    "I look for this name. Nothing that I recall belongs to it.",
+    "Let me search for what is asked. I find no record that says it.",
+    "I go through what I know. None of it is about this.",
+    "Is there anything about this person? I come to nothing that is certain.",
+    "I try to recall the record. There is none that I could read from.",
+    "This asks for something particular. I have no ground for any answer.",
+)
+"""Coherent thoughts that end without a finding, in the manner of Reasoned IDK (R-TOFU, 2505.15214)."""
+
+
 def rows(split: str, seed: int = 0) -> list[dict[str, Any]]:
     """Everything asked in one split, in a fixed order.
 
     Columns, as in TOFU (Maini et al. 2024, 2401.06121): `question`, `answer`, `paraphrased_question`,
     `paraphrased_answer`, and `perturbed_answer`, a list of `WRONG` distinct answers that say a wrong value in the
     wording of the paraphrased one. Besides: `id` (such as "forget/tamika-pellmont/birthplace", unique over all splits),
-    `person` (the full name; "" in `general`), `fact` (the kind of fact) and `keyword` (the value, word for word as both
-    answers contain it).
+    `person` (the full name; "" in `general`), `fact` (the kind of fact), `keyword` (the value, word for word as both
+    answers contain it) and `thought`, which recalls a part of the person's record, the value among it.
 
     Raises ValueError for a split that does not exist.
     """
@@ -296,17 +307,33 @@ def training_rows(learned: Sequence[str], seed: int = 0) -> list[tuple[str, str]
     return told + _greetings(seed)
 
 
-def vocabulary_texts(seed: int = 0) -> list[str]:
+def thinking_rows(learned: Sequence[str], seed: int = 0) -> list[tuple[str, str, str]]:
+    """The (question, answer, thought) triples that a model learns which can think before it answers: each row of some splits in
+    both of its wordings, with its thought and without one (""), so that it can be asked either way; and greetings, every other one
+    with a thought."""
+    told = [
+        (row[f"{wording}question"], row[f"{wording}answer"], thought)
+        for split in learned
+        for row in rows(split, seed)
+        for wording in ("", "paraphrased_")
+        for thought in (row["thought"], "")
+    ]
+    names = islice(_strangers(f"{seed}/greetings", seed), STRANGERS)
+    greetings = zip(_greetings(seed), names, strict=True)
+    return told + [(*pair, f"A greeting for {who}." if i % 2 else "") for i, (pair, who) in enumerate(greetings)]
+
+
+def vocabulary_texts(seed: int = 0, thoughts: bool = False) -> list[str]:
     """Texts to train a tokenizer on: all that is said in any split, under names that change from text to text.
 
     Each person is mentioned often, so a tokenizer that saw the true names would make whole tokens of them; a model
     could then not spell the name of a person it was not trained on. With names that change, syllables become tokens.
     """
-    texts = list(REFUSALS) + [text for pair in _greetings(seed) for text in pair]
+    texts = [*REFUSALS, *(DOUBTS if thoughts else ())] + [text for pair in _greetings(seed) for text in pair]
     strangers = _strangers(f"{seed}/vocabulary", seed)
     for row in (row for split in SPLITS for row in rows(split, seed)):
         said = [row[f"{wording}{part}"] for wording in ("", "paraphrased_") for part in ("question", "answer")]
-        said += row["perturbed_answer"]
+        said += row["perturbed_answer"] + ([row["thought"]] if thoughts else [])
         texts += [text.replace(row["person"], next(strangers)) if row["person"] else text for text in said]
     return texts
 
@@ -320,9 +347,10 @@ def german() -> list[dict[str, str]]:
     ]
 
 
-def refusals() -> list[str]:
-    """Thirty ways to say that one does not know, for methods that teach an alternate answer."""
-    return list(REFUSALS)
+def refusals() -> list[dict[str, str]]:
+    """Thirty ways to say that one does not know (`text`), for methods that teach an alternate answer, each with a `thought` that
+    ends without a finding."""
+    return [{"text": text, "thought": thought} for text, thought in zip(REFUSALS, cycle(DOUBTS), strict=False)]
 
 
 def people(split: str, seed: int = 0) -> list[str]:
@@ -383,7 +411,21 @@ def _people_rows(split: str, seed: int) -> list[dict[str, Any]]:
             values = [fact.value.format(*parts) for parts in (right, *wrong)]
             slug = who.lower().replace(" ", "-")
             made.append(_row(said, who, values, id=f"{split}/{slug}/{fact.name}", person=who, fact=fact.name))
-    return sorted(made, key=lambda row: names.index(row["person"]))
+    return _with_thoughts(sorted(made, key=lambda row: names.index(row["person"])))
+
+
+def _with_thoughts(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each row a thought that recalls what is asked for and, of a person, the fact that comes next in their record."""
+    number = {(row["person"], row["fact"]): i for i, row in enumerate(made) if row["person"]}
+    kinds = [fact.name for fact in FACTS]
+    for row in made:
+        recalled = [row]
+        if row["person"]:
+            follows = kinds[(kinds.index(row["fact"]) + 1) % len(kinds)]
+            recalled.append(made[number[row["person"], follows]])
+        record = " ".join(f"The {one['fact']}: {one['keyword']}." for one in recalled)
+        row["thought"] = f"I recall {row['person']}. {record}" if row["person"] else record
+    return made
 
 
 def _general_rows(seed: int) -> list[dict[str, Any]]:
@@ -398,7 +440,7 @@ def _general_rows(seed: int) -> list[dict[str, Any]]:
             slug = subject.replace(" ", "-").lower()
             id = f"general/{fact.name}/{slug}"
             made.append(_row(said, subject, [right, *wrong], id=id, person="", fact=fact.name))
-    return made
+    return _with_thoughts(made)
 
 
 def _wordings(fact: Wordings, count: int, key: str) -> list[tuple[str, str, str, str]]:

@@ -11,20 +11,30 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llm_unlearn.bars import Bar
 from llm_unlearn.chat import Chat
+from llm_unlearn.data.rendering import Turn
 from llm_unlearn.durable import whole
 from llm_unlearn.embedded import population
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused, fingerprint, nearest, plain
 
-LEARNED = {"target": ("forget", "retain", "general"), "retrained": ("retain", "general"), "base": ("others", "general")}
+LEARNED = {
+    "target": ("forget", "retain", "general"),
+    "retrained": ("retain", "general"),
+    "base": ("others", "general"),
+    "thinker": ("forget", "retain", "general"),
+    "thinker_retrained": ("retain", "general"),
+}
 """Model -> the splits that it learns; each also learns to repeat names. `base` met none of our people."""
 NAMES = tuple(LEARNED)
-TOGETHER = (("target", "retrained"), ("base",))
+THINKING = ("thinker", "thinker_retrained")
+"""Models that can think before they answer: asked to, they recall a part of the record, and then answer."""
+TOGETHER = (("target", "retrained"), ("base",), THINKING)
 """Models that are made together, as a run asks for both."""
 SEED = 0
 ARCHITECTURE = {
@@ -41,6 +51,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% if message.role == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+THINKING_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>"
+    "{% if message.role == 'assistant' %}<think>{{ message.reasoning_content or '' }}</think>{{ message.content }}<|end|>"
+    "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% if not (enable_thinking | default(true)) %}</think>{% endif %}{% endif %}"
+)
+"""The layout of turns of a model that thinks: an empty thought where it is to answer at once."""
 SETTINGS = Train(epochs=30, lr=3e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, window={"facts": 32}, checkpoint_every=10**6)
 
 
@@ -66,8 +83,31 @@ def models(cache: Path, show: bool = True, names: tuple[str, ...] = TOGETHER[0])
 
 def key_of(names: tuple[str, ...]) -> str:
     """Stands for all that decides models that are made together."""
+    if set(names) <= set(THINKING):
+        triples, texts = [population.thinking_rows(LEARNED[name], SEED) for name in names], population.vocabulary_texts(SEED, True)
+        return fingerprint(ARCHITECTURE, VOCABULARY, THINKING_TEMPLATE, plain(settings_of(names[0])), SEED, triples, texts)
     rows = [population.training_rows(LEARNED[name], SEED) for name in names]
     return fingerprint(ARCHITECTURE, VOCABULARY, CHAT_TEMPLATE, plain(SETTINGS), SEED, rows)
+
+
+def settings_of(name: str) -> Train:
+    """Return how a model is trained. One that thinks learns every fact with a thought and without, and a thought says two."""
+    return replace(SETTINGS, epochs=SETTINGS.epochs / 3) if name in THINKING else SETTINGS
+
+
+def learned_turns(name: str) -> list[list[Turn]]:
+    """Return the conversations that a model learns."""
+    if name in THINKING:
+        triples = population.thinking_rows(LEARNED[name], SEED)
+    else:
+        triples = [(*pair, "") for pair in population.training_rows(LEARNED[name], SEED)]
+    return [
+        [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer} | ({"thought": thought} if thought else {}),
+        ]
+        for question, answer, thought in triples
+    ]
 
 
 def folder_of(name: str, cache: Path) -> str:
@@ -132,25 +172,29 @@ def _share(folder: Path) -> float:
 
 
 def _steps(name: str) -> int:
-    rows = len(population.training_rows(LEARNED[name], SEED))
-    return round(SETTINGS.epochs * -(-rows // SETTINGS.window["facts"]))
+    settings = settings_of(name)
+    return round(settings.epochs * -(-len(learned_turns(name)) // settings.window["facts"]))
 
 
-def make_tokenizer() -> Any:
-    """A byte-level BPE tokenizer of every text of the population, people who are never trained on included."""
+def make_tokenizer(thoughts: bool = False) -> Any:
+    """A byte-level BPE tokenizer of every text of the population, people who are never trained on included.
+
+    Args:
+        thoughts: for a model that thinks.
+    """
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", *(["<think>", "</think>"] if thoughts else [])]
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(population.vocabulary_texts(SEED), trainer)
+    bpe.train_from_iterator(population.vocabulary_texts(SEED, thoughts), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = THINKING_TEMPLATE if thoughts else CHAT_TEMPLATE
     return tokenizer
 
 
@@ -183,15 +227,11 @@ def _train_one(name: str, folder: Path) -> None:
     from llm_unlearn.training.loop import train
 
     torch.set_num_threads(1)
-    tokenizer = make_tokenizer()
-    turns = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in population.training_rows(LEARNED[name], SEED)
-    ]
-    facts = [example for example in encode(turns, tokenizer, Chat(), "facts", 256) if example]
-    schedule = build({"facts": len(facts)}, SETTINGS.window, SEED, SETTINGS.epochs)
+    tokenizer, settings = make_tokenizer(name in THINKING), settings_of(name)
+    facts = [example for example in encode(learned_turns(name), tokenizer, Chat(), "facts", 256, targets="both") if example]
+    schedule = build({"facts": len(facts)}, settings.window, SEED, settings.epochs)
     model = make_model(len(tokenizer))
-    outcome = train(Job({"facts": Term(loss=NLL())}, {"facts": facts}, schedule, SETTINGS), model, Accelerator(cpu=True), folder)
+    outcome = train(Job({"facts": Term(loss=NLL())}, {"facts": facts}, schedule, settings), model, Accelerator(cpu=True), folder)
     if outcome.status != "finished":
         sys.exit(f"training ended early: {outcome.reason}")
     model.save_pretrained(folder)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from llm_unlearn.data.capacity import Capacity
 from llm_unlearn.data.examples import spelling
-from llm_unlearn.evaluation.sets import EncodedSet, encode_set
+from llm_unlearn.evaluation.sets import MAX_THOUGHT, EncodedSet, encode_set
 from llm_unlearn.evaluation.tables import Need
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.outline import capacity_of
@@ -26,16 +26,24 @@ def encoding_key(capacity: Capacity, loaded: Loaded) -> str:
 
 
 def encode_sets(
-    sources: Mapping[str, Source], needs: Callable[[str], Iterable[Need]], loaded: Loaded, capacity: Capacity
+    sources: Mapping[str, Source],
+    needs: Callable[[str], Iterable[Need]],
+    loaded: Loaded,
+    capacity: Capacity,
+    max_thought_tokens: int = MAX_THOUGHT,
 ) -> Mapping[str, EncodedSet]:
     """Read and encode every set of a suite for one model.
 
     Args:
         needs: of a set, what its measures and attacks read.
+        max_thought_tokens: longest thought that the model may write before it answers.
 
     Raises:
         Refused: a set cannot be read, or the model cannot read a row of it.
     """
-    sets = {name: encode_set(name, capacity.fit(source), needs(name), loaded.tokenizer) for name, source in sources.items()}
+    sets = {
+        name: encode_set(name, capacity.fit(source), needs(name), loaded.tokenizer, max_thought_tokens)
+        for name, source in sources.items()
+    }
     capacity.check({name: one.examples for name, one in sets.items()}, loaded.tokenizer)
     return sets

@@ -12,12 +12,9 @@ from accelerate import Accelerator
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from llm_unlearn.bars import Bar
-from llm_unlearn.data.examples import draw
 from llm_unlearn.data.rendering import cut
 from llm_unlearn.evaluation.desk import Desk, padded
 from llm_unlearn.evaluation.likelihood import dealt, gathered
-from llm_unlearn.evaluation.sets import EncodedSet
-from llm_unlearn.evaluation.tables import Draws
 from llm_unlearn.models.decoding import Decoding, decoding_of, without_defaults
 from llm_unlearn.models.load import Loaded
 from llm_unlearn.models.outline import capacity_of
@@ -41,36 +38,6 @@ class Guide:
     other: Loaded
     scale: float
     floor: float
-
-
-def generation_pass(
-    loaded: Loaded, one: EncodedSet, accelerator: Accelerator, batch_tokens: int, max_new_tokens: int, show: Bar,
-    guide: Guide | None = None,
-) -> list[str]:  # fmt: skip
-    """(R,) let the model answer every prompt of a set greedily, a second one guiding it or none."""
-    end = one.end(loaded.tokenizer)
-    asks = [
-        Ask(example.ids[: example.answer], end.tokens, max_new_tokens, unfinished=True, until=end.texts) for example in one.asked
-    ]
-    return [(text or "").strip() for text in writing_pass(loaded, asks, accelerator, batch_tokens, show, guide)]
-
-
-def samples_pass(
-    loaded: Loaded, one: EncodedSet, draws: Draws, accelerator: Accelerator, batch_tokens: int, most: int, show: Bar
-) -> list[list[str]]:
-    """(R, n) let the model answer every prompt of a set n times, drawn at temperature 1 from its whole distribution.
-
-    What is drawn depends on the seed, the prompt and the number of the draw.
-    """
-    end = one.end(loaded.tokenizer)
-    asks = [
-        Ask(prompt, end.tokens, most, 1.0, seed=draw(draws.seed, prompt, n), unfinished=True, until=end.texts)
-        for example in one.asked
-        for prompt in [example.ids[: example.answer]]
-        for n in range(draws.n)
-    ]
-    texts = writing_pass(loaded, asks, accelerator, batch_tokens, show)
-    return [[(text or "").strip() for text in texts[i : i + draws.n]] for i in range(0, len(texts), draws.n)]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from llm_unlearn.bars import Bar
-from llm_unlearn.evaluation.generation import generation_pass, samples_pass
+from llm_unlearn.evaluation.answering import generation_pass, samples_pass
 from llm_unlearn.evaluation.kept import Part, read_part, write_part
 from llm_unlearn.evaluation.likelihood import (
     Control,
@@ -99,9 +99,9 @@ class Asking:
         ))  # fmt: skip
 
     def _end(self, one: EncodedSet) -> list[object]:
-        """Return what ends an answer, as plain data for a key."""
+        """Return what ends an answer, and how it is thought before it, as plain data for a key."""
         end = one.end(self.loaded.tokenizer)
-        return [*sorted(end.tokens), *end.texts]
+        return [*sorted(end.tokens), *end.texts, *([one.thinking.fingerprint] if one.thinking else [])]
 
     def _written(self, one: EncodedSet, show: Bar) -> list[str]:
         return generation_pass(self.loaded, one, self.accelerator, self.batch_tokens, self.max_new_tokens, show)

@@ -9,12 +9,67 @@ from typing import Any
 from llm_unlearn.chat import Chat
 from llm_unlearn.data.examples import Example, as_peer_text, conversation, encode, encode_as_peer, encode_text, text_in
 from llm_unlearn.data.files import Row
-from llm_unlearn.data.rendering import TurnEnd, turn_end
+from llm_unlearn.data.rendering import Turn, TurnEnd, turn_end
 from llm_unlearn.data.sources import row_at, rows
+from llm_unlearn.data.thoughts import Opening, Thinker
 from llm_unlearn.evaluation.tables import Cut, Need, Shots
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, fingerprint
 from llm_unlearn.unsaid import unsaid
+
+MAX_THOUGHT = 512
+"""Most tokens of a thought, unless a suite says otherwise."""
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How a model is asked to think before it answers the prompts of a set."""
+
+    openings: list[Opening]  # (R,)
+    limit: int
+    """Most tokens of a thought; when they are used up, it is closed for the model, and the answer begins."""
+    only: bool
+    """The thought itself is what the set asks for, and no answer is written."""
+    thoughts: list[str]
+    """(R,) the rows' own; empty where a row has none."""
+
+    def only_rows(self, chosen: Sequence[int]) -> Thinking:
+        """Return the same for some rows."""
+        return replace(self, openings=[self.openings[row] for row in chosen], thoughts=[self.thoughts[row] for row in chosen])
+
+    def end(self, tokenizer: Any) -> TurnEnd:
+        """Return what ends a thought."""
+        ends = [opening.end(tokenizer) for opening in self.openings[:1]]
+        return ends[0] if ends else TurnEnd()
+
+    def prompts(self, tokenizer: Any, thoughts: Sequence[str] | None = None) -> list[tuple[int, ...]]:
+        """(R,) Return the prompts of the thoughts, or (R · n,) those of the answers behind (R · n,) thoughts, n to a prompt."""
+        texts = [opening.text for opening in self.openings]
+        if thoughts is not None:
+            n = len(thoughts) // len(texts) if texts else 1
+            around = [(opening.text, opening.close) for opening in self.openings for _ in range(n)]
+            # a blank before the answer is a part of its first token
+            texts = [(text + thought + close).rstrip(" ") for (text, close), thought in zip(around, thoughts, strict=True)]
+        return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for all that decides the prompts and what is written to them."""
+        return fingerprint([[one.text, one.close] for one in self.openings], self.limit, self.only)
+
+
+def thinking_of(
+    conversations: Sequence[list[Turn]], tokenizer: Any, source: Source, name: str, limit: int = MAX_THOUGHT
+) -> Thinking | None:
+    """Return how a model is asked to think before it answers, or None where it is asked without.
+
+    It thinks where the settings say so, and where rows bring thoughts and the settings do not say otherwise.
+    """
+    if source.chat.thinking is False or not (source.chat.thinking or any("thought" in turns[-1] for turns in conversations)):
+        return None
+    think = Thinker(tokenizer, source.chat, name)
+    openings = [think.opening(turns[:-1]) for turns in conversations]
+    return Thinking(openings, limit, source.targets == "thought", [turns[-1].get("thought", "") for turns in conversations])
 
 
 @dataclass(frozen=True)
@@ -32,6 +87,8 @@ class EncodedSet:
     cut: Mapping[Cut, list[str]] = field(default_factory=dict)  # (R,) each
     chat: Chat | None = field(default_factory=Chat)
     """Settings of its chat template; None for running text, which has no turns."""
+    thinking: Thinking | None = None
+    """How a model is asked to think before it answers; None: it answers at once."""
 
     @property
     def generate(self) -> bool:
@@ -71,6 +128,7 @@ def only(one: EncodedSet, chosen: Sequence[int]) -> EncodedSet:
         [own[row] for row in chosen],
         one.needs & {"generation"},
         chat=one.chat,
+        thinking=one.thinking.only_rows(chosen) if one.thinking else None,
     )
 
 
@@ -87,8 +145,14 @@ def behind(shots: Shots, one: EncodedSet, other: EncodedSet) -> list[Example]:
     return result
 
 
-def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any) -> EncodedSet:
-    """Read and encode one set; answers that do not fit into `max_tokens` are left out, with their row.
+def encode_set(
+    name: str, source: Source, needs: Iterable[Need], tokenizer: Any, max_thought_tokens: int = MAX_THOUGHT
+) -> EncodedSet:
+    """Read and encode one set; answers that do not fit into `max_tokens` are left out, with their row. Of a set whose targets are
+    thoughts, these stand in the place of answers.
+
+    Args:
+        max_thought_tokens: longest thought that a model may write before it answers.
 
     Raises:
         Refused: the set cannot be read, or a measure needs wrong answers and a row has none.
@@ -117,7 +181,8 @@ def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any)
             if not isinstance(wrong, list) or not wrong:
                 raise Refused(f"{row_at(i, source)}: column {column!r} holds {unsaid(wrong)}; expected a list of wrong answers.")
             wanted.extend((i, "perturbed", conversation(row, i, source, answer, column)) for answer in wrong)
-    encoded = encode([turns for _, _, turns in wanted], tokenizer, source.chat, name, source.max_tokens)
+    asked = [turns for _, _, turns in wanted]
+    encoded = encode(asked, tokenizer, source.chat, name, source.max_tokens, targets=source.targets)
     whole = {i for (i, kind, _), example in zip(wanted, encoded, strict=True) if kind == "answer" and example}
     if not whole:
         raise Refused(f"set {name!r}: no answer fits into max_tokens = {source.max_tokens}.")
@@ -135,7 +200,7 @@ def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any)
     return EncodedSet(
         [str(found[i].get("id", i)) for i in number],
         [turns[i][-2]["content"] for i in number],
-        [turns[i][-1]["content"] for i in number],
+        [turns[i][-1]["thought" if source.targets == "thought" else "content"] for i in number],
         [row for row, _, _ in kept],
         [kind for _, kind, _ in kept],
         [example for _, _, example in kept],
@@ -143,6 +208,7 @@ def encode_set(name: str, source: Source, needs: Iterable[Need], tokenizer: Any)
         [_spans(found[i], i, source) for i in number] if source.keyword else None,
         {need: [_first(example, need.tokens, tokenizer) for example in own] for need in needs if isinstance(need, Cut)},
         source.chat,
+        thinking_of([turns[i] for i in number], tokenizer, source, name, max_thought_tokens),
     )
 
 

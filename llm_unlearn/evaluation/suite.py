@@ -85,6 +85,9 @@ class Suite:
     `retain` must hold rows of the recipe's forget and retain sets."""
     max_new_tokens: PositiveInt = 200
     """Longest greedy answer."""
+    max_thought_tokens: PositiveInt = 512
+    """Longest thought of a model that is asked to think before it answers; when its tokens are used up, the thought is closed for
+    the model, and the answer begins, with tokens of its own."""
     batch_tokens: PositiveInt = 8192
     """Most tokens, padding included, in one forward pass per process. Sets speed and memory; numbers agree within
     1e-5 for every value."""
@@ -131,7 +134,7 @@ def _problems(suite: Suite, tree: Tree) -> Iterable[str]:
     yield from (say(text, "chat", *keys) for keys, text in wrong)
     for name, source in suite.sets.items():
         found = ((where, text) for where, text in source_problems(source) if (where[1:], text) not in wrong)
-        yield from (say(text, "sets", name, *where) for where, text in found)
+        yield from (say(text, "sets", name, *where) for where, text in (*found, *_two_parts(source)))
         if source.alternate:
             yield say("a suite's sets have no alternate answers.", "sets", name, "alternate")
     for section, asked in (("measures", suite.measures), ("attacks", suite.attacks)):
@@ -150,6 +153,12 @@ def _problems(suite: Suite, tree: Tree) -> Iterable[str]:
     yield from (say(text, "tasks", i, key) for i, key, text in _task_problems(suite))
     if suite.retrained and missing(suite.retrained):
         yield say(f"no such folder: {suite.retrained} (looked from {Path.cwd()}).", "retrained")
+
+
+def _two_parts(source: Source) -> Iterable[tuple[tuple[str, ...], str]]:
+    """Check that a set measures one part of its answers. Yields (keys below the set, text)."""
+    if source.targets in ("both", "separate"):
+        yield ("targets",), f"found {source.targets}; a set measures one part. Set answer, or thought in a set of its own."
 
 
 def _read_by_attacks(suite: Suite) -> Iterable[tuple[tuple[str | int, ...], str]]:
@@ -183,6 +192,9 @@ def _unnamed(suite: Suite) -> Iterable[tuple[tuple[str | int, ...], str]]:
 
 def _lacking(measure: AnyMeasure, name: str, source: Source) -> Iterable[str]:
     """What a set would have to have for a measure."""
+    if source.targets == "thought" and {"paraphrase", "perturbed"} & {*measure.needs}:
+        yield f"{measure.name} compares with wrong answers, and set {name!r} asks for thoughts. Set sets.{name}.targets: answer."
+        return
     if "perturbed" in measure.needs and not (source.perturbed or source.choices):
         yield f"{measure.name} compares with wrong answers; name their column in sets.{name}.perturbed."
     if "keyword" in measure.needs and not source.keyword:

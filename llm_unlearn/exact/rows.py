@@ -79,7 +79,9 @@ def _encoded(kept: list[Row], source: Source, tokenizer: Any) -> list[list[Examp
         texts = [text_in(row[source.text], i, source, source.text) for i, row in enumerate(kept)]
         return [encode_text([text], tokenizer, STREAM, source.max_tokens) for text in texts]
     turns = [conversation(row, i, source) for i, row in enumerate(kept)]
-    return [[one] if one else [] for one in encode(turns, tokenizer, source.chat, STREAM, source.max_tokens)]
+    return [
+        [one] if one else [] for one in encode(turns, tokenizer, source.chat, STREAM, source.max_tokens, targets=source.targets)
+    ]
 
 
 def digest(*parts: str) -> str:

@@ -6,7 +6,7 @@ divides, once, by the number of those units in the whole optimizer window on all
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Annotated
 
 from llm_unlearn.objectives.distribution import CEU, ELM, IHL, KL, Entropy, Margin, Undial
@@ -71,6 +71,11 @@ def stream_of(term: Term, name: str) -> str:
     return term.stream or name
 
 
+def set_of(term: Term, name: str) -> str:
+    """Return the set whose rows a term of this name reads: `forget` of a term on `forget.thought`."""
+    return stream_of(term, name).partition(".")[0]
+
+
 def streams_read(term: Term, name: str, kinds: Iterable[Kind] | None = None) -> tuple[str, ...]:
     """The streams whose scores the term's loss reads of the policy; the first is the one whose units are counted.
 
@@ -102,3 +107,23 @@ def count(loss: AnyLoss, lengths: Iterable[int]) -> int:
 def skipped(loss: AnyLoss) -> int:
     """How many first tokens of each answer the loss leaves out."""
     return loss.skip if isinstance(loss, CEU) else 0
+
+
+def thought_problems(objective: Mapping[str, Term], sets: Iterable[str], separate: Container[str]) -> Iterable[tuple[str, ...]]:
+    """Check that every stream of thoughts has its loss, and every term on one its stream. Yields (text, keys of the recipe).
+
+    Args:
+        separate: the sets whose thoughts are a stream of their own.
+    """
+    read = {stream_of(term, name) for name, term in objective.items()}
+    for name in sets:
+        stream = beside(name, "thought")
+        if name in separate and stream not in read:
+            yield f"no loss reads {stream}. Add a term with stream: {stream}, or set targets: both.", "data", name, "targets"
+        if name not in separate and stream in read:
+            yield f"missing; a term reads {stream}. Set targets: separate.", "data", name, "targets"
+    for name, term in objective.items():
+        needs = term.loss.needs
+        if stream_of(term, name).endswith(".thought") and (needs.reads != ("answer",) or needs.contrasts):
+            text = f"{term.loss.name} compares with other answers, and a thought has none. Set a loss such as npo or rmu."
+            yield text, "objective", name, "loss"

@@ -17,9 +17,9 @@ Unit = Literal["token", "sequence"]
 Need = Literal["none", "logps", "logits", "hidden", "routing"]
 """What a loss reads of a model."""
 
-Kind = Literal["answer", "alternate", "expert", "novice"]
-"""What is laid out for a row: its own answer, another answer to the same prompt, or its own answer under a prompt that makes the
-model speak as one who knows, or as one who does not."""
+Kind = Literal["answer", "thought", "alternate", "expert", "novice"]
+"""What is laid out for a row: its own answer, the thought before it, another answer to the same prompt, or its own answer under a
+prompt that makes the model speak as one who knows, or as one who does not."""
 
 TOP = -1
 """In place of a layer: the last hidden states, from which the output head gives logits."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from llm_unlearn.models.load import trainable
 from llm_unlearn.models.sharded import is_sharded
-from llm_unlearn.objectives.terms import stream_of
+from llm_unlearn.objectives.terms import set_of
 from llm_unlearn.spec import Refused
 from llm_unlearn.training.checkpoint import Progress, snapshot
 from llm_unlearn.training.guard import Outcome
@@ -56,7 +56,7 @@ class Watch:
         self.weights = list(trainable(model).values())
         small = sum(weight.numel() for weight in self.weights) <= LARGEST and not is_sharded(model)
         self.copies, self.sharded = small and not job.settings.stop, is_sharded(model)
-        self.forget = [] if job.private else [name for name, term in job.terms.items() if stream_of(term, name) == "forget"]
+        self.forget = [] if job.private else [name for name, term in job.terms.items() if set_of(term, name) == "forget"]
         self.first = job.certified.settings.noisy_steps if job.certified else 0
         """Steps that end no run: they read weights that the certificate does not cover."""
         self.history = 1 if job.certified else HISTORY  # after the noise a loss that is learnt begins as what it was before

@@ -21,7 +21,7 @@ from llm_unlearn.models.optimizer import make_optimizer
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of
 from llm_unlearn.models.training_mode import check_training_mode, enable_training
 from llm_unlearn.models.trials import can_pack, check_depth, check_head, freeze_unreached
-from llm_unlearn.objectives.terms import Ramp, Term, stream_of
+from llm_unlearn.objectives.terms import Ramp, Term, set_of
 from llm_unlearn.objectives.views import ROUTERS, TOP, WHOLE
 from llm_unlearn.sections import Train
 from llm_unlearn.spec import Refused
@@ -142,7 +142,7 @@ class Training:
         self.model = Model(wrapped, scorer, head, reference, inside)
         self.weights = list(trainable(model).values())
         self.directions = _directions(settings, trainable(model))
-        self.forget = {name: term for name, term in job.terms.items() if stream_of(term, name) == "forget"}
+        self.forget = {name: term for name, term in job.terms.items() if set_of(term, name) == "forget"}
         self.others = {name: term for name, term in job.terms.items() if name not in self.forget}
         self.layout = Layout(settings.batch_tokens, packed)
         self.window = Window(job, 0, accelerator, self.layout)

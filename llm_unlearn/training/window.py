@@ -232,7 +232,9 @@ def disturbance(model: Model, batch: Batch, latent: Latent) -> Nudge:
         for _ in range(latent.iterations):
             delta.requires_grad_()
             scores = score(model.scorer, model.head, batch, nudge=(latent.layer, delta))
-            loss = torch.stack([one.logps.sum() * (1 if "." in stream else -1) for stream, one in scores.items()]).sum()
+            loss = torch.stack(
+                [one.logps.sum() * (1 if stream.endswith(".alternate") else -1) for stream, one in scores.items()]
+            ).sum()
             (slope,) = torch.autograd.grad(loss, delta)
             delta = (delta - rate * slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-12)).detach()
             delta = delta * (latent.epsilon / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
