@@ -147,6 +147,7 @@ class Rewrites:
         """
         from llm_unlearn.data.examples import encode
         from llm_unlearn.evaluation.sets import EncodedSet
+        from llm_unlearn.models.outline import capacity_of
 
         if kind in (self.given or {}):
             prompts, answers = self._given(found, kind)
@@ -165,7 +166,7 @@ class Rewrites:
         system = [{"role": "system", "content": chat.system}] if chat.system else []
         asked = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
         turns = [[*asked[i], {"role": "assistant", "content": text}] for i, _, text in wanted]
-        longest = int(getattr(loaded.causal.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+        longest = capacity_of(loaded.model).trained or 1 << 20
         examples = encode(turns, loaded.tokenizer, chat, self.set, longest + 1)
         kept = [example for example in examples if example and len(example.ids) + self.max_new_tokens <= longest + 1]
         if len(kept) < len(examples):

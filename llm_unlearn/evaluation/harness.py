@@ -22,7 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_unlearn.bars import Bar
 from llm_unlearn.chat import Chat
@@ -37,6 +37,7 @@ from llm_unlearn.evaluation.task_code import code_problems, fenced_templates
 from llm_unlearn.evaluation.task_files import content, files_of, leaves, load, quiet
 from llm_unlearn.evaluation.tasks import Answered, Score, Task
 from llm_unlearn.models.load import Loaded
+from llm_unlearn.models.outline import capacity_of
 from llm_unlearn.models.readings import alternatives
 from llm_unlearn.models.scores import Scores
 from llm_unlearn.spec import Refused, fingerprint
@@ -72,13 +73,9 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the library has no types
     def max_length(self) -> int:
         """Tokens that the model reads before the last one that it is asked for. Our passes lay that one out too, and where
         positions are a table, as in GPT-2, it needs a place there; the library would have one more."""
-        config = self.loaded.causal.config.get_text_config()
-        names = ("n_positions", "max_position_embeddings", "n_ctx")
-        found = next((int(value) for name in names if (value := getattr(config, name, None))), None)
-        limit = int(self.tokenizer.model_max_length)
-        reads = found or (limit if limit < 10**9 else LONGEST)  # transformers writes 1e30 where it does not know
-        tables = sum(isinstance(part, nn.Embedding) for part in self.loaded.causal.modules())
-        return reads - (tables > 1)
+        capacity, limit = capacity_of(self.loaded.model), int(self.tokenizer.model_max_length)
+        reads = capacity.trained or (limit if limit < 10**9 else LONGEST)  # transformers writes 1e30 where it does not know
+        return reads - (capacity.positions is not None)
 
     @property
     def tokenizer_name(self) -> str:

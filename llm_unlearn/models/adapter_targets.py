@@ -16,6 +16,7 @@ has made of it.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -85,8 +86,10 @@ def _named(net: nn.Module, targets: str | tuple[str, ...], experts: Experts) -> 
         with contextlib.suppress(re.error):
             matches[targets] = [one for one in (*modules, *parameters) if re.fullmatch(targets, one)]
     if unknown := [name for name, found in matches.items() if not found]:
-        text = "ends no name of a layer that can be adapted"
-        raise Refused(f"model.adapter.targets: {', '.join(map(repr, unknown))} {text}. {_known(net, experts)}")
+        text, leaves = "ends no name of a layer that can be adapted", {one.rpartition(".")[2] for one in (*modules, *parameters)}
+        near = difflib.get_close_matches(unknown[0], sorted(leaves), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise Refused(f"model.adapter.targets: {', '.join(map(repr, unknown))} {text}.{hint} {_known(net, experts)}")
     chosen = {one for found in matches.values() for one in found}
     if passed_by := sorted(chosen & _passed_by(net)):
         text = "an adapter on it has no effect: this architecture reads its weight without calling it, or never uses it"
