@@ -111,6 +111,7 @@ def settle() -> MutableMapping[str, str]:
     know(os.environ)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     wait_briefly()
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # of 1,024, each batch of a new length adds some for its shapes
     return os.environ
 
 

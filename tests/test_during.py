@@ -185,10 +185,13 @@ def test_a_plan_counts_what_stays_on_the_device(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE, encoding="utf-8")
     config = SimpleNamespace(num_hidden_layers=6, hidden_size=10, intermediate_size=30, vocab_size=50)
-    size = partial(plan.memory, recipe.load(path), 1000, 100, config, 8192, torch.float32, reference=False)
+    size = partial(plan.memory, recipe.load(path), None, 1000, 100, config, 8192, torch.float32, reference=False)
     here, there = size(offload=False), size(offload=True)
     assert here.pop("activations") == 6 * there.pop("activations") == 8192 * 6 * (18 * 10 + 4 * 30) * 4
     assert here == there
+    half = partial(plan.memory, recipe.load(path), None, 1000, 100, config, 8192, torch.bfloat16, reference=False)
+    copies = 4 * (6 * 10 + 30)  # what peft makes float32 of, before each adapted layer
+    assert half(offload=False)["activations"] == 8192 * 6 * ((18 * 10 + 4 * 30) * 2 + copies)
 
 
 # ------------------------------------------------------------------------------------------------------------- compiled
