@@ -79,9 +79,7 @@ def _begin(verb: Verb) -> None:
 
 
 def _new(verb: Verb) -> None:
-    one = verb(
-        "new", "starter.verb:new", "write a recipe to start from; with --model, --forget and --retain, for your model and data"
-    )
+    one = verb("new", "starter.verb:new", "write a recipe; with --model, --forget and --retain, one for your model and data")
     one.epilog = (
         "With a model and data, NAME_suite.yaml is written, too: a suite that measures these data. Of the model only config and "
         "tokenizer are read. The settings depend on its size and kind and on the rows; each is written with its reason."
@@ -92,9 +90,7 @@ def _new(verb: Verb) -> None:
     one.add_argument("--forget", metavar="DATA", help=f"rows to be forgotten: {data}")
     one.add_argument("--retain", metavar="DATA", help="rows to be kept")
     one.add_argument("--holdout", metavar="DATA", help="rows of the same kind that the model never saw: how far to forget")
-    one.add_argument(
-        "--format", choices=FORMATS, default="auto", help="how rows are read; default: by the names and values of their columns"
-    )
+    one.add_argument("--format", choices=FORMATS, default="auto", help="how rows are read; default: told from their columns")
 
 
 def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
@@ -114,7 +110,7 @@ def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
 def _show(verb: Verb) -> None:
     one = verb("show", "following.command:show", "say what a run is and where it stands, finished or under way")
     one.add_argument(
-        "folder", type=Path, metavar="RUN", help="the folder of a run, store, audit, bench, sweep, comparison or evaluation"
+        "folder", type=Path, metavar="RUN", help="folder of a run, store, audit, bench, sweep, comparison or evaluation"
     )
     one.add_argument("--follow", action="store_true", help="show it again and again until the run ends; Ctrl-C leaves it alone")
 
