@@ -109,9 +109,7 @@ def _verbs(parser: argparse.ArgumentParser, epilog: str | None) -> Verb:
 
 def _show(verb: Verb) -> None:
     one = verb("show", "following.command:show", "say what a run is and where it stands, finished or under way")
-    one.add_argument(
-        "folder", type=Path, metavar="RUN", help="folder of a run, store, audit, bench, sweep, comparison or evaluation"
-    )
+    one.add_argument("folder", type=Path, metavar="RUN", help="folder of a run, store, audit, bench, sweep or comparison")
     one.add_argument("--follow", action="store_true", help="show it again and again until the run ends; Ctrl-C leaves it alone")
 
 
@@ -130,13 +128,8 @@ def _exact(verb: Verb) -> None:
     one.add_argument("--no-evaluation", action="store_true", help="do not measure the run's suite again, before and after")
     one = verb("verify", "checking:verify", "check a run: its files, a sample of its numbers, the proof of an exact one")
     one.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    one.add_argument(
-        "--rows",
-        type=option_values.rows,
-        default=4,
-        metavar="N",
-        help="rows of each set that are asked again: 0 none, all for every number",
-    )
+    rows = "rows of each set that are asked again: 0 none, all for every number"
+    one.add_argument("--rows", type=option_values.rows, default=4, metavar="N", help=rows)
     one.add_argument("--seed", type=int, metavar="S", help="draw the same rows as an earlier check; default: at random")
     one.add_argument("--retrain", metavar="LINE", help="of an exact run, train one line again, such as 'shard 1', and compare bits")
 
