@@ -1,13 +1,12 @@
 """Examine an architecture: the main job on a small model of it, against plain transformers and peft, one sequence at a time.
 
 python tests/architectures.py llama rwkv           # examine these; without a name, all
-python tests/architectures.py llama rwkv --write   # and write the lines of those that are right into docs/models.md
+python tests/architectures.py llama rwkv --write   # and write their lines into docs/models.md, with full weights and nf4 tried
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import json
 import sys
@@ -16,6 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,16 +23,18 @@ from unittest import mock
 import pandas as pd
 import peft
 import torch
-from small_models import IDS, KINDS, small_model
+from small_models import IDS, KINDS, POPULAR, small_model
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_unlearn.cli import main
 from llm_unlearn.embedded.population import rows
 from llm_unlearn.embedded.target import make_tokenizer
+from llm_unlearn.models.quantized import prepare_4bit_on_cpu
 from llm_unlearn.models.structure import decoder_layers
+from llm_unlearn.models.trainable_weights import choose_weights
 from llm_unlearn.models.trials import can_pack, check_depth
 from llm_unlearn.spec import Refused
 
@@ -42,7 +44,7 @@ BETA, WEIGHTS, RATE = 0.5, {"forget": 1.0, "retain": 2.0, "keep": 0.5}, 0.05
 
 RECIPE = f"""\
 output: OUTPUT
-model: {{base: BASE, adapter: {{rank: 4, alpha: 8}}}}
+model: {{base: BASE, MODEL}}
 data:
   forget: {{source: FOLDER/forget.jsonl, prompt: question, answer: answer}}
   retain: {{source: FOLDER/retain.jsonl, prompt: question, answer: answer}}
@@ -64,6 +66,14 @@ measures:
   - {{name: perplexity, set: retain}}
 max_new_tokens: {LIMIT}
 """
+
+
+FORMS = {
+    "LoRA": "adapter: {rank: 4, alpha: 8}",
+    "full": "adapter: null",
+    "nf4": "adapter: {rank: 4, alpha: 8}, quantize: nf4",
+}
+"""Column of the table -> settings of a recipe's model."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,9 @@ class Bench:
         (folder / "suite.yaml").write_text(SUITE.replace("FOLDER", str(folder)), encoding="utf-8")
         return Bench(folder, tokenizer, encoded)
 
-    def recipe(self, base: Path, output: Path) -> Path:
+    def recipe(self, base: Path, output: Path, form: str) -> Path:
         text = RECIPE.replace("FOLDER", str(self.folder)).replace("BASE", str(base)).replace("OUTPUT", str(output))
+        text = text.replace("MODEL", FORMS[form])
         path = output.with_suffix(".yaml")
         path.write_text(text, encoding="utf-8")
         return path
@@ -195,30 +206,46 @@ def check_close(what: str, ours: Sequence[float] | Tensor, theirs: Sequence[floa
         raise Broken(f"{what}: {a.tolist()[:4]} instead of {b.tolist()[:4]}")
 
 
-def check_lora(folder: Path, bench: Bench, run: Path) -> None:
+def check_run(folder: Path, bench: Bench, run: Path, form: str) -> None:
     """Compare a run of the recipe with the same two steps by plain transformers and peft.
 
     Raises:
-        Broken: loss terms, log-likelihoods, texts or the saved adapter differ.
+        Broken: loss terms, log-likelihoods, texts or the saved weights differ.
     """
-    found = pd.read_parquet(run / "evaluation.parquet")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    fresh = copy.deepcopy(base)
+    rows_of = pd.read_parquet(run / "evaluation.parquet")
+    base = load_plainly(folder, form)
     with torch.no_grad():
         before = {name: [log_probabilities(base, row) for row in of_set] for name, of_set in bench.rows.items()}
-    check_rows(found, "before", base, bench)
-    model = untrained(base, run / "adapter")
+    check_rows(rows_of, "before", base, bench)
+    if form == "full":
+        choose_weights(base, None)
+    model = base if form == "full" else untrained(base, run / "adapter")
     terms = train(model, bench, before)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for step, (line, own) in enumerate(zip(log, terms, strict=True), 1):
         check_close(f"loss terms of step {step}", [line[name] for name in own], list(own.values()))
-    check_rows(found, "after", model.eval(), bench)
+    check_rows(rows_of, "after", model.eval(), bench)
     with torch.no_grad():
-        saved = peft.PeftModel.from_pretrained(fresh, str(run / "adapter")).eval()
-        for row in bench.rows["forget"]:
-            check_close("logits of the saved adapter", log_probabilities(saved, row)[0], log_probabilities(model, row)[0])
-            if torch.equal(log_probabilities(saved, row), before["forget"][bench.rows["forget"].index(row)]):
-                raise Broken("the saved adapter changes nothing")
+        if form == "full":
+            saved = load_plainly(run / "model", form)
+        else:
+            saved = peft.PeftModel.from_pretrained(load_plainly(folder, form), str(run / "adapter")).eval()
+        for row, old in zip(bench.rows["forget"], before["forget"], strict=True):
+            check_close("logits of the saved weights", log_probabilities(saved, row)[0], log_probabilities(model, row)[0])
+            if torch.equal(log_probabilities(saved, row), old):
+                raise Broken("the saved weights change nothing")
+
+
+def load_plainly(folder: Path, form: str) -> Any:
+    """A model as transformers reads it, in 4 bits where the form says so."""
+    if form != "nf4":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=bits, device_map={"": "cpu"})
+    prepare_4bit_on_cpu(model)
+    return model.eval()
 
 
 def untrained(base: Any, adapter: Path) -> Any:
@@ -241,25 +268,32 @@ def check_rows(found: pd.DataFrame, column: str, model: Any, bench: Bench) -> No
             raise Broken(f"texts of {name}, {column}: {list(mine['written'])} instead of {texts}")
 
 
-def examine(kind: str, bench: Bench, folder: Path) -> str:
+def examine(kind: str, bench: Bench, folder: Path, form: str = "LoRA") -> str:
     """Run the main job on a small model of an architecture and compare it; an empty text, or why it is refused.
 
     Raises:
         Broken: it is neither right nor refused in words, alike by `plan` and `run`.
     """
-    small_model(kind).save_pretrained(folder / "base")
-    bench.tokenizer.save_pretrained(folder / "base")
-    recipe = str(bench.recipe(folder / "base", folder / "run"))
+    base, output = folder / "base", folder / f"run-{form}"
+    small_model(kind).save_pretrained(base)
+    bench.tokenizer.save_pretrained(base)
+    recipe = str(bench.recipe(base, output, form))
     planned, ran = command("plan", recipe), command("run", recipe)
     if (planned.code, ran.code) == (0, 0):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers has renamed
             warnings.filterwarnings("ignore", "fan_in_fan_out")
-            check_lora(folder / "base", bench, folder / "run")
+            check_run(base, bench, output, form)
         return ""
-    if (planned.code, ran.code) != (2, 2) or planned.errors != ran.errors:
+    if ran.code != 2 or (planned.code, planned.errors) not in ((2, ran.errors), (0, "")):
         raise Broken(f"plan: {planned.code} {planned.errors}; run: {ran.code} {ran.errors}")
-    return planned.errors
+    if "log.jsonl" in {path.name for path in output.glob("*")}:
+        raise Broken(f"run: refused only after the training began: {ran.errors}")
+    return ran.errors if planned.code else f"{ran.errors}{BY_RUN}"
+
+
+BY_RUN = " (by `run` only, before training)"
+"""What is added to a refusal that weights alone can tell."""
 
 
 @dataclass(frozen=True)
@@ -293,39 +327,66 @@ def abilities(kind: str) -> Abilities:
 
 
 PAGE_FILE = Path(__file__).parents[1] / "docs" / "models.md"
-HEAD = """\
-| model type | class | LoRA | packing | depth | FSDP2 |
-|---|---|---|---|---|---|
-"""
+COLUMNS = ("model type", "class", *FORMS, "packing", "depth", "FSDP2", "tested by")
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
+REFUSED_HEAD = "| model type | reason |\n|---|---|\n"
 
 
-def line_of(kind: str, found: Abilities) -> str:
-    """The line of docs/models.md of an architecture that is right."""
-    marks = " | ".join("yes" if mark else "no" for mark in (found.packing, found.depth, found.sharding))
-    return f"| {kind} | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} | yes | {marks} |"
+def claims(kind: str) -> dict[str, str]:
+    """What the page says of an architecture and a test can find out in a second: column -> text."""
+    tried = abilities(kind)
+    marks = {"packing": tried.packing, "depth": tried.depth, "FSDP2": tried.sharding}
+    return {
+        "model type": kind,
+        "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind],
+        "LoRA": "yes",
+        **{name: "yes" if mark else "no" for name, mark in marks.items()},
+        "tested by": "make test" if kind in POPULAR else "make test-long",
+    }
 
 
-def lines_in(page: str) -> dict[str, str]:
-    """Model type -> its line of the table."""
-    table = page.partition(HEAD)[2].partition("\n\n")[0]
-    return {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()}
+def lines_in(page: str, head: str = HEAD) -> dict[str, dict[str, str]]:
+    """Model type -> column -> text of a table."""
+    names = [name.strip() for name in head.splitlines()[0].strip("|").split("|")]
+    table = takewhile(lambda line: line.startswith("|"), page.partition(head)[2].splitlines())
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    return {cells[0]: dict(zip(names, cells, strict=True)) for cells in lines}
 
 
-def write_page(kinds: Sequence[str]) -> None:
-    """Write the lines of these architectures into docs/models.md; the others stay."""
+def try_forms(kind: str, bench: Bench, folder: Path) -> dict[str, str]:
+    """Column -> yes, or no, of the forms beyond LoRA; what is wrong with them is printed."""
+    marks = {}
+    for form in [form for form in FORMS if form != "LoRA"]:
+        try:
+            result = examine(kind, bench, folder, form)
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        marks[form] = "no" if result else "yes"
+        if result:
+            print(f"  {form}: {result}", flush=True)
+    return marks
+
+
+def write_page(supported: dict[str, dict[str, str]], refused: dict[str, str]) -> None:
+    """Write these lines into the two tables of docs/models.md; those of other architectures stay."""
     page = PAGE_FILE.read_text(encoding="utf-8")
-    before, _, table = page.partition(HEAD)
-    lines = lines_in(page)
-    for kind in kinds:
-        lines[kind] = line_of(kind, abilities(kind))
-    text = "".join(lines[kind] + "\n" for kind in sorted(lines))
-    PAGE_FILE.write_text(before + HEAD + text + "\n" + table.partition("\n\n")[2], encoding="utf-8")
+    lines = {kind: cells for kind, cells in lines_in(page).items() if kind not in refused} | supported
+    reasons = {kind: cells["reason"] for kind, cells in lines_in(page, REFUSED_HEAD).items() if kind not in supported} | refused
+    for head, table in (
+        (HEAD, [" | ".join(lines[kind][name] for name in COLUMNS) for kind in sorted(lines)]),
+        (REFUSED_HEAD, [f"{kind} | {reasons[kind]}" for kind in sorted(reasons)]),
+    ):
+        before, _, rest = page.partition(head)
+        after = "".join(dropwhile(lambda line: line.startswith("|"), rest.splitlines(keepends=True)))
+        page = before + head + "".join(f"| {line} |\n" for line in table) + after
+    PAGE_FILE.write_text(page, encoding="utf-8")
 
 
 def main_() -> None:
     """Examine architectures, and print of each whether it is right, or why not."""
     warnings.simplefilter("error")
-    results: dict[str, str] = {}
+    supported: dict[str, dict[str, str]] = {}
+    refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as place:
         bench = Bench.of(Path(place))
         for kind in [word for word in sys.argv[1:] if word != "--write"] or KINDS:
@@ -333,13 +394,17 @@ def main_() -> None:
             folder.mkdir()
             began = time.process_time()
             try:
-                result = examine(kind, bench, folder) or "right"
+                result = examine(kind, bench, folder)
             except Exception as error:
                 result = f"{type(error).__name__}: {error}"
-            results[kind] = result
-            print(f"{kind} ({time.process_time() - began:.1f} s): {result}", flush=True)
-    if "--write" in sys.argv:
-        write_page([kind for kind, result in results.items() if result == "right"])
+            else:
+                if result:
+                    refused[kind] = result.partition(": ")[2]
+            print(f"{kind} ({time.process_time() - began:.1f} s): {result or 'right'}", flush=True)
+            if not result and "--write" in sys.argv:
+                supported[kind] = claims(kind) | try_forms(kind, bench, folder)
+            if "--write" in sys.argv:
+                write_page(supported, refused)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """The model types of transformers that have a causal language model."""
 
+_POPULAR = (
+    "bamba bloom cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 falcon falcon_h1 gemma gemma2 gemma3_text glm4 glm4_moe "
+    "gpt2 gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid jamba lfm2 llama llama4_text mamba mamba2 minimax mistral "
+    "mixtral nemotron olmo2 olmo3 olmoe opt phi phi3 qwen2 qwen3 qwen3_moe qwen3_next smollm3 stablelm starcoder2 zamba2"
+)
+POPULAR = frozenset(_POPULAR.split())
+"""The model types that every run of the tests examines; the others are examined by `make test-long`."""
+
 _NAMES = {
     1088: "vocab_size unpadded_vocab_size vocab_size_per_layer_input",
     256: "max_position_embeddings n_positions max_seq_len n_ctx max_sequence_length model_max_length "
@@ -26,7 +34,8 @@ _NAMES = {
     " hidden_size_per_layer_input mamba_d_head",
     16: "head_dim kv_channels v_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim "
     "index_head_dim global_head_dim swa_head_dim dim_head mamba_d_state state_size mamba_dt_rank time_step_rank",
-    8: "patch_size qk_rope_head_dim rotary_dim sliding_window sliding_window_size window_size attention_chunk_size local_attention",
+    8: "patch_size qk_rope_head_dim rotary_dim sliding_window sliding_window_size window_size attention_chunk_size local_attention "
+    "chunk_size mamba_chunk_size",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
     "num_decoder_attention_heads num_encoder_attention_heads n_routed_experts num_experts num_local_experts moe_num_experts "
     "swa_num_attention_heads linear_num_value_heads linear_num_heads n_mamba_heads mamba_n_heads mamba_num_heads laurel_rank "
@@ -56,7 +65,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "attention_hidden_size": 128},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2, "num_key_value_heads": 4},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "n_mamba_heads": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """Model type -> settings of its config that its sizes ask for, or without which it has only some of its kinds of layers."""

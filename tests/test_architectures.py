@@ -3,20 +3,28 @@ docs/models.md says what comes out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from architectures import PAGE_FILE, Bench, abilities, command, examine, line_of, lines_in
-from small_models import small_config, small_model
+from architectures import PAGE_FILE, REFUSED_HEAD, Bench, claims, command, examine, lines_in
+from small_models import POPULAR, small_config, small_model
 from transformers import AutoModelForCausalLM
 
 from llm_unlearn.models.decoding import Decoding, decoding_of
 from llm_unlearn.models.structure import check_decoder
 from llm_unlearn.spec import Refused
 
-LINES = lines_in(PAGE_FILE.read_text(encoding="utf-8"))
+PAGE = PAGE_FILE.read_text(encoding="utf-8")
+LINES, REFUSED = lines_in(PAGE), lines_in(PAGE, REFUSED_HEAD)
 ENCODERS = ("bert", "roberta", "electra", "big_bird")
+
+
+def each(kinds: Iterable[str]) -> list[Any]:
+    """Parameters of a test; the popular ones run in CI."""
+    return [pytest.param(kind, marks=() if kind in POPULAR else pytest.mark.long) for kind in kinds]
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +32,26 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench.of(tmp_path_factory.mktemp("bench"))
 
 
-def test_the_page_has_at_least_forty_architectures() -> None:
-    assert len(LINES) >= 40
+def test_the_page_has_the_popular_architectures() -> None:
+    assert sorted(POPULAR - LINES.keys() - REFUSED.keys()) == []
+    assert len(POPULAR & LINES.keys()) >= 40
 
 
-@pytest.mark.parametrize("kind", LINES)
+@pytest.mark.parametrize("kind", each(LINES))
 def test_an_architecture_computes_what_transformers_and_peft_compute(kind: str, bench: Bench, tmp_path: Path) -> None:
     assert examine(kind, bench, tmp_path) == ""
 
 
-@pytest.mark.parametrize("kind", LINES)
+@pytest.mark.parametrize("kind", each(LINES))
 def test_the_page_says_what_an_architecture_can_do(kind: str) -> None:
-    assert line_of(kind, abilities(kind)) == LINES[kind], "python tests/architectures.py NAME --write"
+    claimed = claims(kind)
+    assert claimed == {name: LINES[kind][name] for name in claimed}, "python tests/architectures.py NAME --write"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_architecture_is_refused_as_the_page_says(kind: str, bench: Bench, tmp_path: Path) -> None:
+    assert examine(kind, bench, tmp_path).endswith(REFUSED[kind]["reason"])
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
