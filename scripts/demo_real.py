@@ -24,7 +24,8 @@ from llm_unlearn.spec import plain, to_yaml
 from llm_unlearn.tree import locate
 
 RECIPE, QUESTIONS = "recipes/forget_smollm2.yaml", 40
-COLD, WARM = "15 minutes on two free cores: two models are trained first", "6 minutes on two free cores"
+COLD = "two models are trained first; each line says how long it still takes"
+WARM = "both models are in the cache; each line says how long it still takes"
 
 
 def with_questions(suite: suites.Suite, general: Path) -> suites.Suite:
@@ -57,7 +58,7 @@ def demo(general: Path) -> int:
         words.append(f"evaluation.suite={json.dumps(str(place))}")
     else:
         print(f"{general}: not there; general ability is measured on the project's own questions and text alone")
-    print(f"about {WARM if is_warm() else COLD}", flush=True)
+    print(WARM if is_warm() else COLD, flush=True)
     status = main(words)
     report = (output / "report.html").resolve()
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes; the report: {report}")
