@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_unlearn.models.decoding import Decoding, decoding_of
 from llm_unlearn.models.structure import check_decoder
+from llm_unlearn.models.trials import check_depth, check_head
 from llm_unlearn.spec import Refused
 
 PAGE = PAGE_FILE.read_text(encoding="utf-8")
@@ -66,6 +67,17 @@ def test_a_head_with_layers_of_its_own_is_refused() -> None:
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(Refused, match="its head has layers of its own"):
         check_decoder(model)
+
+
+@pytest.mark.parametrize("kind", ["cpmant", "deepseek_v32", "deepseek_v4", "xlnet"])
+def test_a_model_that_reads_the_tokens_that_follow_is_refused(kind: str) -> None:
+    with pytest.raises(Refused, match="its states depend on the tokens that follow"):
+        check_head(small_model(kind))
+
+
+def test_layers_with_several_states_for_a_token_are_not_ended_early() -> None:
+    with pytest.raises(Refused, match="do not return one hidden state for each token"):
+        check_depth(small_model("gemma3n_text"), (0,))
 
 
 def test_a_model_that_ignores_padding_is_not_padded() -> None:

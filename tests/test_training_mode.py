@@ -72,12 +72,14 @@ def test_a_source_of_another_kind_is_refused(always: bool, said: str) -> None:
     assert not net.training and not net.model.layers[0].mlp.down_proj.training, "left as it was"
 
 
-def test_noise_is_switched_off_in_the_config_too(tokenizer: Any, tmp_path: Path) -> None:
+def test_noise_of_routers_is_off_in_training(tokenizer: Any, tmp_path: Path) -> None:
     settings = SMALL | {"vocab_size": 1024, "hidden_size": 64}
     config = transformers.MixtralConfig(**settings, num_key_value_heads=2, num_local_experts=4, router_jitter_noise=0.3)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    assert read_config(Model(base=str(tmp_path / "base"))).router_jitter_noise == 0.0
+    assert read_config(Model(base=str(tmp_path / "base"))).router_jitter_noise == 0.3, (
+        "Phi-3.5-MoE routes by it in evaluation mode too"
+    )
     recipe = write_case(tmp_path, tmp_path / "base", adapter={"rank": 2, "targets": "q_proj"})
     assert main(["run", str(recipe), "evaluation=null"]) == 0
     first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])

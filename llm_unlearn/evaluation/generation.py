@@ -155,7 +155,7 @@ def written(
     Asks are taken up in their order, as many at once as `batch_tokens` hold if each became as long as the longest may. Once one of
     `FULL` has ended, others come in their place; their prompts are read by themselves. Where none waits, the rest goes on in a
     smaller batch once half has ended. Where what was computed cannot be cut, or a CPU has `MANY` at once, a batch is written to its
-    end before the next. A model that cannot be padded (`models/decoding.py`) writes batches of equally long prompts.
+    end before the next. A model that cannot be padded (`models/decoding.py`) writes one text at a time.
     """
     asks = _within(asks, capacity_of(loaded.model).positions)
     decoding = decoding_of(loaded.model) if asks else Decoding()
@@ -190,8 +190,7 @@ class _Writer:
         while waiting:
             widest = max(widest, _need(self.asks[waiting[0]]))
             count = len(rows) + len(fresh)
-            unequal = not self.decoding.padded and fresh and len(self.asks[waiting[0]].prompt) != len(self.asks[fresh[0]].prompt)
-            if count and (unequal or (count + 1) * widest > batch_tokens):
+            if count and (not self.decoding.padded or (count + 1) * widest > batch_tokens):
                 break
             fresh.append(waiting.popleft())
         return fresh

@@ -184,7 +184,8 @@ def _called(net: Any) -> set[str] | None:
     """Names of the layers that a forward pass over a few tokens calls, tried on the meta device where the weights lie there; None
     where the architecture cannot be tried so."""
     called: set[str] = set()
-    device = next(net.parameters()).device
+    devices = {weight.device.type: weight.device for weight in net.parameters()}
+    device = devices.get("meta") or next(iter(devices.values()))  # XLNet leaves one parameter on the CPU in any context
     ids = torch.ones((1, 8), dtype=torch.long, device=device)
     mask = {"attention_mask": torch.ones((1, 1, 8, 8), dtype=torch.bool, device=device)}  # whole: nothing is asked of its values
     handles = [

@@ -1,7 +1,7 @@
 """Whether a model writes the same text in a padded batch and with a cache as it does alone and without one: tried, not assumed.
 
 Recurrent architectures often read padding as text (RWKV ignores the attention mask), and some caches do not hold all that the next
-token depends on. Such a model writes its texts in batches of equal prompts, or reads the whole text for every token.
+token depends on. Such a model writes one text at a time, or reads the whole text for every token.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def read_config(model: Model) -> Any:
-    """Return the architecture of a model, every dropout and noise of it 0 (`training_mode.py` says why).
+    """Return the architecture of a model, every dropout of it 0 (`training_mode.py` says why).
 
     Raises:
         Refused: there is no config.json that transformers reads.
@@ -124,8 +124,9 @@ def read_config(model: Model) -> Any:
 
 TIED = "Model has `tie_word_embeddings=True`"
 """How peft warns of an adapter on a tied head; merging.py unties it before it is merged."""
-RANDOM = re.compile("drop|noise|jitter")
-"""Names of settings that draw at random while a model is trained, such as `resid_pdrop` and `router_jitter_noise`."""
+RANDOM = re.compile("drop")
+"""Names of settings that draw at random while a model is trained, such as `resid_pdrop`. Noise of routers is left as it is, as
+Phi-3.5-MoE also routes by its size in evaluation mode; `training_mode.py` switches it off."""
 
 
 def dtype_of(model: Model, device: torch.device) -> torch.dtype:

@@ -34,7 +34,9 @@ def outline_of(model: Model) -> Any:
         with torch.device("meta"):
             net = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        raise Refused(f"{model.base}: no causal language model can be built from its config.json ({reason(error)}).") from error
+        unknown = "Unrecognized configuration class" in str(error)  # followed by the names of all others
+        text = f"{type(config).__name__} belongs to none in transformers" if unknown else reason(error)
+        raise Refused(f"{model.base}: no causal language model can be built from its config.json ({text}).") from error
     body_of(net)
     check_decoder(net)
     return net

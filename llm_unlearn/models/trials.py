@@ -18,26 +18,57 @@ from llm_unlearn.models.scores import Scorer, head_of
 from llm_unlearn.models.structure import body_of, decoder_layers
 from llm_unlearn.objectives.views import TOP
 from llm_unlearn.spec import Refused, reason
+from llm_unlearn.troubles import is_out_of_memory
+
+
+LENGTHS = (40, 25)
+"""Tokens of two sequences that are read alone and in one batch."""
 
 
 def check_head(model: Any) -> None:
-    """Compare `Scorer` and `head_of` with the model's own forward pass, once, on a few tokens.
+    """Compare `Scorer` and `head_of` with the model's own forward pass on one sequence, alone, in a batch and cut short.
 
     Raises:
-        Refused: this architecture computes its logits in a way that is not known here, or reads the tokens that follow.
+        Refused: this architecture cannot read plain text, computes its logits in a way that is not known here, or its states depend
+            on the tokens that follow or on the other sequences of a batch.
     """
     net = causal(model)
-    ids, at = few_tokens(net)
-    with torch.no_grad():
-        own = net(input_ids=ids, use_cache=False).logits[0].float()
-        states = Scorer(model)(ids, at)[TOP]
-        ours, first = head_of(model)(states), Scorer(model)(ids[:, :5], at[:5])[TOP]
-    if not torch.allclose(states[:5], first, rtol=2e-2, atol=2e-2 * float(states.abs().max())):
-        raise Refused(f"{type(net).__name__}: its states depend on the tokens that follow. Take a causal language model.")
-    if not torch.allclose(own, ours, rtol=2e-2, atol=2e-2 * float(own.abs().max())):
-        raise Refused(
-            f"{type(net).__name__}: its logits are not its head on its last hidden state; this architecture is not supported yet."
-        )
+    name = type(net).__name__
+    try:
+        with torch.no_grad():
+            own, ours, alone, batch = _read_twice(model)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise Refused(f"{name}: fails on a few tokens ({reason(error)}); this architecture or config is not supported.") from error
+    if not _are_close(net, alone[0][: len(alone[1])], alone[1]):
+        raise Refused(f"{name}: its states depend on the tokens that follow. Take a causal language model.")
+    if not _are_close(net, torch.cat(alone), torch.cat(batch)):
+        raise Refused(f"{name}: its states depend on the padding or on the other sequences of a batch; it is not supported.")
+    if not _are_close(net, own, ours):
+        raise Refused(f"{name}: its logits are not its head on its last hidden state; this architecture is not supported yet.")
+
+
+def _read_twice(model: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Return the model's own logits of a sequence and ours (L, V), and the last states of two sequences, alone and in a batch."""
+    net, scorer = causal(model), Scorer(model)
+    longest = min(LENGTHS[0], scorer.positions or LENGTHS[0])
+    short = longest * LENGTHS[1] // LENGTHS[0]
+    vocabulary = net.config.get_text_config().vocab_size
+    ids = torch.arange(1, longest + 1, device=net.device)[None] % vocabulary
+    at = torch.arange(longest, device=net.device)
+    own = net(input_ids=ids, use_cache=False).logits[0].float()
+    alone = [scorer(ids[:, :length], at[:length])[TOP] for length in (longest, short)]
+    padded = torch.cat([ids, ids.masked_fill(at >= short, 0)])
+    states = scorer(padded, torch.cat([at, at[:short] + longest]))[TOP]
+    return own, head_of(model)(alone[0]), alone, [states[:longest], states[longest:]]
+
+
+def _are_close(net: Any, one: Tensor, other: Tensor) -> bool:
+    """Return whether numbers agree up to the rounding of the model's precision."""
+    exact = all(weight.dtype == torch.float32 for weight in net.parameters()) and not torch.is_autocast_enabled(one.device.type)
+    within = 1e-3 if exact and one.device.type == "cpu" else 2e-2
+    return torch.allclose(one.float(), other.float(), rtol=within, atol=within * float(one.abs().max()))
 
 
 def check_depth(model: Any, layers: Layers) -> None:
@@ -48,8 +79,13 @@ def check_depth(model: Any, layers: Layers) -> None:
     """
     net = causal(model)
     ids, at = few_tokens(net)
-    with torch.no_grad():
-        short, whole = (Scorer(model)(ids, at, wanted) for wanted in (layers, (*layers, TOP)))
+    try:
+        with torch.no_grad():
+            short, whole = (Scorer(model)(ids, at, wanted) for wanted in (layers, (*layers, TOP)))
+    except IndexError as error:  # Gemma-3n's layers return several versions of the hidden states
+        raise Refused(
+            f"{type(net).__name__}: its layers do not return one hidden state for each token; not supported yet."
+        ) from error
     if not all(torch.allclose(short[layer], whole[layer], rtol=1e-3, atol=1e-3) for layer in layers):
         raise Refused(f"{type(net).__name__}: ends differently when its upper layers are left out; not supported yet.")
 
