@@ -20,7 +20,6 @@ from llm_unlearn.objectives.views import TOP
 from llm_unlearn.spec import Refused, reason
 from llm_unlearn.troubles import is_out_of_memory
 
-
 LENGTHS = (40, 25)
 """Tokens of two sequences that are read alone and in one batch."""
 
