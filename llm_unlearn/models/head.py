@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Settings of a soft cap on logits: Gemma 2, RecurrentGemma, xLSTM."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -23,7 +26,8 @@ class Head:
     def of(layer: nn.Module, config: Any) -> Head:
         """The head that an architecture makes of a layer (scale: Cohere, Granite; cap: Gemma)."""
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        return Head(layer, int(config.vocab_size), scale, getattr(config, "final_logit_softcapping", None))
+        cap = next((float(value) for name in CAPS if (value := getattr(config, name, None))), None)
+        return Head(layer, int(config.vocab_size), scale, cap)
 
     def __call__(self, states: Tensor, room: Tensor | None = None) -> Tensor:
         """(N, D) -> (N, V) float32
