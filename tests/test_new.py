@@ -77,6 +77,12 @@ def test_what_is_written_is_planned_as_it_is(
     assert "note" not in capsys.readouterr().out, "every row that is measured is the recipe's"
 
 
+def test_missing_rows_are_refused(here: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert new(here, tiny_base, "qa") == 0
+    assert main(["new", "more", "--model", str(tiny_base), "--forget", "forgot.jsonl", "--retain", "retain.jsonl"]) == 2
+    assert "forgot.jsonl: the file does not exist (looked from " in capsys.readouterr().err and not Path("more.yaml").exists()
+
+
 def test_a_run_of_what_is_written_ends_well(here: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert new(here, tiny_base, holdout=True) == 0
     capsys.readouterr()

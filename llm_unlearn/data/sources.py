@@ -198,6 +198,8 @@ def read(name: str, config: str | None = None, split: str | None = None) -> Sequ
             return found
     elif os.path.exists(path) and not path.is_dir():
         raise Refused(f"{name}: is no ordinary file; expected one of {', '.join(FILES)}, or a folder.")
+    elif not path.is_dir() and path.suffix in FILES:
+        raise Refused(f"{name}: the file does not exist (looked from {Path.cwd()}).")
     import datasets
 
     datasets.disable_progress_bars()  # reading is short; the bars here are those of our own long work
