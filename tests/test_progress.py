@@ -176,7 +176,7 @@ def test_a_resumed_run_is_shown_from_its_step_on(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("forgetting: step 1 of 6, forget ") and lines[-1].startswith("forgetting: step 4 of 6, ")
     train(wanted, adapted(make_model), Accelerator(cpu=True), tmp_path, resume=True)
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("forgetting")]  # a slow pass has its own
     assert lines[0].startswith("forgetting: step 4 of 6, forget ") and lines[-1].startswith("forgetting: step 6 of 6, ")
     assert all(word in lines[-1] for word in ("retain ", "retain perplexity ", "grad norm ", "tokens/s ", "memory "))
     AcceleratorState._reset_state(reset_partial_state=True)
