@@ -19,8 +19,8 @@ from llm_unlearn.sections import Data, Model
 from llm_unlearn.source import Source
 
 CPU = torch.device("cpu")
-HARMLESS = {"config: quantized by nobody", "generation config: broken", "tokenizer: unknown kind"}
-"""What says something that nobody reads."""
+HARMLESS = {"generation config: broken", "tokenizer: more words than the model", "tokenizer: unknown kind"}
+"""Defects in what nothing reads; of a vocabulary, the tokens that rows use."""
 UNREAD = {"config: unknown key"}
 
 

@@ -152,9 +152,11 @@ def _made(
             companions[stream] = Companions(packer.done(), np.array(one.counts[stream], np.int64))
     for name, examples in streams.items():
         if not len(examples):
-            why = f"{dropped[name]} rows have no answer within max_tokens = {sources[name].max_tokens}"
-            shared_too = f", {overlap} rows also stand in the forget set" if name in data.kept and overlap else ""
-            raise Refused(f"data.{name}: no example is left; {why}{shared_too}.")
+            shared_too = overlap if name in data.kept else 0
+            reasons = [f"{shared_too} rows also stand in the forget set. Name other rows"] if shared_too else []
+            if dropped[name]:
+                reasons += [f"{dropped[name]} rows have no answer within max_tokens = {sources[name].max_tokens}. Set a larger one"]
+            raise Refused(f"data.{name}: no example is left; {'; '.join(reasons) or 'its rows are empty'}.")
     return Examples(streams, companions, dropped, overlap)
 
 
