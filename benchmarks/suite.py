@@ -62,7 +62,7 @@ TOFU = {
 }
 STAGES = {
     "loading": [(look, "load"), (run, "start")],
-    "encoding": [(look, "encode_set")],
+    "encoding": [(look, "encode_sets")],
     "likelihood: model and head": [(likelihood, "score"), (scores.Head, "__call__")],
     "likelihood: statistics, layout": [(passes, "likelihood_pass"), (passes, "loss_pass"), (passes, "neighbours_pass")],
     "generation: model": [(transformers.GenerationMixin, "generate")],

@@ -113,7 +113,7 @@ def test_rows_and_answers_end_at_the_learned_positions(tokenizer: Any, tmp_path:
     assert main(["run", str(recipe)]) == 0
     assert "warning: forget: rows are cut to 30 tokens" in capsys.readouterr().out
     loaded = load(Model(base=str(base), adapter=None), torch.device("cpu"))
-    asks = [Ask(prompt=(5,) * 10, end=3, limit=200, unfinished=True)]
+    asks = [Ask(prompt=(5,) * 10, end=frozenset({3}), limit=200, unfinished=True)]
     ((_, tokens, ended),) = written(loaded, asks, 4096, torch.device("cpu"))
     assert len(tokens) + ended == 21 or ended, "the last token needs no position"
 
@@ -168,7 +168,7 @@ def test_greedy_is_the_likeliest_token_whatever_the_models_file_says(
     net = add_adapter(loaded.model, Adapter(rank=2), 0) if adapted else loaded.model
     loaded = type(loaded)(net, loaded.tokenizer, loaded.parts)
     prompts = [(40, 41, 42, 7, 9), (50, 8, 51), (99, 15, 100, 101, 102, 103, 104)]
-    asks = [Ask(prompt=prompt, end=3, limit=20, unfinished=True) for prompt in prompts]
+    asks = [Ask(prompt=prompt, end=frozenset({3}), limit=20, unfinished=True) for prompt in prompts]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = {at: tokens for at, tokens, _ in written(loaded, asks, 4096, torch.device("cpu"))}

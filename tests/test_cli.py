@@ -509,7 +509,7 @@ def test_evaluate_of_one_model_has_one_column_beside_the_suites_own_retrained(as
 
 def test_evaluate_writes_again_where_it_is_told_to(here: Path, asked: Asked) -> None:
     (here / "kept").mkdir()
-    (here / "kept" / "evaluation.json").write_text("{}")
+    (here / "kept" / "evaluation.json").write_text('{"suite": "eval/quick.yaml", "numbers": []}')
     assert main(["evaluate", "eval/quick.yaml", "--model", "embedded:target", "--output", "kept", "--overwrite"]) == 0
     assert len(asked.evaluations) == 1
 

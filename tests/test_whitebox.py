@@ -34,7 +34,7 @@ from llm_unlearn.bars import Bar
 from llm_unlearn.chat import Chat
 from llm_unlearn.data.batch import lay_out
 from llm_unlearn.embedded import population
-from llm_unlearn.evaluation import generation as generating
+from llm_unlearn.evaluation import answering
 from llm_unlearn.evaluation.answering import generation_pass
 from llm_unlearn.evaluation.generation import Guide
 from llm_unlearn.evaluation.passes import tables_of
@@ -749,7 +749,7 @@ def test_what_two_models_give_is_read_off_the_rest_of_each_answer(
         texts[longest] = " ".join(rest[longest].split()[:-1])
         return texts
 
-    monkeypatch.setattr(generating, "generation_pass", written)
+    monkeypatch.setattr(answering, "generation_pass", written)
     curve = TwoModel(near=0.6)(subject)
     assert said == [(None, None), (1.4, 1e-5), (2.0, 1e-5)] and curve.x == (1.0, 1.4, 2.0)
     words = len(re.findall("[a-z0-9]+", rest[longest].lower()))
