@@ -293,7 +293,7 @@ def test_a_skipped_thought_is_the_answer_at_once(thinker: Any, make_model: Calla
 # ------------------------------------------------------------------------------------------------------------------ models
 
 
-@pytest.mark.slow
+@pytest.mark.long  # trains both models, minutes of processor time
 def test_the_embedded_models_think_and_answer(cache: Path) -> None:
     """The thinker recalls the record in its thought and answers with it and without; the retrained one does neither."""
     from llm_unlearn.models.load import load
