@@ -411,7 +411,7 @@ LIBRARIES = {  # rule 5: who may import what
     "peft": r"models/\w+\.py",
     "bitsandbytes": r"models/\w+\.py",
     # an attack that trains has an accelerator of its own (audit), and says so (finding); many.py, results.py: the type only
-    "accelerate": r"training/\w+\.py|run\.py|evaluation/(passes|likelihood|generation|harness)\.py|embedded/target\.py"
+    "accelerate": r"training/\w+\.py|run\.py|evaluation/(passes|likelihood|generation|answering|harness)\.py|embedded/target\.py"
     r"|attacks/(audit|finding)\.py|look\.py|many\.py|results\.py"
     r"|auditing/trial\.py|checking\.py"  # the type only
     r"|exact/(pieces|forgetting)\.py",  # lines are dealt to processes
