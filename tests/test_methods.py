@@ -16,6 +16,7 @@ from llm_unlearn.methods.edits import strengths_of
 from llm_unlearn.methods.exact import Exact
 from llm_unlearn.methods.noisy_finetune import NoisyFinetune
 from llm_unlearn.methods.registry import Edit
+from llm_unlearn.source import is_recipe
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted((ROOT / "recipes" / "methods").glob("*.yaml"))
@@ -92,6 +93,8 @@ def words_for(path: Path, folder: Path) -> list[str]:
     if path.stem == "wmdp_cyber":  # of a deeper model
         words += ["model.trainable=[layers.2.mlp.down_proj]", "objective.forget.loss={name: rmu, layer: 2}"]
         words += ["objective.retain.loss={name: embed_match, layers: [2]}"]
+    if is_recipe(whole.model.base):  # whose model takes minutes to train
+        words.append("model.base=embedded:target")
     if whole.model.base == "embedded:base":  # which takes a minute to train, and is made as the others are
         words.append("model.base=embedded:retrained")
     if isinstance(whole.method, NoisyFinetune):
