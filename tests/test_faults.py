@@ -226,6 +226,7 @@ SAMPLE = (  # one of each kind, on the two quickest jobs and that with most to l
 )
 
 
+@pytest.mark.long
 def test_a_sample_of_faults_is_recovered_from(bank: Bank) -> None:
     cases = []
     for job, do, only, places in SAMPLE:

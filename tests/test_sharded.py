@@ -247,7 +247,7 @@ def test_the_launch_file_shards(tmp_path: Path, make_model: Make) -> None:
         cwd=ROOT,
         check=False,
     )
-    assert "error: evaluation.every: " in refused.stderr and not (tmp_path / "lora").exists()
+    assert "evaluation.suite: retrained: " in refused.stderr and not (tmp_path / "lora").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------------- refused
