@@ -168,19 +168,18 @@ def test_whole_recipes_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_tutorial_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its script writes its rows, and its settings load on top of what `new` writes."""
+    """Its script writes its rows, and `new` writes a recipe and a suite for them."""
     page = ROOT / "docs/tutorial.md"
     monkeypatch.chdir(tmp_path)
     exec(blocks(page, "python")[0], {})
     assert len(Path("forget.jsonl").read_text(encoding="utf-8").splitlines()) == 40
-    edits, suite, audit = blocks(page, "yaml")
-    Path("customers.yaml").write_text(suite, encoding="utf-8")
+    *_, audit = blocks(page, "yaml")
     Path("audit.yaml").write_text(audit, encoding="utf-8")
-    assert cli.main(["new", "forget_customers"]) == 0
-    Path("edited.yaml").write_text(f"extends: forget_customers.yaml\n{edits}", encoding="utf-8")
-    wanted = recipe.load(Path("edited.yaml"))
+    files = ["--forget", "forget.jsonl", "--retain", "retain.jsonl", "--holdout", "holdout.jsonl"]
+    assert cli.main(["new", "forget_customers", "--model", "embedded:target", *files]) == 0
+    wanted = recipe.load(Path("forget_customers.yaml"))
     assert wanted.train.stop and wanted.train.stop.until == "holdout" and wanted.output == "runs/forget_customers"
-    assert wanted.evaluation and wanted.evaluation.suite == "customers.yaml"
+    assert wanted.evaluation and wanted.evaluation.suite == "forget_customers_suite.yaml"
     assert [attack.name for attack in suites.load(Path("audit.yaml")).attacks] == ["relearning", "quantization", "adapter_removal"]
 
 
