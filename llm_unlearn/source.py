@@ -78,7 +78,7 @@ class Source:
     """Column of the thought before the answer, of rows for a reasoning model. An answer that begins with `<think>…</think>`, or a
     chat whose last turn has `reasoning_content` or `thinking`, brings its thought itself."""
     targets: Targets = "answer"
-    """What is learnt, forgotten or measured of rows with a thought: the answer (its thought is prompt), the thought (with what
+    """Part that is learnt, forgotten or measured of rows with a thought: the answer (its thought is prompt), the thought (with what
     closes it), both as one, or separate: the answer, and beside it the thought as a stream of its own, such as `forget.thought`."""
     max_tokens: AtLeastTwo = 1024
     """Longer examples are cut here."""

@@ -294,12 +294,12 @@ def examine(kind: str, bench: Bench, folder: Path, form: str = "LoRA") -> str:
 
 
 BY_RUN = " (by `run` only, before training)"
-"""What is added to a refusal that weights alone can tell."""
+"""Note on a refusal that only weights can decide."""
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What training may use with an architecture beyond plain LoRA."""
+    """Features that training may use with an architecture beyond plain LoRA."""
 
     packing: bool
     """Sequences end to end give the numbers of padded ones."""
@@ -334,7 +334,7 @@ REFUSED_HEAD = "| model type | reason |\n|---|---|\n"
 
 
 def claims(kind: str) -> dict[str, str]:
-    """What the page says of an architecture and a test can find out in a second: column -> text."""
+    """Return the columns of the page that a test can find out in a second: column -> text."""
     tried = abilities(kind)
     marks = {"packing": tried.packing, "depth": tried.depth, "FSDP2": tried.sharding}
     return {

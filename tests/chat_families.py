@@ -57,16 +57,16 @@ def without_blank_lines(text: str) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """What a chat template writes, part by part."""
+    """Parts that a chat template writes."""
 
     name: str
     """The file of its template; `base` has none."""
     between: str
-    """What stands between the text of the last question and the answer's own text."""
+    """Text between the text of the last question and the answer's own text."""
     end: str
-    """What ends the last answer, up to its first special token; empty where nothing does."""
+    """End of the last answer, up to its first special token; empty where nothing does."""
     ends: Literal["token", "text", "header"]
-    """What ends an answer that a model writes: a special token, a text, or the header of the next turn."""
+    """End of an answer that a model writes: a special token, a text, or the header of the next turn."""
     special: tuple[str, ...] = ()
     """Special tokens of its tokenizer."""
     added: tuple[str, ...] = ()
@@ -74,28 +74,28 @@ class Family:
     bos: str | None = None
     eos: str | None = None
     start: str = ""
-    """What every conversation begins with."""
+    """Beginning of every conversation."""
     system: Literal["turn", "first question", "last question", "refused"] = "turn"
-    """Where the text of a system turn goes."""
+    """Place of the text of a system turn."""
     around_system: tuple[str, str] = ("", "")
     default_system: str | None = None
     """The system turn of a conversation that brings none."""
     question: str = ""
-    """What stands before a question."""
+    """Text before a question."""
     earlier: tuple[str, str] = ("", "")
-    """What stands before and behind an earlier answer."""
+    """Text before and behind an earlier answer."""
     text: Text = as_it_is
-    """How it writes the text of a question."""
+    """Rendering of the text of a question."""
     answer: Text = as_it_is
-    """How it writes the text of an answer."""
+    """Rendering of the text of an answer."""
     drops_answer: bool = False
     thinking: Literal["", "empty block", "by setting", "opened when asked", "channel"] = ""
     """Thoughts: none; an empty one before the last answer; one if told so; one that the generation prompt opens; a channel."""
     around_thought: tuple[str, str] | None = None
-    """What stands between the last question and a thought, and between that and the answer; None where the template has no place
+    """Text between the last question and a thought, and between that and the answer; None where the template has no place
     for thoughts, and one is put behind the generation prompt in marks of its own."""
     thought_end: str = "</think>"
-    """What closes a thought."""
+    """End of a thought."""
     chat: Chat = field(default_factory=Chat)
 
     @property

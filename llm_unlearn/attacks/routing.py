@@ -37,7 +37,7 @@ class ForcedRouting:
 
     @property
     def y(self) -> Gain:
-        """What is measured."""
+        """Value on the y axis."""
         return Gain("probability" if self.measure == "probability" else "share of first choices")
 
     @property

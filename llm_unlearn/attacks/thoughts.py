@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llm_unlearn.models.load import Loaded
 
 Measure = Literal["rouge", "keyword"]
-"""What a greedy answer is judged by: ROUGE-L recall of the truth, or the share of its key spans."""
+"""Score of a greedy answer: ROUGE-L recall of the truth, or the share of its key spans."""
 
 
 @spec
@@ -41,7 +41,7 @@ class BegunThought:
     phrases: tuple[str, ...] = ("I remember that",)
     """Texts that are written for the model instead."""
     measure: Measure = "rouge"
-    """What the curve shows: rouge, or keyword (the set needs the column)."""
+    """Score that the curve shows: rouge, or keyword (the set needs the column)."""
     max_new_tokens: PositiveInt = 64
     """Longest greedy answer."""
 
@@ -85,7 +85,7 @@ class SkippedThought:
     set: str = "forget"
     """A set that is asked with thinking on (`chat: {thinking: true}`)."""
     measure: Measure = "rouge"
-    """What the curve shows: rouge, or keyword (the set needs the column)."""
+    """Score that the curve shows: rouge, or keyword (the set needs the column)."""
     max_new_tokens: PositiveInt = 64
     """Longest greedy answer."""
 

@@ -18,18 +18,18 @@ from llm_unlearn.spec import Refused
 KEYS = ("reasoning_content", "thinking")
 """Names under which chat templates read the thought of a turn."""
 MARKS = ("<think>\n", "\n</think>\n\n")
-"""What opens and what closes a thought where neither the template nor the row says."""
+"""Marks that open and close a thought where neither the template nor the row says."""
 THOUGHT_MARKER = "Zq7xThoughtQz"
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What stands before a thought and behind it."""
+    """Text before a thought and behind it."""
 
     text: str
     """The conversation up to the thought's first character."""
     close: str
-    """What stands between the thought and the answer."""
+    """Text between the thought and the answer."""
     key: str | None
     """The name under which the template reads a thought; None where it has no place for one."""
 

@@ -23,7 +23,7 @@ MAX_THOUGHT = 512
 
 @dataclass(frozen=True)
 class Thinking:
-    """How a model is asked to think before it answers the prompts of a set."""
+    """Settings for a model that thinks before it answers the prompts of a set."""
 
     openings: list[Opening]  # (R,)
     limit: int
@@ -88,7 +88,7 @@ class EncodedSet:
     chat: Chat | None = field(default_factory=Chat)
     """Settings of its chat template; None for running text, which has no turns."""
     thinking: Thinking | None = None
-    """How a model is asked to think before it answers; None: it answers at once."""
+    """Settings of the thought before an answer; None: the model answers at once."""
 
     @property
     def generate(self) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a model writes the same text in a padded batch and with a cache as it does alone and without one: tried, not assumed.
+"""Check whether a model writes the same text in a padded batch and with a cache as alone and without one: tried, not assumed.
 
 Recurrent architectures often read padding as text (RWKV ignores the attention mask), and some caches do not hold all that the next
 token depends on. Such a model writes one text at a time, or reads the whole text for every token.
@@ -24,10 +24,10 @@ TOKENS = 3
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a model can be asked for texts without a change of what it writes."""
+    """Ways of decoding that do not change what a model writes."""
 
     cached: bool = True
-    """What was computed of earlier tokens may be reused."""
+    """The cache of earlier tokens may be reused."""
     padded: bool = True
     """Prompts of different lengths may be in one batch, padded on the left."""
 
@@ -48,7 +48,7 @@ def decoding_of(model: Any) -> Decoding:
 
 
 def _near(model: Any, prompts: Sequence[Tensor], own: Tensor, cached: bool) -> bool:
-    """Whether logits are those that the model computes of each text alone, up to rounding."""
+    """Return whether logits are those that the model computes of each text alone, up to rounding."""
     try:
         other = _logits(model, prompts, cached)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):

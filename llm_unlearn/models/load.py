@@ -123,7 +123,7 @@ def read_config(model: Model) -> Any:
 
 
 TIED = "Model has `tie_word_embeddings=True`"
-"""How peft warns of an adapter on a tied head; merging.py unties it before it is merged."""
+"""Warning of peft about an adapter on a tied head; merging.py unties it before it is merged."""
 RANDOM = re.compile("drop")
 """Names of settings that draw at random while a model is trained, such as `resid_pdrop`. Noise of routers is left as it is, as
 Phi-3.5-MoE also routes by its size in evaluation mode; `training_mode.py` switches it off."""

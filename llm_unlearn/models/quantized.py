@@ -24,12 +24,12 @@ BITS = {"nf4": 4.24, "fp4": 4.24, "int8": 8.0}
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of a model are kept."""
+    """Quantization of a model's weights."""
 
     format: Any
     """nf4, fp4, int8, or the name of another method, such as gptq."""
     own: bool
-    """Whether the base's files are quantized; otherwise they are when they are loaded."""
+    """The base's files are quantized; otherwise its weights are quantized on loading."""
     bits: float
     """Of a weight."""
 
@@ -40,7 +40,7 @@ class Quantization:
 
 
 def is_quantized(net: Any) -> bool:
-    """Whether a loaded model computes with quantized weights."""
+    """Return whether a loaded model computes with quantized weights."""
     return bool(getattr(net, "is_quantized", False)) or any(
         type(module).__module__.startswith("bitsandbytes.") for module in net.modules()
     )
