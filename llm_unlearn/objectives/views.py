@@ -18,7 +18,7 @@ Need = Literal["none", "logps", "logits", "hidden", "routing"]
 """What a loss reads of a model."""
 
 Kind = Literal["answer", "thought", "alternate", "expert", "novice"]
-"""Kind of sequence laid out for a row: its own answer, the thought before it, another answer to the same prompt, or its own answer under a
+"""Sequence of a row: its own answer, the thought before it, another answer to the same prompt, or its own answer under a
 prompt that makes the model speak as one who knows, or as one who does not."""
 
 TOP = -1
