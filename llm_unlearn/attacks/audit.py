@@ -23,7 +23,7 @@ from llm_unlearn.sections import Model
 from llm_unlearn.source import Source
 from llm_unlearn.spec import Refused, fingerprint, parts_of, plain
 
-FORMAT = 2  # of what is kept; raise it when an attack means something else than before
+FORMAT = 3  # of what is kept; raise it when an attack means something else than before
 ORIGINAL, CONTROL = "before", "retrained"
 T = TypeVar("T")
 

@@ -42,7 +42,7 @@ from llm_unlearn.models.readings import alternatives
 from llm_unlearn.models.scores import Scores
 from llm_unlearn.spec import Refused, fingerprint
 
-FORMAT = 1  # of what is kept; raise it when its content changes
+FORMAT = 2  # of what is kept; raise it when its content changes
 LONGEST = 2048
 """Tokens that a model reads which does not say how many; the library's number."""
 

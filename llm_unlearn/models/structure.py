@@ -56,7 +56,8 @@ def check_decoder(net: Any) -> None:
     kind = type(net).__name__
     _, layers = decoder_layers(net)
     causal = [getattr(part, "is_causal", None) for part in layers.modules()]
-    if getattr(net.config, "is_decoder", None) is False and True not in causal:  # GPT-NeoX says so too, and is causal
+    said = getattr(net.config, "is_decoder", None) is False  # GPT-NeoX says so too, and is causal
+    if said and False in causal and True not in causal:
         raise Refused(
             f"{kind}: its layers read the tokens that follow, as an encoder does (is_decoder: false). Take a causal language model."
         )

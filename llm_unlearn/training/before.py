@@ -46,7 +46,7 @@ from llm_unlearn.training.job import Job
 
 MOST = 8 << 30
 """Bytes that are kept unasked, where the adapter could be switched off instead."""
-FORMAT = 2  # of the kept numbers; raise it when their content changes
+FORMAT = 3  # of the kept numbers; raise it when their content changes
 
 
 @dataclass(frozen=True)
