@@ -50,7 +50,8 @@ def broken_requirements(lines: Sequence[str]) -> list[str]:
 
 def main() -> int:
     """Check and audit this environment."""
-    broken = broken_requirements(subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True).stdout.splitlines())
+    checked = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    broken = broken_requirements(checked.stdout.splitlines())
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         done = subprocess.run([sys.executable, *ASK, "--output", str(report)], capture_output=True, text=True)
