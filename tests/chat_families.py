@@ -352,3 +352,28 @@ FAMILIES = (
            around_system=("<|system|>", ""), question="<|user|>", earlier=("<|assistant|>", "")),
 )  # fmt: skip
 """Every family, in the order of the issue that asked for them."""
+
+HEAD = "| template | system turn | thinking | an answer ends with |\n|---|---|---|---|\n"
+"""Head of the table of chat templates in docs/models.md."""
+THINKING = {
+    "": "none of its own",
+    "empty block": "on and off by `chat.thinking`; off: an empty thought",
+    "by setting": "on and off by `chat.thinking`",
+    "opened when asked": "the generation prompt opens it",
+    "channel": "always, in a channel of its own",
+}
+SYSTEM = {"turn": "yes", "first question": "in the first question", "last question": "in the last question", "refused": "refused"}
+
+
+def table() -> str:
+    """Return the table of chat templates in docs/models.md, without its head."""
+    families = {family.name: family for family in FAMILIES if not family.drops_answer}
+    lines = []
+    for family in families.values():
+        thinking = THINKING[family.thinking]
+        if family.thinking == "opened when asked" and "enable_thinking" in (family.template or ""):
+            thinking = f"{THINKING['by setting']}; on: {thinking}"
+        has_end = family.end.strip() and family.ends != "header"
+        end = "`{}`".format(family.end.strip().replace("|", "\\|")) if has_end else "the header of the next turn"
+        lines.append(f"| {family.name} | {SYSTEM[family.system]} | {thinking} | {end} |\n")
+    return "".join(lines)

@@ -394,7 +394,8 @@ def test_a_hub_id_that_is_not_there_is_refused_in_one_line(error: Exception, mon
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     said = refusal(pairs("nobody/nothing", config="full", split="test"))
-    assert said.startswith(f"nobody/nothing: cannot be read as a data set ({type(error).__name__}")
+    assert said.startswith("nobody/nothing: no such file or folder (looked from ")
+    assert f"and no data set of this name can be read from the hub ({type(error).__name__}" in said
     assert asked == [(("nobody/nothing", "full"), {"split": "test"})]
 
 

@@ -173,6 +173,33 @@ def test_arguments_and_system_turn_reach_the_template() -> None:
     assert parts_of(tokenizer_of(template), chat=chat)[0].startswith("low|")
 
 
+@pytest.mark.parametrize(
+    ("template", "chat", "expected"),
+    [
+        (
+            "{{ reasoning_effort or 'none' }}|" + CHATML,
+            Chat(arguments={"reasoning_efort": "low"}),
+            "chat.arguments.reasoning_efort: the chat template does not read this argument; did you mean 'reasoning_effort'?",
+        ),
+        (CHATML, Chat(arguments={"effort": "low"}), "It reads none: set chat.arguments: {}."),
+        (
+            CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
+            Chat(thinking=False),
+            "chat.thinking: the chat template opens a thought, and does not read enable_thinking",
+        ),
+        (
+            CHATML.replace("assistant\n{%", "assistant\n<think>\n{% if thinking is false %}</think>{% endif %}{%"),
+            Chat(thinking=False),
+            "Set chat.thinking: null and chat.arguments: {thinking: false}.",
+        ),
+    ],
+)
+def test_a_setting_that_the_template_ignores_is_refused(template: str, chat: Chat, expected: str) -> None:
+    with pytest.raises(Refused) as refused:
+        parts_of(tokenizer_of(template), chat=chat)
+    assert expected in str(refused.value)
+
+
 RECIPE = """
 output: runs/x
 model: {base: embedded:target}

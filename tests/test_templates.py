@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_families import FAMILIES, Family
+from chat_families import FAMILIES, HEAD, Family, table
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -271,3 +272,8 @@ def _files() -> Iterator[Any]:
     from chat_families import TEMPLATES
 
     return TEMPLATES.glob("*.jinja")
+
+
+def test_the_page_shows_each_template() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert page.partition(HEAD)[2].startswith(table() + "\n"), f"expected in docs/models.md:\n{HEAD}{table()}"

@@ -12,11 +12,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from functools import cache
 from typing import Any
 
-from llm_unlearn.chat import Chat
+import jinja2
+from jinja2.defaults import DEFAULT_NAMESPACE
+from jinja2.ext import LoopControlExtension
+from jinja2.meta import find_undeclared_variables
+
+from llm_unlearn.chat import OWN, Chat
 from llm_unlearn.data.patience import at_most
-from llm_unlearn.spec import Refused, shown
+from llm_unlearn.spec import Refused, nearest, shown
 from llm_unlearn.unsaid import column_name, without_quotes
 
 LONGEST = 20.0
@@ -52,6 +58,21 @@ class TurnEnd:
     texts: tuple[str, ...] = ()
 
 
+FUNCTIONS = frozenset({"raise_exception", "strftime_now", *DEFAULT_NAMESPACE})
+"""Names that a template reads and no setting gives."""
+
+
+@cache
+def variables_of(template: str) -> frozenset[str] | None:
+    """Return the names that a chat template reads and does not set itself; None where it cannot be parsed."""
+    without_marks = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag of transformers alone
+    try:
+        parsed = jinja2.Environment(extensions=[LoopControlExtension]).parse(without_marks)
+    except jinja2.TemplateError:  # said when it is rendered
+        return None
+    return frozenset(find_undeclared_variables(parsed))
+
+
 @dataclass
 class Renderer:
     """Renders conversations by the chat template of a tokenizer."""
@@ -69,6 +90,32 @@ class Renderer:
         if not self._can_read(turns):
             self._parts = True
             self._parts = self._can_read(turns)
+        self._check_settings(turns[:1])
+
+    def _check_settings(self, asked: list[Turn]) -> None:
+        """Check that the template reads the settings of the section `chat`: one that it ignores changes nothing unnoticed.
+
+        Raises:
+            Refused: it does not read an argument, or opens a thought that cannot be switched off.
+        """
+        read = variables_of(self.tokenizer.get_chat_template())
+        if read is None:
+            return
+        for name in self.chat.arguments:
+            if name not in read:
+                known = sorted(read - set(OWN) - set(self.tokenizer.special_tokens_map) - FUNCTIONS)
+                fix = nearest(name, known) if known else "It reads none: set chat.arguments: {}."
+                found = shown(name, as_it_is=True)
+                raise Refused(f"{self.stream}: chat.arguments.{found}: the chat template does not read this argument; {fix}")
+        if self.chat.thinking is False and "enable_thinking" not in read:
+            try:
+                prompt = self.write(asked, ask=True)
+            except Refused:  # said of the first row, with its turns
+                return
+            if prompt.rfind("<think>") > prompt.rfind("</think>"):
+                fix = "Set chat.thinking: null" + (" and chat.arguments: {thinking: false}." if "thinking" in read else ".")
+                why = "the chat template opens a thought, and does not read enable_thinking"
+                raise Refused(f"{self.stream}: chat.thinking: {why}, so thinking cannot be switched off. {fix}")
 
     def _can_read(self, turns: list[Turn]) -> bool:
         try:

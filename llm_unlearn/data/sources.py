@@ -219,8 +219,16 @@ def read(name: str, config: str | None = None, split: str | None = None) -> Sequ
         reason = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
         if path.is_file() and (not path.stat().st_size or "no data" in reason or "BatchSize must be" in reason):
             return []  # the last is what pyarrow makes of a file without rows
-        why = shown(f"{type(error.__cause__ or error).__name__}: {without_quotes(reason)}", 400, as_it_is=True)
-        raise Refused(f"{name}: cannot be read as a data set ({why}); write it again, or name another.") from error
+        raise Refused(_unreadable(name, path, error.__cause__ or error, reason)) from error
+
+
+def _unreadable(name: str, path: Path, error: BaseException, reason: str) -> str:
+    """Return what is wrong with a name that `datasets` cannot read, and what to do."""
+    why = shown(f"{type(error).__name__}: {without_quotes(reason)}", 400, as_it_is=True)
+    if path.exists():
+        return f"{name}: cannot be read as a data set ({why}); write it again, or name another."
+    absent = f"no such file or folder (looked from {Path.cwd()}), and no data set of this name can be read from the hub"
+    return f"{name}: {absent} ({why}). Check the spelling."
 
 
 def identity_of(name: str, config: str | None, split: str | None, found: Sequence[Row]) -> str:

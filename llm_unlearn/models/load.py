@@ -77,14 +77,15 @@ def folder_of(name: str, revision: str | None = None, files: tuple[str, ...] = M
         return path
     if missing(name):
         raise Refused(f"{name}: no such folder (looked from {Path.cwd()}).")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     repo, revision = named(name, revision)
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
     except Exception as error:
-        why = f"neither a folder here (looked from {Path.cwd()}) nor readable from the hub ({reason(error)})"
-        raise Refused(f"{name}: {why}.") from error
+        why = "HF_HUB_OFFLINE is set, and it was not downloaded before" if constants.HF_HUB_OFFLINE else reason(error)
+        absent = f"no such folder (looked from {Path.cwd()}), and no model of this name can be read from the hub"
+        raise Refused(f"{name}: {absent} ({why}). Check the spelling.") from error
 
 
 def read_tokenizer(model: Model) -> PreTrainedTokenizerBase:
