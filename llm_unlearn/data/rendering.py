@@ -68,9 +68,9 @@ def variables_of(template: str) -> frozenset[str] | None:
     without_marks = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # a tag of transformers alone
     try:
         parsed = jinja2.Environment(extensions=[LoopControlExtension]).parse(without_marks)
+        return frozenset(find_undeclared_variables(parsed))
     except jinja2.TemplateError:  # said when it is rendered
         return None
-    return frozenset(find_undeclared_variables(parsed))
 
 
 @dataclass
