@@ -39,7 +39,7 @@ def test_the_doctor_says_what_is_there_and_what_is_not(monkeypatch: pytest.Monke
     monkeypatch.setattr(doctor, "version", lambda name: {"transformers": "4.50.0"}.get(name, "99.0"))
     found = findings(capsys, 1)
     assert found["transformers"] == {
-        "what": "transformers", "state": "problem", "said": "4.50.0; expected >=5.0: pip install -U transformers",
+        "what": "transformers", "state": "problem", "said": "4.50.0; expected >=5.23: pip install -U transformers",
     }  # fmt: skip
 
 
