@@ -78,7 +78,7 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     if stored := describe_base(recipe.model.base):
         lines.append(f"base       {stored['file']}, quantized to {stored['precision']}; converted to safetensors once")
     if isinstance(recipe.method, Exact):
-        lines += foreseen(recipe, recipe.method, tokenizer)
+        lines += foreseen(recipe, recipe.method, tokenizer, capacity)
     else:
         lines += _steps(recipe, job, examples)
     if examples.overlap:

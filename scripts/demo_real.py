@@ -61,6 +61,8 @@ def demo(general: Path) -> int:
     print(WARM if is_warm() else COLD, flush=True)
     status = main(words)
     report = (output / "report.html").resolve()
+    if status:
+        return status
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes; the report: {report}")
     if report.is_file() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32")):
         webbrowser.open(report.as_uri())

@@ -83,3 +83,26 @@ def test_a_run_starts_from_an_adapter_on_a_tied_head(make_model: Callable[..., A
     assert main(["run", str(recipe), "evaluation=null"]) == 0
     first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert first["retain"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("wrong", "refused"), [((2,), False), ((0, 1, 2, 3, 4), True)])
+def test_a_merge_is_wrong_where_most_sequences_say_so(
+    wrong: tuple[int, ...], refused: bool, make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One ill-conditioned sequence is rounding: on SmolLM2, float32 rounds some logits by 1e-3."""
+    model = make_adapter(tmp_path, make_model(hidden_size=64), "q_proj")
+    logits, exact = [], merging._logits
+
+    def rounded(net: Any) -> torch.Tensor:
+        logits.append(exact(net))
+        if len(logits) == 2:
+            logits[1][list(wrong)] *= 1.01
+        return logits[-1]
+
+    monkeypatch.setattr(merging, "_logits", rounded)
+    if refused:
+        with pytest.raises(Refused, match=r"merged into its base it gives other logits, 1 % apart"):
+            merge_adapter(model, "a")
+    else:
+        merge_adapter(model, "a")
+    assert logits[0].shape[:2] == (5, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llm_unlearn.data.capacity import Capacity
 from llm_unlearn.exact.manifest import new_manifest
 from llm_unlearn.exact.pieces import Wanted, wanted
 from llm_unlearn.exact.rows import read_known
@@ -12,9 +13,9 @@ from llm_unlearn.methods.exact import S3T, Exact
 from llm_unlearn.recipe import Recipe
 
 
-def foreseen(recipe: Recipe, method: Exact, tokenizer: Any) -> list[str]:
+def foreseen(recipe: Recipe, method: Exact, tokenizer: Any, capacity: Capacity) -> list[str]:
     """Lines of a plan. Which piece a deletion makes stale follows from the rows' ids, so the cost is no estimate."""
-    known = read_known(recipe, method, tokenizer)
+    known = read_known(recipe, method, tokenizer, capacity)
     manifest = new_manifest(recipe, "", 1, {}, list(known))
     first = _flat(wanted(recipe, method, manifest, known))
     kept = {id: one for id, one in known.items() if not one.asked}

@@ -26,7 +26,7 @@ from llm_unlearn.folder import BEFORE
 from llm_unlearn.look import Looks, attacked
 from llm_unlearn.methods.exact import S3T, Exact
 from llm_unlearn.models.load import add_adapter, load, trainable
-from llm_unlearn.models.outline import capacity_of
+from llm_unlearn.models.outline import capacity_of, longest_allowed
 from llm_unlearn.places import no_way_out
 from llm_unlearn.recipe import Recipe
 from llm_unlearn.results import flattened, publish, results_of, run_facts, versions, without_texts
@@ -67,9 +67,8 @@ class Session:
         no_way_out(self.folder)
         self.model: Model = resolve_base(recipe.model, cache)
         loaded = load(self.model, self.accelerator.device, train=True)
-        self.known = read_known(recipe, self.method, loaded.tokenizer)
-        rows = [example for one in self.known.values() for example in one.examples]
-        capacity_of(loaded.model, recipe.model.base).check({"data": rows}, loaded.tokenizer)
+        capacity = capacity_of(loaded.model, recipe.model.base, longest_allowed(recipe))
+        self.known = read_known(recipe, self.method, loaded.tokenizer, capacity)
         assert recipe.model.adapter
         net = add_adapter(loaded.model, recipe.model.adapter, recipe.seed)
         self.base = fingerprint(*loaded.parts)

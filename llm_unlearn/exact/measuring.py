@@ -21,6 +21,7 @@ from llm_unlearn.exact.rows import Known, read_known
 from llm_unlearn.look import Looks
 from llm_unlearn.models.joined import WEIGHTS
 from llm_unlearn.models.load import read_tokenizer
+from llm_unlearn.models.outline import capacity_of, longest_allowed, outline_of
 from llm_unlearn.models.sound import weights_in
 from llm_unlearn.report.terminal import print_table
 from llm_unlearn.results import keep_numbers, results_of, run_facts
@@ -188,7 +189,9 @@ def forget(folder: Path, ids: Iterable[str], where: Mapping[str, str], cache: Pa
 
 def _known(folder: Path, cache: Path) -> dict[str, Known]:
     recipe = recipe_in(folder)
-    return read_known(recipe, method_of(recipe), read_tokenizer(resolve_base(recipe.model, cache)))
+    model = resolve_base(recipe.model, cache)
+    capacity = capacity_of(outline_of(model), recipe.model.base, longest_allowed(recipe))
+    return read_known(recipe, method_of(recipe), read_tokenizer(model), capacity)
 
 
 def _again(folder: Path, manifest: Manifest, known: Mapping[str, Known], asked: set[str], cache: Path) -> Measured:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm_unlearn.data.capacity import Capacity
 from llm_unlearn.data.examples import Example, content_of, conversation, encode, encode_text, text_in
 from llm_unlearn.data.files import Row
 from llm_unlearn.data.sources import row_at, rows
@@ -32,16 +33,21 @@ class Known:
     """Whether it stands in the recipe's forget set."""
 
 
-def read_known(recipe: Recipe, method: Exact, tokenizer: Any) -> dict[str, Known]:
-    """Id -> what stands under it in the forget and retain sets together.
+def read_known(recipe: Recipe, method: Exact, tokenizer: Any, capacity: Capacity) -> dict[str, Known]:
+    """Return what stands under each id in the forget and retain sets together.
+
+    Args:
+        capacity: of the model that reads the rows; they are cut to its positions.
 
     Raises:
-        Refused: a set cannot be read, lacks a column, or an id stands under two owners.
+        Refused: a set cannot be read or lacks a column, an id stands under two owners, or the model cannot read a row.
     """
     found: dict[str, Known] = {}
     for name, source in recipe.sources.items():
         ids, kept = identified(source, method)
-        for id, row, examples in zip(ids, kept, _encoded(kept, source, tokenizer), strict=True):
+        encoded = _encoded(kept, capacity.fit(source), tokenizer)
+        capacity.check({name: [one for examples in encoded for one in examples]}, tokenizer)
+        for id, row, examples in zip(ids, kept, encoded, strict=True):
             owner = str(row[method.owner]) if isinstance(method, Modules) else None
             before = found.get(id)
             if before and before.placed.owner != owner:

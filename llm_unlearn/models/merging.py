@@ -11,6 +11,10 @@ from torch import nn
 from llm_unlearn.models.quantized import is_quantized
 from llm_unlearn.spec import Refused, reason
 
+STRIDE = 7919
+"""Distance of the ids that a merge is checked on. Special tokens lie together, and a sequence of them alone can be ill-conditioned:
+on SmolLM2, float32 rounds its logits by 1e-3."""
+
 
 def merge_adapter(model: Any, name: str) -> Any:
     """Merge the adapter of a peft model into its base, and return the base.
@@ -37,7 +41,8 @@ def merge_adapter(model: Any, name: str) -> Any:
         raise Refused(f"{name}: this adapter cannot be merged ({reason(error)}). Use it beside its base.") from error
     found = _logits(merged)
     half = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in merged.parameters())
-    apart = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+    differences = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp(min=1e-12)
+    apart = float(differences.median())  # a wrong merge shows in every sequence, float32's rounding may be large in one
     if not apart <= (5e-2 if half else 1e-3):
         raise Refused(f"{name}: merged into its base it gives other logits, {100 * apart:.2g} % apart. Use it beside its base.")
     return merged
@@ -45,12 +50,12 @@ def merge_adapter(model: Any, name: str) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any) -> torch.Tensor:
-    """(8, V) on a few tokens, in evaluation mode."""
+    """Return logits (5, 8, V) on tokens from all over the vocabulary, in evaluation mode."""
     was = [(module, module.training) for module in model.modules()]
-    ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 41, device=model.device).view(5, 8) * STRIDE % model.get_input_embeddings().weight.shape[0]
     try:
         model.eval()
-        return torch.as_tensor(model(input_ids=ids, use_cache=False).logits)[0].float()
+        return torch.as_tensor(model(input_ids=ids, use_cache=False).logits).float()
     finally:
         for module, training in was:
             module.training = training

@@ -65,8 +65,12 @@ def check_outline(recipe: Recipe, net: Any, device: torch.device) -> tuple[Capac
     Raises:
         Refused: the recipe cannot train on weights that are quantized so.
     """
-    most = max(source.max_tokens for source in recipe.sources.values())
-    return capacity_of(net, recipe.model.base, most), check_quantized(recipe, net.config, device)
+    return capacity_of(net, recipe.model.base, longest_allowed(recipe)), check_quantized(recipe, net.config, device)
+
+
+def longest_allowed(recipe: Recipe) -> int:
+    """Return the most tokens that an example of any source may have."""
+    return max(source.max_tokens for source in recipe.sources.values())
 
 
 def _has_table(net: Any, trained: int) -> bool:
