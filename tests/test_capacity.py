@@ -118,6 +118,15 @@ def test_rows_and_answers_end_at_the_learned_positions(tokenizer: Any, tmp_path:
     assert len(tokens) + ended == 21 or ended, "the last token needs no position"
 
 
+def test_an_exact_method_cuts_rows_to_the_learned_positions(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_case(tmp_path, gpt2(tmp_path / "base", tokenizer, 30))
+    exact = ["objective=null", "method={name: sisa, shards: 1, slices: 1, aggregate: merge}", "train.window={retain: 2}"]
+    for command in ("plan", "run"):
+        assert main([command, str(recipe), *exact, "evaluation=null"]) == 0, capsys.readouterr().err
+
+
 def test_a_row_whose_answer_does_not_fit_is_dropped_and_none_left_is_refused(
     tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
