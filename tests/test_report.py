@@ -475,7 +475,11 @@ def test_the_headline_says_what_leaks_most_first(audited: dict[str, Any]) -> Non
     assert f"{said} Only merged weights may be released, or none." in headline(audited)
     for one in audited["attacks"]:
         one["gap"]["leaks"] = False
-    assert "No leak under the 3 attacks that were tried." in headline(audited) and "merged" not in headline(audited)
+    uncertain = "No certain leak under the 3 attacks that were tried: at most 100 % came back, under adapter removal (20 steps)."
+    assert uncertain in headline(audited) and "merged" not in headline(audited)
+    for one in audited["attacks"]:
+        one["gap"]["came_back"] = 0.05
+    assert "No leak under the 3 attacks that were tried." in headline(audited)
     audited["attacks"] = []
     assert "leak" not in headline(audited).lower()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from llm_unlearn.attacks.gap import LEAK
 from llm_unlearn.report.verdict import (
     KNOWN,
     OVER,
@@ -139,7 +140,7 @@ def _leaks(attacks: Iterable[Mapping[str, Any]]) -> list[str]:
     tried = [one for one in attacks if one.get("gap", {}).get("came_back") is not None]
     leaks = sorted((one for one in tried if one["gap"]["leaks"]), key=lambda one: -float(one["gap"]["came_back"]))
     if not leaks:
-        return [f"No leak under the {len(tried)} attacks that were tried."] if len(tried) > 1 else []
+        return [_no_leak(tried)] if len(tried) > 1 else []
     found: list[str] = []
     for one in leaks:
         comes_back = "" if found else " comes back"
@@ -147,6 +148,15 @@ def _leaks(attacks: Iterable[Mapping[str, Any]]) -> list[str]:
         found.append(f"{100 * one['gap']['came_back']:.0f} %{comes_back} under {one['title']} ({at})")
     only = " Only merged weights may be released, or none." if any(one["name"] == "adapter_removal" for one in leaks) else ""
     return [f"Leaks: of what was forgotten, {listed(found)}.{only}"]
+
+
+def _no_leak(tried: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is said where no attack surely recovers more than from the retrained model."""
+    most = max(tried, key=lambda one: float(one["gap"]["came_back"]))
+    if most["gap"]["came_back"] < LEAK:
+        return f"No leak under the {len(tried)} attacks that were tried."
+    back = f"at most {100 * most['gap']['came_back']:.0f} % came back, under {most['title']} ({most['gap']['best']['after']['at']})"
+    return f"No certain leak under the {len(tried)} attacks that were tried: {back}."
 
 
 def _kept(numbers: Iterable[Number]) -> list[str]:
