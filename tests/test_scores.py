@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm_unlearn.data.batch import Batch, lay_out
 from llm_unlearn.data.examples import Example
-from llm_unlearn.models import fila
+from llm_unlearn.models import fila, trials
 from llm_unlearn.models import scores as scores_module
 from llm_unlearn.models.depth import blocks_of
 from llm_unlearn.models.head import Head
@@ -218,6 +218,24 @@ def test_an_unknown_head_is_refused(make_model: Callable[..., Any]) -> None:
 
     with pytest.raises(Refused, match=r"Halved: .* not supported"):
         check_head(Halved())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_reads_one_token_ahead_is_refused(make_model: Callable[..., Any], dtype: torch.dtype) -> None:
+    model = make_model().to(dtype).eval()
+    check_head(model)
+    model.model.layers[0].register_forward_hook(lambda layer, given, made: made + made.roll(-1, dims=1))
+    with pytest.raises(Refused, match="its states depend on the tokens that follow"):
+        check_head(model)
+
+
+def test_rounding_in_one_sequence_is_allowed_in_lower_precision_only(make_model: Callable[..., Any]) -> None:
+    model, states = make_model(), [torch.randn(9, 8) for _ in range(5)]
+    one_differs = [states[0] + torch.randn(9, 8), *states[1:]]
+    last_differs = [torch.cat([one[:-1], -one[-1:]]) for one in states]
+    assert not trials._are_close(model, states, one_differs)
+    assert trials._are_close(model.to(torch.bfloat16), states, one_differs)
+    assert not trials._are_close(model, states, last_differs)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 10**6])

@@ -9,11 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from llm_unlearn.models.quantized import is_quantized
+from llm_unlearn.models.structure import spread_ids
 from llm_unlearn.spec import Refused, reason
-
-STRIDE = 7919
-"""Distance of the ids that a merge is checked on. Special tokens lie together, and a sequence of them alone can be ill-conditioned:
-on SmolLM2, float32 rounds its logits by 1e-3."""
 
 
 def merge_adapter(model: Any, name: str) -> Any:
@@ -52,10 +49,9 @@ def merge_adapter(model: Any, name: str) -> Any:
 def _logits(model: Any) -> torch.Tensor:
     """Return logits (5, 8, V) on tokens from all over the vocabulary, in evaluation mode."""
     was = [(module, module.training) for module in model.modules()]
-    ids = torch.arange(1, 41, device=model.device).view(5, 8) * STRIDE % model.get_input_embeddings().weight.shape[0]
     try:
         model.eval()
-        return torch.as_tensor(model(input_ids=ids, use_cache=False).logits).float()
+        return torch.as_tensor(model(input_ids=spread_ids(model, 5, 8), use_cache=False).logits).float()
     finally:
         for module, training in was:
             module.training = training

@@ -7,9 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llm_unlearn.spec import Refused
+
+STRIDE = 7919
+"""Distance of the ids that a model is tried on. Special tokens lie together, and a sequence of them alone is ill-conditioned: on
+SmolLM2 the rounding of bfloat16 moves single states by more than their own length, and that of float32 moves logits by 1e-3."""
+
+
+def spread_ids(net: Any, sequences: int, length: int) -> Tensor:
+    """Return ids (sequences, length) from all over a model's vocabulary, on its device."""
+    places = torch.arange(1, sequences * length + 1, device=net.device).view(sequences, length)
+    return places * STRIDE % int(net.config.get_text_config().vocab_size)
 
 
 def decoder_layers(net: Any) -> tuple[str, nn.ModuleList]:
