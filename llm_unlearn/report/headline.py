@@ -152,8 +152,9 @@ def _leaks(attacks: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _no_leak(tried: Sequence[Mapping[str, Any]]) -> str:
     """Return what is said where no attack surely recovers more than from the retrained model."""
-    most = max(tried, key=lambda one: float(one["gap"]["came_back"]))
-    if most["gap"]["came_back"] < LEAK:
+    own = [attack for attack in tried if attack["gap"].get("own", True)]  # results of earlier versions do not say
+    most = max(own, key=lambda attack: float(attack["gap"]["came_back"]), default=None)
+    if not most or most["gap"]["came_back"] < LEAK:
         return f"No leak under the {len(tried)} attacks that were tried."
     back = f"at most {100 * most['gap']['came_back']:.0f} % came back, under {most['title']} ({most['gap']['best']['after']['at']})"
     return f"No certain leak under the {len(tried)} attacks that were tried: {back}."
