@@ -330,6 +330,26 @@ def test_the_adapter_switched_off_is_the_model_as_it_was(make_model: Callable[..
         assert torch.equal(score(Scorer(model), head_of(model), batch)["retain"].logits, before)
 
 
+@pytest.mark.parametrize("targets", [("lm_head",), ("lm_head", "q_proj")], ids=["head", "head and layers"])
+@pytest.mark.parametrize("way", ["adapter_off", "kept", "copy"])
+def test_reference_reads_an_adapted_head_without_its_adapter(
+    make_model: Callable[..., Any], way: str, targets: tuple[str, ...]
+) -> None:
+    base, rows = make_model(), examples(6, count=6, vocabulary=1024)
+    batch = lay_out(rows)
+    with torch.no_grad():
+        then = score(Scorer(base), head_of(base), batch)
+        logps, logits = then["forget"].logps, then["retain"].logits
+    model = add_adapter(base, Adapter(rank=4, targets=targets), seed=0)
+    ask = as_it_was_once(model, {"forget": Asked(logps=True), "retain": Asked((TOP,))}, rows, way=way)
+    shaken(model)
+    reference = ask(batch)
+    assert torch.allclose(reference["forget"].logps, logps, atol=1e-5)
+    assert torch.allclose(reference["retain"].logits, logits, atol=1e-4)
+    assert not reference["forget"].logps.requires_grad, "a reference has no gradient"
+    assert not torch.allclose(score(Scorer(model), head_of(model), batch)["forget"].logps, logps, atol=0.1)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_numbers_taken_before_full_training_stay_the_model_as_it_was(make_model: Callable[..., Any], tied: bool) -> None:
     model = make_model(tie_word_embeddings=tied)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -53,6 +54,11 @@ class Head:
         """What the layer gives, scaled and capped."""
         logits = logits * self.scale if self.scale != 1 else logits
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+    def without_adapter(self) -> Head:
+        """Return the head with its adapter left out. A loss reads a reference's logits after the pass, when the adapter is on
+        again."""
+        return replace(self, layer=self.layer.get_base_layer()) if isinstance(self.layer, BaseTunerLayer) else self
 
     def frozen_copy(self) -> Head:
         """The head as it is now, whatever becomes of the model; the one part of it that full-weight training must keep twice."""

@@ -58,13 +58,13 @@ class Asked:
 
 def adapter_off(scorer: Scorer, head: Head, needs: Mapping[str, Asked], seed: int) -> Reference:
     """Ask the model itself, with its adapter switched off: one more forward pass, without gradient, and not a byte more."""
-    return _asking(scorer, head, needs, seed, lambda: as_it_was(scorer.model))
+    return _asking(scorer, head.without_adapter(), needs, seed, lambda: as_it_was(scorer.model))
 
 
 def frozen_copy(scorer: Scorer, needs: Mapping[str, Asked], seed: int) -> Reference:
     """Ask a second model, made now."""
     other = Scorer(copy.deepcopy(scorer.model).requires_grad_(False).eval())
-    head = head_of(other.model)
+    head = head_of(other.model).without_adapter()
     return _asking(other, head, needs, seed, lambda: _before(other))
 
 
@@ -96,6 +96,7 @@ def taken(
     scorer: Scorer, head: Head, needs: Mapping[str, Asked], batches: Iterable[list[Example]], device: torch.device
 ) -> Iterator[tuple[Example, Columns]]:
     """What is to be kept of each example, on the CPU, by the model as it is with its adapter switched off."""
+    head = head.without_adapter()
     for examples in batches:
         batch = lay_out(examples).to(device)
         every = tuple(sorted({layer for stream in batch.tokens for layer in needs[stream].run}))
@@ -116,6 +117,7 @@ def looked_up(
 ) -> Reference:
     """Join what was taken to the batches. States of the last layer go through the head as it is now, or a copy where it is
     trained: from the same states it makes the same logits."""
+    head = head.without_adapter()
     learns = any(weight.requires_grad for weight in head.layer.parameters())
     then = head.frozen_copy() if learns and any(TOP in asked.layers for asked in needs.values()) else head
 
