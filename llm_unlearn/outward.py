@@ -27,7 +27,7 @@ SHORTEST = 8
 TELLING = re.compile(r"(?=.*[^A-Za-z])(?![\d.eE+\-]*$)")
 """And so is what has nothing but letters, or is a number: `postgres` as a password would be cut out of names of files."""
 SHAPES = re.compile(
-    r"(?P<before>\b[a-z][a-z0-9+.\-]+:/{1,2})[^\s/@'\"<>]+(?P<after>@)"  # who logs in, in an address, or a path made of one
+    r"(?P<before>\b[a-z][a-z0-9+.\-]+:/{1,2}|(?<![\w/])//)[^\s/@'\"<>]+(?P<after>@)"  # a login in an address, or a path made of one
     r"|(?P<key>[?&][\w.\-]*(?:token|key|password|passwd|pwd|secret|signature|credentials?|auth|sig)=)[^&\s'\"<>]+"
     r"|(?P<bearer>\bauthorization\W{1,5}(?:bearer|basic)\s+)[^\s'\"]+"
     r"|\b(?:hf_[a-z0-9]{20,}|gh[pousr]_[a-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w\-]{20,}|xox[abeoprs]-[\w\-]{10,}|npm_[a-z0-9]{36})"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
 from llm_unlearn.spec import Refused
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
+"""Beginning of an address, also one given as a path, which has one slash only; a drive is one letter."""
 
 
 def in_the_way(folder: Path) -> Path | None:
@@ -23,8 +27,12 @@ def check_place(folder: Path, key: str) -> None:
         key: setting or option that names it.
 
     Raises:
-        Refused: a file, or a link to nothing or to itself, is in its place or in that of a folder above it.
+        Refused: it is an address; a file, or a link to nothing or to itself, is in its place or in that of a folder above it.
     """
+    if ADDRESS.match(str(folder)):
+        raise Refused(
+            f"{key}: {folder} is an address, which must be a folder of this machine. Set a local folder, and copy it later."
+        )
     blocked = in_the_way(folder)
     if blocked:
         what = (

@@ -27,9 +27,10 @@ from llm_unlearn.models.outline import check_outline, outline_of
 from llm_unlearn.models.quantized import Quantization
 from llm_unlearn.models.reference import LOGPS
 from llm_unlearn.models.scores import CHUNK
-from llm_unlearn.models.trainable_weights import Group, adapted, choose_weights, frozen_routers, trained
+from llm_unlearn.models.trainable_weights import Group, adapted, choose_weights, frozen_routers, table, trained
 from llm_unlearn.objectives.terms import Ramp, Term
 from llm_unlearn.objectives.views import ROUTERS
+from llm_unlearn.places import check_place
 from llm_unlearn.recipe import Recipe, load
 from llm_unlearn.run import make_job
 from llm_unlearn.sections import Model
@@ -60,14 +61,14 @@ def plan(recipe: Recipe, cache: Path, show_example: bool = False) -> Plan:
     Args:
         show_example: also show the first example of each stream as the model reads it, its targets marked.
     """
+    check_place(Path(recipe.output), "output")
     tokenizer, net = skeleton_of(recipe.model, cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     capacity, quantization = check_outline(recipe, net, device)
     examples = read_examples(recipe.data, tokenizer, recipe.seed, cache, quiet=False, capacity=capacity)
     job = make_job(recipe, examples)
     base = sum(weight.numel() for weight in net.parameters())
-    routed = any(ROUTERS in layers for layers in job.layers.values())
-    routing = sum(router.rows for router in recorded_routers(net)) if routed else 0
+    routing = sum(one.rows for one in recorded_routers(net)) if any(ROUTERS in one for one in job.layers.values()) else 0
     config = net.config.get_text_config()
     model = add_adapter(net, recipe.model.adapter, recipe.seed) if recipe.model.adapter else net
     if not recipe.model.adapter:
@@ -147,8 +148,8 @@ FROZEN = "router; it stays as it is unless the recipe names it"
 
 
 def _listed(title: str, groups: list[Group], note: str = "") -> list[str]:
-    """One line for each kind of weights."""
-    return [f"{'' if i else title:<10} {group.text}{f'  {note}' if note else ''}" for i, group in enumerate(groups)]
+    """Return one line for each kind of weights."""
+    return [f"{'' if i else title:<10} {text}{f'  {note}' if note else ''}" for i, text in enumerate(table(groups))]
 
 
 def _example(example: Example, tokenizer: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,7 @@ def test_all_that_runs_write_is_known() -> None:
     assert {request.FILE, manifest.FILE, manifest.PIECES, manifest.WORK} <= folder.OWN
 
 
-@pytest.mark.parametrize("verb", ["run", "evaluate", "compare", "audit"])
+@pytest.mark.parametrize("verb", ["plan", "run", "evaluate", "compare", "audit"])
 @pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a link to itself", "below a file", "below a link to nothing"])
 def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_read(
     tmp_path: Path, kind: str, verb: str, capsys: pytest.CaptureFixture[str]
@@ -248,6 +249,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_read(
     output = place / "run" if kind.startswith("below") else place
     (tmp_path / "r.yaml").write_text(RECIPE)
     words = {
+        "plan": ["plan", str(tmp_path / "r.yaml"), f"output={output}"],
         "run": ["run", str(tmp_path / "r.yaml"), f"output={output}"],
         "audit": ["audit", str(tmp_path / "r.yaml"), "objective.forget.loss={name: nll}", "--output", str(output)],
         "evaluate": ["evaluate", "eval/quick.yaml", "--model", "embedded:target", "--output", str(output)],
@@ -257,6 +259,25 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_read(
     said = capsys.readouterr().err
     assert f"output: {place} is a {'link to ' if 'link' in kind else 'file'}" in said and "must be a folder" in said
     assert os.path.lexists(place) and not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "https:/example.invalid/run", "hf://me/run"])
+@pytest.mark.parametrize("command", ["plan", "run", "evaluate", "new"])
+def test_an_output_that_is_an_address_is_refused(
+    tmp_path: Path, address: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    suite = str(Path("eval/quick.yaml").resolve())
+    monkeypatch.chdir(tmp_path)
+    words = {
+        "plan": ["plan", "r.yaml", f"output={address}"],
+        "run": ["run", "r.yaml", f"output={address}"],
+        "evaluate": ["evaluate", suite, "--model", "embedded:target", "--output", address],
+        "new": ["new", address],
+    }
+    assert main(words[command]) == 2
+    assert re.search(r"(output|NAME): \S+ is an address", capsys.readouterr().err)
+    assert [one.name for one in tmp_path.iterdir()] == ["r.yaml"]
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "compare"])

@@ -17,7 +17,7 @@ from llm_unlearn.data.batch import lay_out
 from llm_unlearn.data.examples import Example
 from llm_unlearn.models.load import add_adapter, trainable
 from llm_unlearn.models.scores import Scorer, checkpoint_activations, head_of, score
-from llm_unlearn.models.trainable_weights import choose_weights
+from llm_unlearn.models.trainable_weights import Group, choose_weights, table
 from llm_unlearn.objectives.distribution import KL
 from llm_unlearn.objectives.preference import NPO
 from llm_unlearn.objectives.routing import RouterKL
@@ -164,6 +164,12 @@ objective:
   routing: {{loss: {{name: router_kl}}, stream: retain}}
 train: {{steps: 2, stop: null}}
 """
+
+
+def test_columns_of_adapted_layers_are_aligned() -> None:
+    names = ("q_proj", "feed_forward.shared_expert.gate_proj")
+    rows = table([Group(name, (128, 64), 2, 1024, 4) for name in names])
+    assert len({(row.index("128×64"), row.index("2 layers"), row.index("rank 4"), len(row)) for row in rows}) == 1
 
 
 def test_plan_lists_experts_and_frozen_routers(tmp_path: Path, tokenizer: Any, cache: Path) -> None:

@@ -166,6 +166,7 @@ def test_what_a_program_sees_is_a_stream() -> None:
     [
         "https:/ada:hunter2x@example.invalid/x",  # as a path has it
         "https://ada:hunter2x@example.invalid/x",
+        "//ada:hunter2x@example.invalid/x",
         "postgresql:/ada:hunter2x@db/x",
         "https:/hunter2xhunter2x@example.invalid",
         "ghp_hunter2xABCDEFGHIJKLMNOPQRSTUVWXYZ01",
@@ -184,7 +185,8 @@ def test_what_looks_like_a_secret_is_left_out(secret: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "plain", ["runs/x@main", "risk-assessment-of-2024-models", "a: b@c", "C:/x@y", "hub/model@v1", "task-2024-05-06-forget"]
+    "plain",
+    ["runs/x@main", "risk-assessment-of-2024-models", "a: b@c", "C:/x@y", "hub/model@v1", "a//b@c", "task-2024-05-06-forget"],
 )
 def test_plain_words_stay(plain: str) -> None:
     assert without_secrets(plain) == plain

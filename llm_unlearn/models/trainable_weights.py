@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,16 +38,26 @@ class Group:
     """Of the adapter; None where the weights themselves are trained, or frozen."""
 
     @property
-    def text(self) -> str:
-        """One line of `plan`."""
+    def cells(self) -> tuple[str, str, str, str]:
+        """Return name, shape, number of layers and rank as words of a table."""
         size, layers = "×".join(map(str, self.shape)), f"{self.count} layer{'s' if self.count > 1 else ''}"
-        rank = f"rank {self.rank}" if self.rank else ""
-        return f"{self.name:<28} {size:<16} {layers:<10} {rank:<9} {self.trainable:>13,}".rstrip()
+        return self.name, size, layers, f"rank {self.rank}" if self.rank else ""
 
     @property
     def facts(self) -> dict[str, Any]:
         """The same as plain data."""
         return {**asdict(self), "shape": list(self.shape)}
+
+
+LEAST = (27, 15, 9, 8)
+"""Least widths of the columns name, shape, layers and rank."""
+
+
+def table(groups: Sequence[Group]) -> list[str]:
+    """Return the lines of a table of weights, its columns aligned."""
+    rows = [group.cells for group in groups]
+    widths = [max(least, *(len(row[i]) for row in rows)) for i, least in enumerate(LEAST)] if rows else []
+    return ["  ".join(map(str.ljust, row, widths)) + f" {group.trainable:>13,}" for row, group in zip(rows, groups, strict=True)]
 
 
 def choose_weights(net: nn.Module, names: tuple[str, ...] | None) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from llm_unlearn import folder
-from llm_unlearn.places import in_the_way
+from llm_unlearn.places import check_place
 from llm_unlearn.reply import Reply
 from llm_unlearn.spec import Refused
 from llm_unlearn.tree import LAUNCH_FIRST, LAUNCH_LAST, shipped
@@ -27,8 +27,7 @@ def new(options: argparse.Namespace) -> Reply:
     for file in (path, suite) if own else (path,):
         if file.exists():
             raise Refused(f"{file}: exists already. Nothing was changed; choose another name.")
-    if blocked := in_the_way(path.parent):
-        raise Refused(f"{path}: {blocked} is a file, where a folder would have to be. Nothing was changed; choose another name.")
+    check_place(path.parent, "NAME")
     if own:
         from llm_unlearn.starter.command import Request, write
 
