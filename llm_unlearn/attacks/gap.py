@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llm_unlearn.attacks.finding import Attack, Remarks
+if TYPE_CHECKING:
+    from llm_unlearn.attacks.finding import Attack  # brings numpy, which `show` does without
 
 Curves = Mapping[str, Mapping[str, Any]]
 
@@ -104,6 +105,8 @@ def crossing(x: list[float], y: list[float], level: float) -> float | None:
 
 def finding_of(attack: Attack, curves: Curves, gap: Mapping[str, Any]) -> str:
     """The finding in plain words."""
+    from llm_unlearn.attacks.finding import Remarks
+
     best: Mapping[str, Mapping[str, Any]] = gap["best"]
     lost = [f"{column}: {curve['missing']}" for column, curve in curves.items() if "missing" in curve]
     sentences = [f"Could not be carried out on {one}" for one in lost]
