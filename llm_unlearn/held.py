@@ -106,7 +106,7 @@ class Gap:
     gap: float | None
     came_back: float | None
     leaks: bool
-    own: bool = True
+    by_attack: bool = True
 
 
 @record

@@ -191,12 +191,12 @@ DATA = DataFacts(20, 41.0, 90, 70, has_holdout=False, is_text=False, overlap=0)
 
 
 def test_beta_and_the_retain_weight_scale_with_the_answers() -> None:
-    """β times the length, and weight over length, are what was measured: 0.1 and 1 / 0.2 at 39 tokens (SmolLM2-135M)."""
+    """β times the length, and weight over length, are what was measured: 0.1 and 1 / 0.06 at 39 tokens (SmolLM2-135M)."""
     for answer in (41.0, 410.0):
         found = recommend.settings_of(SMALL, replace(DATA, answer=answer))
         loss, weight = found["objective.forget.loss"].value, found["objective.retain.weight"].value
         assert loss["name"] == "npo" and loss["beta"] * answer == pytest.approx(0.1 * 39, rel=0.05)
-        assert weight / answer == pytest.approx(5 / 39, rel=0.05)
+        assert weight / answer == pytest.approx(1 / 0.06 / 39, rel=0.05)
 
 
 def test_with_an_aim_the_loss_is_one_that_reaches_it() -> None:

@@ -475,15 +475,15 @@ def test_the_headline_says_what_leaks_most_first(audited: dict[str, Any]) -> Non
     assert f"{said} Only merged weights may be released, or none." in headline(audited)
     for one in audited["attacks"]:
         one["gap"]["leaks"] = False
-    uncertain = "No certain leak under the 3 attacks that were tried: at most 100 % came back, under adapter removal (20 steps)."
+    uncertain = "No certain leak under the 3 attacks that were tried: adapter removal (20 steps) recovers the most, 100 %."
     assert uncertain in headline(audited) and "merged" not in headline(audited)
-    audited["attacks"][0]["gap"]["own"] = True
+    audited["attacks"][0]["gap"]["by_attack"] = True
     for one in audited["attacks"][1:]:
-        one["gap"]["own"] = False  # it was there without the attack
+        one["gap"]["by_attack"] = False  # it was there without the attack
     audited["attacks"][0]["gap"]["came_back"] = 0.05
     assert "No leak under the 3 attacks that were tried." in headline(audited)
     for one in audited["attacks"]:
-        one["gap"]["own"], one["gap"]["came_back"] = True, 0.05
+        one["gap"]["by_attack"], one["gap"]["came_back"] = True, 0.05
     assert "No leak under the 3 attacks that were tried." in headline(audited)
     audited["attacks"] = []
     assert "leak" not in headline(audited).lower()

@@ -151,13 +151,14 @@ def _leaks(attacks: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _no_leak(tried: Sequence[Mapping[str, Any]]) -> str:
-    """Return what is said where no attack surely recovers more than from the retrained model."""
-    own = [attack for attack in tried if attack["gap"].get("own", True)]  # results of earlier versions do not say
-    most = max(own, key=lambda attack: float(attack["gap"]["came_back"]), default=None)
+    """Return the sentence for attacks of which none recovers more than its interval allows for."""
+    recovered = [attack for attack in tried if attack["gap"].get("by_attack", True)]  # earlier results do not say
+    most = max(recovered, key=lambda attack: float(attack["gap"]["came_back"]), default=None)
     if not most or most["gap"]["came_back"] < LEAK:
         return f"No leak under the {len(tried)} attacks that were tried."
-    back = f"at most {100 * most['gap']['came_back']:.0f} % came back, under {most['title']} ({most['gap']['best']['after']['at']})"
-    return f"No certain leak under the {len(tried)} attacks that were tried: {back}."
+    share, best = 100 * float(most["gap"]["came_back"]), most["gap"]["best"]["after"]["at"]
+    most_recovered = f"{most['title']} ({best}) recovers the most, {share:.0f} %"
+    return f"No certain leak under the {len(tried)} attacks that were tried: {most_recovered}."
 
 
 def _kept(numbers: Iterable[Number]) -> list[str]:
